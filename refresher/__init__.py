@@ -1,0 +1,41 @@
+"""
+Refresh Kuzzle and Circle session tokens, and lose no session over it.
+
+Example:
+    >>> import refresher
+    >>> from refresher.testing import FakeKuzzle  # a Kuzzle of our own, on the loopback
+    >>> with FakeKuzzle() as kuzzle:
+    ...     old = kuzzle.login("foo")
+    ...     kuzzle.clock.advance(1800)
+    ...     new = refresher.refresh_kuzzle_token(kuzzle.url, old, expires_in="2h")
+    >>> new.kuid, new.jwt == old
+    ('foo', False)
+"""
+
+from ._api import refresh_kuzzle_token, refresh_user_token
+from ._http import __version__
+from .errors import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    RefreshError,
+    ReplyError,
+    RequestRefusedError,
+    SignInRequiredError,
+    UnavailableError,
+)
+from .tokens import KuzzleToken, UserToken
+
+__all__ = [
+    "InvalidArgumentError",
+    "KuzzleToken",
+    "OutcomeUnknownError",
+    "RefreshError",
+    "ReplyError",
+    "RequestRefusedError",
+    "SignInRequiredError",
+    "UnavailableError",
+    "UserToken",
+    "__version__",
+    "refresh_kuzzle_token",
+    "refresh_user_token",
+]

@@ -1,0 +1,230 @@
+"""The two calls: refresh_kuzzle_token and refresh_user_token."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from datetime import timedelta
+from typing import overload
+
+import attrs
+import requests
+
+from . import _circle, _kuzzle
+from ._exchange import exchange
+from ._http import find_cookie, keep_cookie
+from .tokens import KuzzleToken, UserToken
+
+Seconds = float | timedelta | None
+
+
+def refresh_kuzzle_token(
+    url: str,
+    jwt: str | None = None,
+    *,
+    expires_in: str | timedelta | None = None,
+    cookie_auth: bool = False,
+    trigger_events: bool = False,
+    strategy: str | None = None,
+    queuable: bool = True,
+    timeout: Seconds = 30.0,
+    session: requests.Session | None = None,
+) -> KuzzleToken:
+    """
+    Trade a Kuzzle token for a new one.
+
+    This spends *jwt*: Kuzzle lets it live for one more second, and refuses to refresh it again.
+
+    Args:
+        url: Where Kuzzle answers, with the path prefix if there is one: ``"http://localhost:7512"``.
+        jwt: The token to trade, with its prefix ``kauth-``. It has to be valid still, and neither an API key
+            nor infinite. In cookie mode it may be left out: then it's the ``authToken`` cookie of *session*.
+        expires_in: How long the new token lives, at least one second: a string as npm's ``ms`` reads it
+            (``"2h"``, ``"1.5 days"``, ``"500000ms"``), or a timedelta. ``"-1"`` means for ever, and that the
+            new token cannot be refreshed. None: as long as the server says, whatever the old one had.
+        cookie_auth: Cookie mode: the new token goes into the cookie jar of *session* and is None in the result.
+        trigger_events: Sent as the JavaScript SDK does; Kuzzle 2 triggers its events either way.
+        strategy: The authentication strategy that is asked first. It may choose another lifetime.
+        queuable: Whether Kuzzle's downtime may be waited out. So far no call waits: each is one attempt.
+        timeout: Seconds, or a timedelta; None or -1: as long as it takes.
+        session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed but
+            for the ``authToken`` cookie in cookie mode.
+
+    Returns:
+        The new token. Save it before anything else: it is the only one that is good.
+
+    Raises:
+        InvalidArgumentError: An argument is wrong. Nothing was sent.
+        SignInRequiredError: Kuzzle does not accept the token: it is expired, logged out, or refreshed before,
+            which Kuzzle does not tell apart. Or it gave the same token back, as it does within the clock second
+            of the token's birth: that one dies a second later (``spent`` is True).
+        UnavailableError: Kuzzle is unreachable, busy or starting, or its token store is down. Nothing was
+            spent.
+        OutcomeUnknownError: The request was sent and no answer came. Kuzzle goes on with a request whose client
+            has gone, so the token may be spent.
+        RequestRefusedError: The lifetime is over the server's limit, the user may not refresh, the token is an
+            API key or infinite, the strategy said no. Nothing was spent.
+        ReplyError: Something that is not Kuzzle answered.
+
+    Example:
+        >>> from refresher.testing import FakeKuzzle
+        >>> with FakeKuzzle() as kuzzle:
+        ...     jwt = kuzzle.login("foo")
+        ...     kuzzle.clock.advance(1800)
+        ...     token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
+        >>> print(token.kuid, token.ttl)
+        foo 2:00:00
+    """
+    check = _kuzzle.check
+    check.flag("queuable", queuable)
+    deadline = _deadline(check.seconds("timeout", timeout))
+    check.session("session", session)
+    jar = session if check.flag("cookie_auth", cookie_auth) else None
+    in_cookie = jar is not None and jwt is None
+    if cookie_auth and jar is None:
+        check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
+    if jar is not None and jwt is None:
+        jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
+    if jwt is None:
+        check.fail("jwt", "is missing, and so is an authToken cookie" if in_cookie else "is missing")
+    request = _kuzzle.build(
+        url=url,
+        jwt=jwt,
+        expires_in=expires_in,
+        cookie_auth=cookie_auth,
+        trigger_events=trigger_events,
+        strategy=strategy,
+        request_id=str(uuid.uuid4()),
+        in_cookie=in_cookie,
+    )
+    now = time.time()
+    token = exchange(request, _kuzzle.parse, session=session, deadline=deadline)
+    if jar is None:
+        return token
+    expires = None if token.ttl is None else now + token.ttl.total_seconds()
+    keep_cookie(jar, request.url, _kuzzle.COOKIE, token.jwt or "", expires)
+    return attrs.evolve(token, jwt=None)
+
+
+@overload
+def refresh_user_token(
+    *,
+    refresh_token: str,
+    device_id: str,
+    user_token: str,
+    user_id: None = None,
+    api_key: str | None = None,
+    idempotency_key: str | uuid.UUID | None = None,
+    request_id: str | uuid.UUID | None = None,
+    base_url: str = "https://api.circle.com",
+    retry: bool = True,
+    timeout: Seconds = 30.0,
+    session: requests.Session | None = None,
+) -> UserToken: ...
+@overload
+def refresh_user_token(
+    *,
+    refresh_token: str,
+    device_id: str,
+    user_token: None = None,
+    user_id: str,
+    api_key: str | None = None,
+    idempotency_key: str | uuid.UUID | None = None,
+    request_id: str | uuid.UUID | None = None,
+    base_url: str = "https://api.circle.com",
+    retry: bool = True,
+    timeout: Seconds = 30.0,
+    session: requests.Session | None = None,
+) -> UserToken: ...
+def refresh_user_token(
+    *,
+    refresh_token: str,
+    device_id: str,
+    user_token: str | None = None,
+    user_id: str | None = None,
+    api_key: str | None = None,
+    idempotency_key: str | uuid.UUID | None = None,
+    request_id: str | uuid.UUID | None = None,
+    base_url: str = "https://api.circle.com",
+    retry: bool = True,
+    timeout: Seconds = 30.0,
+    session: requests.Session | None = None,
+) -> UserToken:
+    """
+    Trade a Circle refresh token for a new user token.
+
+    This spends *refresh_token*: the result brings the one to use next. Give exactly one of *user_token* and
+    *user_id*.
+
+    Args:
+        refresh_token: The one that came with the last user token, or with the sign-in.
+        device_id: The device that the user signed in on.
+        user_token: The last user token of the pair, expired or not.
+        user_id: The user's id at Circle, 5 to 50 characters. It is exchanged for a user token first. That's the
+            way of users with a PIN, and refresh tokens are for those who sign in by e-mail or a social account,
+            so Circle may refuse either half: prefer *user_token*. Never take it from a request of an end user:
+            with your API key, anybody's id is as good as their password.
+        api_key: Your API key. None: the environment variable ``CIRCLE_WEB3_API_KEY``.
+        idempotency_key: A UUID v4 that makes a repeated call the same request, which Circle answers as it did
+            the first time. None: made of the tokens and the device id, so that it's the same in every process
+            that makes this call, also after a crash.
+        request_id: A UUID that names the request in Circle's logs. None: a new one.
+        base_url: Where Circle answers. Only a loopback address may do without https.
+        retry: Whether failures may be tried again. So far no call does: each is one attempt.
+        timeout: Seconds for all of it, or a timedelta; None or -1: as long as it takes.
+        session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed.
+
+    Returns:
+        The new pair. Save it before anything else.
+
+    Raises:
+        InvalidArgumentError: An argument is wrong. Nothing was sent.
+        SignInRequiredError: Circle knows no such user, or does not accept the tokens any more.
+        UnavailableError: Circle is unreachable, busy or throttling. Nothing was spent.
+        OutcomeUnknownError: The request was sent and no answer came, or Circle failed. Call again: with the
+            same ``idempotency_key`` the lost answer comes back.
+        RequestRefusedError: The API key is wrong or may not do this, or Circle finds fault with an argument.
+            Nothing was spent.
+        ReplyError: Something that is not Circle answered.
+
+    Example:
+        >>> from refresher.testing import FakeCircle
+        >>> with FakeCircle() as circle:
+        ...     old = circle.sign_in("user-1", device_id="device-1")
+        ...     new = refresh_user_token(
+        ...         user_token=old.user_token, refresh_token=old.refresh_token, device_id="device-1",
+        ...         api_key=circle.api_key, base_url=circle.url,
+        ...     )
+        >>> new.user_id, new.refresh_token == old.refresh_token
+        ('user-1', False)
+    """
+    check = _circle.check
+    check.flag("retry", retry)
+    deadline = _deadline(check.seconds("timeout", timeout))
+    check.session("session", session)
+    if api_key is None:
+        api_key = os.environ.get("CIRCLE_WEB3_API_KEY")
+    if not api_key:
+        check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
+    call = _circle.prepare(
+        base_url=base_url,
+        api_key=api_key,
+        user_token=user_token,
+        user_id=user_id,
+        refresh_token=refresh_token,
+        device_id=device_id,
+        idempotency_key=idempotency_key,
+        request_id=request_id,
+    )
+    if call.user_token is None:
+        swap = _circle.build_exchange(call)
+        user_token = exchange(swap, _circle.parse_exchange, session=session, deadline=deadline)
+    else:
+        user_token = call.user_token
+    request = _circle.build(call, user_token)
+    return exchange(request, _circle.parse, session=session, deadline=deadline)
+
+
+def _deadline(seconds: float | None) -> float | None:
+    return None if seconds is None else time.monotonic() + seconds

@@ -1,0 +1,124 @@
+"""What an argument has to be. Complaints name the argument and never show its value."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import math
+import re
+import threading
+import uuid
+from datetime import timedelta
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import attrs
+import requests
+
+from .errors import InvalidArgumentError
+
+_VISIBLE = re.compile(r"[!-~]+")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def is_token(value: object) -> bool:
+    """Tell whether *value* can travel in a header: visible ASCII characters, at least one."""
+    return isinstance(value, str) and _VISIBLE.fullmatch(value) is not None
+
+
+def is_uuid(value: str) -> bool:
+    """Tell whether *value* is a UUID in its usual spelling."""
+    return _UUID.fullmatch(value) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _url_flaw(url: str) -> str | None:
+    """Say what is wrong with a base URL."""
+    if not _VISIBLE.fullmatch(url):
+        return "must not be empty or have white space, control or non-ASCII characters in it"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        requests.PreparedRequest().prepare_url(url, None)
+    except ValueError:  # requests' own complaints are of this kind too
+        return "is not a URL"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return "must look like https://host, https://host:port or https://host/path"
+    if "@" in parts.netloc or "?" in url or "#" in url:
+        return "must have no user name, password, query or fragment"
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@attrs.frozen
+class Checks:
+    """The checks of one provider's arguments. Each returns the value it accepts."""
+
+    provider: str
+
+    def fail(self, name: str, flaw: str) -> NoReturn:
+        """Complain that the argument *name* has a *flaw*."""
+        raise InvalidArgumentError(f"{name} {flaw}", provider=self.provider, spent=False)
+
+    def token(self, name: str, value: object) -> str:
+        """Accept a secret that fits into a header."""
+        if not isinstance(value, str):
+            self.fail(name, "must be a string")
+        if not is_token(value):
+            self.fail(name, "must not be empty or have white space, control or non-ASCII characters in it")
+        return value
+
+    def text(self, name: str, value: object, shortest: int = 1, longest: int = 1000) -> str:
+        """Accept a text of printable characters."""
+        if not isinstance(value, str):
+            self.fail(name, "must be a string")
+        if not shortest <= len(value) <= longest or not value.isprintable():
+            self.fail(name, f"must be {shortest} to {longest} printable characters")
+        return value
+
+    def flag(self, name: str, value: object) -> bool:
+        """Accept True and False, but none of their look-alikes."""
+        if not isinstance(value, bool):
+            self.fail(name, "must be True or False")
+        return value
+
+    def uuid(self, name: str, value: object) -> str:
+        """Accept a UUID, or a string that spells one the usual way."""
+        if not isinstance(value, (str, uuid.UUID)) or not is_uuid(str(value)):
+            self.fail(name, "must be a UUID")
+        return str(value)
+
+    def url(self, name: str, value: object, *, https: bool) -> str:
+        """Accept a base URL and take off its trailing slashes."""
+        if not isinstance(value, str):
+            self.fail(name, "must be a string")
+        if flaw := _url_flaw(value):
+            self.fail(name, flaw)
+        parts = urlsplit(value)
+        if https and parts.scheme != "https" and not _is_loopback(parts.hostname or ""):
+            self.fail(name, "must be https, unless it leads to this machine")
+        return value.rstrip("/")
+
+    def seconds(self, name: str, value: object) -> float | None:
+        """Accept a number of seconds or a timedelta; None and -1 mean as long as it takes."""
+        if value is None or (value == -1 and not isinstance(value, bool)):
+            return None
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(name, "must be a number of seconds, a timedelta, or None")
+        if not 0 < value <= threading.TIMEOUT_MAX or math.isnan(value):
+            self.fail(name, "must be more than zero seconds and less than 292 years; None waits forever")
+        return float(value)
+
+    def session(self, name: str, value: object) -> requests.Session | None:
+        """Accept a requests.Session, or None."""
+        if value is not None and not isinstance(value, requests.Session):
+            self.fail(name, "must be a requests.Session")
+        return value
