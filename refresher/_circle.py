@@ -170,7 +170,7 @@ def _data(reply: Reply, request: Request) -> dict[str, object]:
     if 200 <= reply.status < 300 and isinstance(data := body.get("data"), dict):
         return data
     code = body.get("code")
-    if reply.status >= 400 and isinstance(code, int) and "message" in body:
+    if reply.status >= 400 and type(code) is int and "message" in body:
         raise _refusal(code, reply, request)
     raise unrecognized(request, reply)
 

@@ -291,10 +291,11 @@ def _set_cookies(response: requests.Response) -> dict[str, str]:
 
 def _links(error: BaseException) -> Iterator[BaseException]:
     """Walk from what the HTTP library raised down to what was the matter."""
-    link: object = error
-    while isinstance(link, BaseException):
+    link: BaseException | None = error
+    while link is not None:
         yield link
-        link = getattr(link, "reason", None) or next(iter(link.args), None)
+        inner = (getattr(link, "reason", None), *link.args[:1], link.__cause__)
+        link = next((each for each in inner if isinstance(each, BaseException)), None)
 
 
 def _was_never_sent(error: Exception) -> bool:

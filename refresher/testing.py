@@ -20,7 +20,9 @@ With pytest, ``pytest_plugins = ["refresher.testing"]`` gives the fixtures ``fak
 
 from __future__ import annotations
 
+import abc
 import base64
+import contextlib
 import gzip
 import hashlib
 import hmac
@@ -159,12 +161,12 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # A client may hang up at any time; anything else is a fault of the fake, and told.
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        # A client may hang up at any time. Anything else is a fault of the fake, and told.
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-class _Fake:
+class _Fake(abc.ABC):
     """A server on the loopback. It runs in a ``with`` statement, or from `start` to `stop`."""
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -192,10 +194,8 @@ class _Fake:
             self._server.shutdown()
             self._server.server_close()
             for connection in list(self._server.connections):
-                try:
+                with contextlib.suppress(OSError):  # the client may have closed it
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # closed by the client
             self._server = None
 
     def __enter__(self) -> Self:
@@ -216,8 +216,8 @@ class _Fake:
                 return answer(request) if callable(answer) else answer
             return self._answer(request)
 
-    def _answer(self, request: Received) -> Answer:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _answer(self, request: Received) -> Answer: ...
 
 
 def _base64url(data: bytes) -> str:

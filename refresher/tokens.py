@@ -16,7 +16,6 @@ from ._checks import Checks
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
-_FIRST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
 _LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
 _LONGEST = timedelta.max // _MILLISECOND
 
@@ -49,8 +48,8 @@ def claims(token: str) -> dict[str, float]:
 
 
 def instant(milliseconds: float) -> datetime:
-    """Turn milliseconds since 1970 into a datetime, or the nearest there is: it ends with the year 9999."""
-    return _EPOCH + timedelta(milliseconds=max(_FIRST, min(math.floor(milliseconds), _LAST)))
+    """Turn milliseconds since 1970 into a datetime. Before 1970 is 1970, and after the year 9999 its end."""
+    return _EPOCH + timedelta(milliseconds=max(0, min(math.floor(milliseconds), _LAST)))
 
 
 def _to_milliseconds(when: datetime | None) -> int:
@@ -91,7 +90,7 @@ class KuzzleToken:
     Example:
         >>> token = KuzzleToken("foo", "kauth-e30", expires_at=None, ttl=None)
         >>> token
-        KuzzleToken(kuid='foo', jwt=<secret 7c2d6a29>, expires_at=None, ttl=None)
+        KuzzleToken(kuid='foo', jwt=<secret eb04a126>, expires_at=None, ttl=None)
         >>> KuzzleToken.from_dict(token.to_dict()) == token
         True
     """
@@ -136,7 +135,7 @@ class KuzzleToken:
             kuid=kuid,
             jwt=jwt,
             expires_at=min(ends, default=None),
-            ttl=None if ttl == -1 else timedelta(milliseconds=max(-_LONGEST, min(math.floor(ttl), _LONGEST))),
+            ttl=None if ttl == -1 else timedelta(milliseconds=max(0, min(math.floor(ttl), _LONGEST))),
         )
 
 

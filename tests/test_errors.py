@@ -1,0 +1,225 @@
+"""What can go wrong tells no secret, and survives a trip."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import traceback
+import types
+
+import pytest
+import requests
+
+import refresher
+from refresher import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    RefreshError,
+    RequestRefusedError,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+from refresher.testing import Answer
+from refresher.tokens import fingerprint
+
+JWT = "kauth-planted.planted.planted"
+CIRCLE = {
+    "user_token": "planted-user-token",
+    "refresh_token": "planted-refresh-token",
+    "device_id": "planted-device",
+    "api_key": "planted:api:key",
+}
+KINDS = [kind for kind in vars(refresher).values() if isinstance(kind, type) and issubclass(kind, RefreshError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trip(kind):
+    """An error is the same after pickling and copying, with all it knows."""
+    details = {
+        "provider": "circle",
+        "status": 429,
+        "code": 5,
+        "id": "x",
+        "request_id": "y",
+        "retry_after": 1.5,
+        "spent": False,
+        "idempotency_key": "z",
+    }
+    error = kind("what happened", **details)
+    for trip in (lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy):
+        back = trip(error)
+        assert type(back) is kind
+        assert (str(back), vars(back)) == ("what happened", details)
+
+
+def test_family():
+    """All are RefreshErrors; a bad argument is a refused request and a ValueError as well."""
+    assert {kind.__name__ for kind in KINDS} == {
+        "InvalidArgumentError",
+        "OutcomeUnknownError",
+        "RefreshError",
+        "ReplyError",
+        "RequestRefusedError",
+        "SignInRequiredError",
+        "UnavailableError",
+    }
+    assert issubclass(InvalidArgumentError, (RequestRefusedError, ValueError))
+    assert issubclass(InvalidArgumentError, ValueError)
+    assert set(vars(RefreshError("x")).values()) == {None}
+
+
+def reachable(error):
+    """Whatever hangs on an error, but for the frames of its traceback, types and modules."""
+    stack, seen = [error], {}
+    while stack:
+        each = stack.pop()
+        if id(each) in seen or isinstance(
+            each, (type, types.ModuleType, types.TracebackType, types.FunctionType)
+        ):
+            continue
+        seen[id(each)] = each
+        stack.extend(gc.get_referents(each))
+    return list(seen.values())
+
+
+def assert_tells_nothing(error, log):
+    __tracebackhide__ = True
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    shown = [
+        str(error),
+        repr(error),
+        repr(vars(error)),
+        repr(error.args),
+        pickle.dumps(error, 0).decode("latin-1"),
+    ]
+    shown += traceback.format_exception_only(error)
+    shown += [record.getMessage() for record in log.records]
+    assert [text for text in shown if "planted" in text] == []
+    for each in reachable(error):
+        assert not type(each).__module__.startswith(("requests", "urllib3", "http"))
+        assert "planted" not in each if isinstance(each, str) else True
+
+
+def echo(request):
+    """Say back, wherever something can be said, what was sent."""
+    sent = [value.removeprefix("Bearer ") for value in request.headers.values()]
+    sent += [str(value) for value in json.loads(request.body or b"{}").values()]
+    secret = next((value for value in sent if "planted" in value), "planted")
+    members = {
+        "id": secret,
+        "code": secret,
+        "message": secret,
+        "status": secret,
+        "props": sent,
+        "stack": secret,
+    }
+    headers = dict.fromkeys(("X-Request-Id", "X-Kuzzle-Request-Id", "Retry-After", "Location", "X-Any"), secret)
+    return lambda status: Answer(
+        status, {**members, "error": members, "data": secret, "result": secret}, headers
+    )
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404, 429, 500, 502, 503])
+def test_echo(kuzzle, circle, caplog, status):
+    """A service that says back all it heard does not get it into an error or a log."""
+    caplog.set_level(logging.DEBUG)
+    kuzzle.next_answers.append(lambda request: echo(request)(status))
+    circle.next_answers.append(lambda request: echo(request)(status))
+    with pytest.raises(RefreshError) as first:
+        refresh_kuzzle_token(kuzzle.url, JWT)
+    with pytest.raises(RefreshError) as second:
+        refresh_user_token(**CIRCLE, base_url=circle.url)
+    assert_tells_nothing(first.value, caplog)
+    assert_tells_nothing(second.value, caplog)
+
+
+@pytest.mark.parametrize("answer", [b"", b"planted", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nplanted"])
+def test_lost(kuzzle, circle, caplog, answer):
+    """Nor does the HTTP library, whose own errors hold the request."""
+    caplog.set_level(logging.DEBUG)
+    kuzzle.next_answers.append(answer)
+    circle.next_answers.append(answer)
+    with pytest.raises(OutcomeUnknownError) as first:
+        refresh_kuzzle_token(kuzzle.url, JWT)
+    with pytest.raises(OutcomeUnknownError) as second:
+        refresh_user_token(**CIRCLE, base_url=circle.url)
+    assert_tells_nothing(first.value, caplog)
+    assert_tells_nothing(second.value, caplog)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda: refresh_kuzzle_token("http://127.0.0.1:1", JWT), id="nobody there"),
+        pytest.param(lambda: refresh_kuzzle_token("http://no.invalid", JWT), id="no such host"),
+        pytest.param(lambda: refresh_kuzzle_token("http://u:planted@host", JWT), id="a password"),
+        pytest.param(lambda: refresh_kuzzle_token("http://planted host", JWT), id="no URL"),
+        pytest.param(lambda: refresh_kuzzle_token("http://host", JWT + "\n"), id="a line break"),
+        pytest.param(lambda: refresh_kuzzle_token("http://host", JWT, expires_in="planted"), id="no timespan"),
+        pytest.param(lambda: refresh_user_token(**CIRCLE, base_url="http://planted"), id="no TLS"),
+        pytest.param(lambda: refresh_user_token(**CIRCLE, idempotency_key="planted"), id="no UUID"),
+        pytest.param(
+            lambda: refresh_kuzzle_token(
+                "http://127.0.0.1:1", session=session_with_cookie("planted token"), cookie_auth=True
+            ),
+            id="a cookie that is no token",
+        ),
+    ],
+)
+def test_not_sent(call, caplog):
+    """Nor does anything that goes wrong before something is sent."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(RefreshError) as caught:
+        call()
+    assert_tells_nothing(caught.value, caplog)
+
+
+def session_with_cookie(value):
+    session = requests.Session()
+    session.cookies.set("authToken", value)
+    return session
+
+
+def test_log(kuzzle, caplog):
+    """The log has a line an exchange: who, which credential, what came of it, how often, how long."""
+    caplog.set_level(logging.INFO, "refresher")
+    jwt = kuzzle.login()
+    kuzzle.clock.advance(1)
+    refresh_kuzzle_token(kuzzle.url, jwt)
+    with pytest.raises(RefreshError):
+        refresh_kuzzle_token(kuzzle.url, jwt)
+    good, bad = caplog.messages
+    assert good.startswith(f"kuzzle {fingerprint(jwt)}: ok, 1 attempt, 0.")
+    assert bad.startswith(f"kuzzle {fingerprint(jwt)}: Kuzzle does not accept the token any more")
+    assert "(401, security.token.invalid), 1 attempt, 0." in bad
+
+
+def test_interrupted_exchange_is_logged(circle, caplog, monkeypatch):
+    """An exchange that is broken off has its line too."""
+    caplog.set_level(logging.INFO, "refresher")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        refresh_user_token(**CIRCLE, base_url=circle.url)
+    assert f"circle {fingerprint('planted-refresh-token')}: interrupted" in caplog.text
+
+
+def test_own_objects_show_nothing(kuzzle):
+    """What the library hands around shows no secret in a frame's variables."""
+    frames = []
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(RefreshError) as caught:
+        refresh_kuzzle_token(kuzzle.url, JWT)
+    for frame, _ in traceback.walk_tb(caught.value.__traceback__):
+        values = [value for value in frame.f_locals.values() if type(value).__module__.startswith("refresher")]
+        frames += values
+        assert not any("planted" in repr(value) for value in values)
+    assert any(type(value).__name__ == "Request" for value in frames)
+    assert "planted" not in repr(kuzzle.requests)

@@ -1,0 +1,132 @@
+"""How the package is built."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import doctest
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import mypy.api
+import pytest
+
+import refresher
+import refresher.testing
+
+PACKAGE = Path(refresher.__file__).parent
+# Each imports from those before it only.
+FLOORS = [
+    ["errors"],
+    ["_checks"],
+    ["tokens"],
+    ["_http"],
+    ["_circle", "_kuzzle"],
+    ["_exchange"],
+    ["_api", "testing"],
+    ["_cli"],
+    ["__init__", "__main__"],
+]
+
+
+def imports_of(path):
+    """The modules of ours that one imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def test_imports_point_down():
+    """Every module stands on a floor, and knows only those below."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == {name for floor in FLOORS for name in floor}
+    for height, floor in enumerate(FLOORS):
+        below = {name for lower in FLOORS[:height] for name in lower}
+        for name in floor:
+            assert set(imports_of(PACKAGE / f"{name}.py")) <= below, name
+
+
+def test_all_is_sorted():
+    """What people import is listed in order, and is there."""
+    assert refresher.__all__ == sorted(refresher.__all__)
+    assert refresher.testing.__all__ == sorted(refresher.testing.__all__)
+    for name in refresher.__all__:
+        assert hasattr(refresher, name)
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_import_does_nothing():
+    """Importing the package starts no thread, opens no socket and loads no extra."""
+    out = run("""
+        import sys, threading
+        import requests  # whose urllib3 tries out IPv6
+        events = []
+        sys.addaudithook(lambda event, args: events.append(event) if event.startswith("socket.") else None)
+        import refresher
+        print(threading.active_count(), events, end=" ")
+        extras = ("pytest", "refresher.testing", "django", "redis", "filelock")
+        print([name for name in extras if name in sys.modules])
+    """)
+    assert out == "1 [] []\n"
+
+
+def test_testing_without_pytest(monkeypatch):
+    """The fakes need no pytest."""
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    spec = importlib.util.spec_from_file_location("refresher.plain_testing", refresher.testing.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert not hasattr(module, "fake_kuzzle")
+    with module.FakeKuzzle() as fake:
+        assert fake.knows(fake.login())
+
+
+def test_version():
+    """There is one version."""
+    setup = Path(__file__).parent.parent / "setup.cfg"
+    config = configparser.ConfigParser()
+    config.read(setup)
+    assert refresher.__version__ == config["metadata"]["version"]
+
+
+def test_typing(tmp_path):
+    """A type checker refuses both or neither of user_token and user_id, a wrong type, a wrong name."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            from refresher import KuzzleToken, UserToken, refresh_kuzzle_token, refresh_user_token
+
+            pair: UserToken = refresh_user_token(refresh_token="r", device_id="d", user_token="u")
+            pair = refresh_user_token(refresh_token="r", device_id="d", user_id="u")
+            token: KuzzleToken = refresh_kuzzle_token("u", "j", expires_in="2h", timeout=None)
+            refresh_user_token(refresh_token="r", device_id="d")  # bad
+            refresh_user_token(refresh_token="r", device_id="d", user_token="u", user_id="u")  # bad
+            refresh_user_token("u", refresh_token="r", device_id="d")  # bad
+            refresh_user_token(refresh_token="r", user_token="u")  # bad
+            refresh_kuzzle_token("u", "j", expires_in=7200)  # bad
+            refresh_kuzzle_token("u", "j", "2h")  # bad
+            refresh_kuzzle_token("u", "j", expiresIn="2h")  # bad
+            token.jwt = "x"  # bad
+        """)
+    )
+    out, err, _ = mypy.api.run(["--strict", f"--cache-dir={tmp_path}", str(program)])
+    assert err == ""
+    refused = {int(line.split(":")[1]) for line in out.splitlines() if ": error: " in line}
+    bad = [number for number, line in enumerate(program.read_text().splitlines(), 1) if line.endswith("# bad")]
+    assert sorted(refused) == bad
+
+
+@pytest.mark.parametrize("name", [name for floor in FLOORS for name in floor if name != "__main__"])
+def test_examples_run(name):
+    """The examples in the documentation do what they say."""
+    module = refresher if name == "__init__" else importlib.import_module(f"refresher.{name}")
+    assert doctest.testmod(module, raise_on_error=False).failed == 0

@@ -1,0 +1,123 @@
+"""The results."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from datetime import UTC, datetime, timedelta, timezone
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refresher import InvalidArgumentError, KuzzleToken, UserToken
+
+WHEN = datetime(2026, 11, 21, 20, 38, 47, 300000, UTC)
+KUZZLE = KuzzleToken("foo", "kauth-planted", WHEN, timedelta(hours=1))
+CIRCLE = UserToken("planted-user", "planted-key", "<b>user-1</b>", "planted-refresh", WHEN)
+TOKENS = pytest.mark.parametrize("token", [KUZZLE, CIRCLE], ids=["kuzzle", "circle"])
+
+
+@TOKENS
+def test_copies(token):
+    """A token survives pickling, copying and its own JSON."""
+    assert pickle.loads(pickle.dumps(token)) == token
+    assert copy.copy(token) == copy.deepcopy(token) == token
+    assert type(token).from_dict(token.to_dict()) == token
+    assert hash(copy.copy(token)) == hash(token)
+
+
+@TOKENS
+def test_frozen(token):
+    """A token does not change, and has no room for anything else."""
+    for field in (*attrs.fields_dict(type(token)), "other"):
+        with pytest.raises(AttributeError):
+            setattr(token, field, "x")
+
+
+@TOKENS
+def test_no_secret_shows(token):
+    """Neither text nor notebook shows a secret; a fingerprint tells two of them apart."""
+    for shown in (repr(token), str(token), f"{token}", token._repr_html_()):
+        assert "planted" not in shown
+        assert "&lt;secret " in shown or "<secret " in shown
+    first = attrs.fields(type(token))[1 if token is KUZZLE else 0].name
+    other = attrs.evolve(token, **{first: "kauth-planted2"})
+    assert other != token
+    assert repr(other) != repr(token)
+    assert repr(attrs.evolve(token)) == repr(token)
+
+
+def test_json():
+    """The services' own names and units."""
+    assert KUZZLE.to_dict() == {
+        "_id": "foo",
+        "expiresAt": 1795293527300,
+        "jwt": "kauth-planted",
+        "ttl": 3600000,
+    }
+    assert KuzzleToken("foo", None, None, None).to_dict() == {"_id": "foo", "expiresAt": -1, "ttl": -1}
+    assert CIRCLE.to_dict() == {
+        "userToken": "planted-user",
+        "encryptionKey": "planted-key",
+        "userID": "<b>user-1</b>",
+        "refreshToken": "planted-refresh",
+        "expiresAt": 1795293527300,
+    }
+    assert UserToken("u", None, None, "r", WHEN).to_dict() == {
+        "userToken": "u",
+        "refreshToken": "r",
+        "expiresAt": 1795293527300,
+    }
+
+
+def test_time_in_another_zone():
+    """An expiry in any zone is written down as the instant it is."""
+    there = WHEN.astimezone(timezone(timedelta(hours=5)))
+    assert (
+        KuzzleToken("foo", "x", there, timedelta(1)).to_dict()
+        == KuzzleToken("foo", "x", WHEN, timedelta(1)).to_dict()
+    )
+
+
+def test_notebook():
+    """A notebook shows the time left; what a service sent is not taken for HTML."""
+    soon = datetime.now(UTC) + timedelta(hours=2, milliseconds=-1)
+    assert "<th>time left</th><td>1:59:59</td>" in attrs.evolve(KUZZLE, expires_at=soon)._repr_html_()
+    assert "<td>0:00:00</td>" in attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 1, tzinfo=UTC))._repr_html_()
+    assert "<td>unlimited</td>" in KuzzleToken("foo", None, None, None)._repr_html_()
+    assert "&lt;b&gt;user-1&lt;/b&gt;" in CIRCLE._repr_html_()
+    assert "<caption>UserToken</caption>" in CIRCLE._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "member"),
+    [
+        pytest.param(KuzzleToken, {"_id": None}, "_id", id="no user"),
+        pytest.param(KuzzleToken, {"jwt": "planted token"}, "jwt", id="no token"),
+        pytest.param(KuzzleToken, {"expiresAt": None}, "expiresAt", id="no expiry"),
+        pytest.param(KuzzleToken, {"ttl": "planted"}, "ttl", id="no lifetime"),
+        pytest.param(UserToken, {"userToken": None}, "userToken", id="no user token"),
+        pytest.param(UserToken, {"refreshToken": ""}, "refreshToken", id="no refresh token"),
+        pytest.param(UserToken, {"expiresAt": "planted"}, "expiresAt", id="no end"),
+        pytest.param(UserToken, {"encryptionKey": "planted key"}, "encryptionKey", id="no encryption key"),
+        pytest.param(UserToken, {"userID": ["planted"]}, "userID", id="no user id"),
+    ],
+)
+def test_from_other_dicts(kind, changes, member):
+    """A member that is missing or malformed is named, and not shown."""
+    values = (KUZZLE if kind is KuzzleToken else CIRCLE).to_dict()
+    with pytest.raises(InvalidArgumentError, match=f"^{member} must ") as caught:
+        kind.from_dict({**values, **changes})
+    assert "planted" not in str(caught.value)
+
+
+@given(
+    expires_at=st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    ttl=st.integers() | st.just(1e18),
+)
+def test_any_time(expires_at, ttl):
+    """Any number of milliseconds gives a token, and the token its own JSON."""
+    token = KuzzleToken.from_dict({"_id": "foo", "expiresAt": expires_at, "ttl": ttl})
+    assert KuzzleToken.from_dict(token.to_dict()) == token
