@@ -459,3 +459,11 @@ def test_cookie_that_was_not_asked_for(kuzzle):
     answer = {"_id": "foo", "expiresAt": -1, "ttl": -1}
     kuzzle.next_answers.append(Answer(200, {"result": answer}, {"Set-Cookie": "authToken=kauth-new; Path=/"}))
     assert refresh_kuzzle_token(kuzzle.url, JWT).jwt == "kauth-new"
+
+
+def test_a_fault_of_a_fake_is_told(kuzzle, capfd):
+    """If a fake breaks, it says so on standard error, and the client sees a lost answer."""
+    kuzzle.next_answers.append(lambda request: 1 // 0)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, JWT)
+    assert "ZeroDivisionError" in capfd.readouterr().err
