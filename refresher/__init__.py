@@ -13,6 +13,7 @@ Example:
 """
 
 from ._api import refresh_kuzzle_token, refresh_user_token
+from ._cache import TokenCache
 from ._http import __version__
 from .errors import (
     InvalidArgumentError,
@@ -23,16 +24,23 @@ from .errors import (
     SignInRequiredError,
     UnavailableError,
 )
+from .stores import DjangoStore, FileStore, MemoryStore, RedisStore, Store
 from .tokens import KuzzleToken, UserToken
 
 __all__ = [
+    "DjangoStore",
+    "FileStore",
     "InvalidArgumentError",
     "KuzzleToken",
+    "MemoryStore",
     "OutcomeUnknownError",
+    "RedisStore",
     "RefreshError",
     "ReplyError",
     "RequestRefusedError",
     "SignInRequiredError",
+    "Store",
+    "TokenCache",
     "UnavailableError",
     "UserToken",
     "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import uuid
@@ -12,8 +13,11 @@ import attrs
 import requests
 
 from . import _circle, _kuzzle
+from ._cache import SHARED, Credential, TokenCache
+from ._checks import Checks
 from ._exchange import exchange
 from ._http import find_cookie, keep_cookie
+from .errors import SignInRequiredError
 from .tokens import KuzzleToken, UserToken
 
 Seconds = float | timedelta | None
@@ -29,6 +33,7 @@ def refresh_kuzzle_token(
     strategy: str | None = None,
     queuable: bool = True,
     timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED,
     session: requests.Session | None = None,
 ) -> KuzzleToken:
     """
@@ -47,12 +52,15 @@ def refresh_kuzzle_token(
         trigger_events: Sent as the JavaScript SDK does; Kuzzle 2 triggers its events either way.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
         queuable: Whether Kuzzle's downtime may be waited out. So far no call waits: each is one attempt.
-        timeout: Seconds, or a timedelta; None or -1: as long as it takes.
+        timeout: Seconds, or a timedelta; None or -1: as long as it takes. When it's over, the exchange goes
+            on (for a minute, if that's longer), and the next call finds its result in the cache.
+        cache: Remembers who succeeded whom. A call with a spent *jwt* gets its last successor, and without a
+            request while that is fresh, whatever *expires_in* says. None: each call refreshes its *jwt*.
         session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed but
             for the ``authToken`` cookie in cookie mode.
 
     Returns:
-        The new token. Save it before anything else: it is the only one that is good.
+        The new token. It's the only one that is good: save it before anything else, or let a cache's store.
 
     Raises:
         InvalidArgumentError: An argument is wrong. Nothing was sent.
@@ -78,7 +86,6 @@ def refresh_kuzzle_token(
     """
     check = _kuzzle.check
     check.flag("queuable", queuable)
-    deadline = _deadline(check.seconds("timeout", timeout))
     check.session("session", session)
     jar = session if check.flag("cookie_auth", cookie_auth) else None
     in_cookie = jar is not None and jwt is None
@@ -88,22 +95,34 @@ def refresh_kuzzle_token(
         jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
     if jwt is None:
         check.fail("jwt", "is missing, and so is an authToken cookie" if in_cookie else "is missing")
-    request = _kuzzle.build(
+    build = functools.partial(
+        _kuzzle.build,
         url=url,
-        jwt=jwt,
         expires_in=expires_in,
         cookie_auth=cookie_auth,
         trigger_events=trigger_events,
         strategy=strategy,
-        request_id=str(uuid.uuid4()),
         in_cookie=in_cookie,
     )
-    now = time.time()
-    token = exchange(request, _kuzzle.parse, session=session, deadline=deadline)
+    build(jwt=jwt, request_id="")  # finds what is wrong with the arguments
+
+    def refresh(last: KuzzleToken | None, connect: float | None, limit: float | None) -> KuzzleToken:
+        request = build(jwt=jwt if last is None else last.jwt, request_id=str(uuid.uuid4()))
+        return exchange(request, _kuzzle.parse, session=session, connect=connect, timeout=limit)
+
+    credential = Credential(
+        provider="kuzzle",
+        key=_kuzzle.key(url, jwt),
+        refresh=refresh,
+        read=KuzzleToken.from_dict,
+        keys=lambda token: [_kuzzle.key(url, token.jwt)],
+        lifetime=_kuzzle.lifetime,
+        useful=_kuzzle.lifetime,
+    )
+    token = _cache(check, cache).last(credential, check.seconds("timeout", timeout))
     if jar is None:
         return token
-    expires = None if token.ttl is None else now + token.ttl.total_seconds()
-    keep_cookie(jar, request.url, _kuzzle.COOKIE, token.jwt or "", expires)
+    keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
     return attrs.evolve(token, jwt=None)
 
 
@@ -117,9 +136,10 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = "https://api.circle.com",
+    base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED,
     session: requests.Session | None = None,
 ) -> UserToken: ...
 @overload
@@ -132,9 +152,10 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = "https://api.circle.com",
+    base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED,
     session: requests.Session | None = None,
 ) -> UserToken: ...
 def refresh_user_token(
@@ -146,9 +167,10 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = "https://api.circle.com",
+    base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED,
     session: requests.Session | None = None,
 ) -> UserToken:
     """
@@ -172,7 +194,10 @@ def refresh_user_token(
         request_id: A UUID that names the request in Circle's logs. None: a new one.
         base_url: Where Circle answers. Only a loopback address may do without https.
         retry: Whether failures may be tried again. So far no call does: each is one attempt.
-        timeout: Seconds for all of it, or a timedelta; None or -1: as long as it takes.
+        timeout: Seconds for it all, or a timedelta; None or -1: as long as it takes. When it's over, the
+            exchange goes on (for a minute, if that's longer), and the next call finds its result in the cache.
+        cache: Remembers who succeeded whom. A call with a spent pair gets its last successor, without a request
+            as long as that is fresh. None: every call refreshes the pair it is given.
         session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed.
 
     Returns:
@@ -201,7 +226,6 @@ def refresh_user_token(
     """
     check = _circle.check
     check.flag("retry", retry)
-    deadline = _deadline(check.seconds("timeout", timeout))
     check.session("session", session)
     if api_key is None:
         api_key = os.environ.get("CIRCLE_WEB3_API_KEY")
@@ -217,14 +241,59 @@ def refresh_user_token(
         idempotency_key=idempotency_key,
         request_id=request_id,
     )
-    if call.user_token is None:
-        swap = _circle.build_exchange(call)
-        user_token = exchange(swap, _circle.parse_exchange, session=session, deadline=deadline)
-    else:
-        user_token = call.user_token
-    request = _circle.build(call, user_token)
-    return exchange(request, _circle.parse, session=session, deadline=deadline)
+    shared = _cache(check, cache)
+
+    fresh: list[str] = []
+
+    def swap(_: object, connect: float | None, limit: float | None) -> _circle.Exchanged:
+        request = _circle.build_exchange(call)
+        swapped = exchange(request, _circle.parse_exchange, session=session, connect=connect, timeout=limit)
+        fresh.append(swapped.user_token)
+        return swapped
+
+    swapping = Credential(
+        provider="circle",
+        key=_circle.exchange_key(call),
+        refresh=swap,
+        read=_circle.Exchanged.from_dict,
+        keys=lambda _: [_circle.exchange_key(call)],
+        lifetime=_circle.Exchanged.lifetime,
+        useful=_circle.Exchanged.lifetime,
+    )
+
+    def refresh(last: UserToken | None, connect: float | None, limit: float | None) -> UserToken:
+        step = call if last is None else call.following(last)
+        deadline = None if limit is None else time.monotonic() + limit
+        user_token = step.user_token or shared.last(swapping, limit).user_token
+        left = None if deadline is None else max(0.001, deadline - time.monotonic())
+        try:
+            request = _circle.build(step, user_token)
+            return exchange(request, _circle.parse, session=session, connect=connect, timeout=left)
+        except SignInRequiredError as error:
+            if step.user_token is not None or error.code not in _circle.STALE:
+                raise
+            shared.drop(swapping.key)
+            if user_token in fresh:
+                raise
+        return refresh(last, connect, None if deadline is None else deadline - time.monotonic())
+
+    credential = Credential(
+        provider="circle",
+        key=_circle.key(call.base_url, call.who, call.refresh_token, call.device_id),
+        refresh=refresh,
+        read=UserToken.from_dict,
+        keys=call.keys,
+        lifetime=_circle.lifetime,
+        useful=_circle.useful,
+        idempotency_key=call.idempotency_key,
+    )
+    return shared.last(credential, check.seconds("timeout", timeout))
 
 
-def _deadline(seconds: float | None) -> float | None:
-    return None if seconds is None else time.monotonic() + seconds
+def _cache(check: Checks, cache: object) -> TokenCache:
+    """Take the caller's cache. None is one that nobody else has and that ends with the call."""
+    if cache is None:
+        return TokenCache(lease=0.0)
+    if not isinstance(cache, TokenCache):
+        check.fail("cache", "must be a TokenCache or None")
+    return cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Mapping
 
 import attrs
 
@@ -19,12 +20,18 @@ from .errors import (
     SignInRequiredError,
     UnavailableError,
 )
-from .tokens import UserToken
+from .tokens import UserToken, claims, key_of, lifespan, masked
 
 check = Checks("circle")
 
-# Documented. Nothing in the reply tells, unless the user token is a JWT that does.
-_LIFETIME = 60 * 60 * 1000
+BASE_URL = "https://api.circle.com"
+
+# Documented. Nothing in the reply tells, unless the user token is a JWT that does. In seconds.
+_LIFETIME = 60 * 60.0
+# Undocumented: an assumption.
+_REFRESH_LIFETIME = 30 * 86400.0
+# How long the token of an exchange is used.
+_EXCHANGED = 50 * 60.0
 
 # What is about the arguments, the API key or the rate. Any other refusal with a 4xx means: sign in again.
 _MEANINGS: dict[int, tuple[type[RefreshError], bool | None]] = {
@@ -41,6 +48,10 @@ _MEANINGS: dict[int, tuple[type[RefreshError], bool | None]] = {
 }
 
 
+# The user token is unknown, expired or invalid: one that a user id was exchanged for is of no more use.
+STALE = (155103, 155104, 155105)
+
+
 @attrs.frozen(kw_only=True)
 class Call:
     """The arguments of one call, checked."""
@@ -53,6 +64,37 @@ class Call:
     device_id: str
     idempotency_key: str
     request_id: str
+
+    @property
+    def who(self) -> str:
+        """The user token, or the user id."""
+        return self.user_token or self.user_id or ""
+
+    def following(self, last: UserToken) -> Call:
+        """Say the same of a pair that has come of this call."""
+        key = _derive(last.user_token, last.refresh_token, self.device_id)
+        return attrs.evolve(
+            self,
+            user_token=last.user_token,
+            refresh_token=last.refresh_token,
+            user_id=None,
+            idempotency_key=key,
+        )
+
+    def keys(self, token: UserToken) -> list[str]:
+        """List the keys of a pair that has come of this call: with its user token, and with the user id."""
+        given = [token.user_token] if self.user_id is None else [token.user_token, self.user_id]
+        return [key(self.base_url, who, token.refresh_token, self.device_id) for who in given]
+
+
+def _derive(who: str, refresh_token: str, device_id: str) -> str:
+    """
+    Derive an idempotency key, so that the same call has the same one, also after a crash and elsewhere.
+
+    None of the parts has a line break in it, so no two calls share one.
+    """
+    digest = hashlib.sha256(f"{who}\n{refresh_token}\n{device_id}".encode()).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=4))
 
 
 def prepare(
@@ -77,11 +119,6 @@ def prepare(
     who = check.token("user_token", user_token) if user_id is None else check.text("user_id", user_id, 5, 50)
     secret = check.token("refresh_token", refresh_token)
     device = check.token("device_id", device_id)
-    if idempotency_key is None:
-        # Derived, not drawn: the same call has the same key, also after a crash and on another machine. None
-        # of the parts can hold a line break, so no two calls share one.
-        digest = hashlib.sha256(f"{who}\n{secret}\n{device}".encode()).digest()
-        idempotency_key = uuid.UUID(bytes=digest[:16], version=4)
     return Call(
         base_url=check.url("base_url", base_url, https=True),
         api_key=check.token("api_key", api_key),
@@ -89,9 +126,60 @@ def prepare(
         user_id=None if user_id is None else who,
         refresh_token=secret,
         device_id=device,
-        idempotency_key=check.uuid("idempotency_key", idempotency_key),
+        idempotency_key=_derive(who, secret, device)
+        if idempotency_key is None
+        else check.uuid("idempotency_key", idempotency_key),
         request_id=str(uuid.uuid4()) if request_id is None else check.uuid("request_id", request_id),
     )
+
+
+def key(base_url: object, who: object, refresh_token: object, device_id: object) -> str:
+    """Make the key of a credential. *who* is the user token or the user id."""
+    return key_of(
+        "circle",
+        check.url("base_url", base_url, https=True),
+        check.text("user_token or user_id", who, longest=100_000),
+        check.token("refresh_token", refresh_token),
+        check.token("device_id", device_id),
+    )
+
+
+def lifetime(token: UserToken) -> float:
+    """Tell how many seconds a user token lives from its birth."""
+    return lifespan(token.user_token) or _LIFETIME
+
+
+def useful(token: UserToken) -> float:
+    """Tell for how many seconds a pair can be refreshed: as long as its refresh token lives."""
+    known = claims(token.refresh_token)
+    if "exp" not in known:
+        return _REFRESH_LIFETIME
+    return known["exp"] - known.get("iat", token.expires_at.timestamp() - lifetime(token))
+
+
+@attrs.frozen
+class Exchanged:
+    """What a user id was exchanged for."""
+
+    user_token: str = attrs.field(repr=masked)
+
+    def to_dict(self) -> dict[str, object]:
+        """Write it down as Circle does."""
+        return {"userToken": self.user_token}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Exchanged:
+        """Read it."""
+        return cls(check.token("userToken", values.get("userToken")))
+
+    def lifetime(self) -> float:
+        """Tell for how many seconds it is used."""
+        return min(_EXCHANGED, lifespan(self.user_token) or _LIFETIME)
+
+
+def exchange_key(call: Call) -> str:
+    """Make the key of the exchange's result."""
+    return key_of("circle exchange", call.base_url, call.api_key, call.who)
 
 
 def build_exchange(call: Call) -> Request:
@@ -108,15 +196,16 @@ def build_exchange(call: Call) -> Request:
     )
 
 
-def parse_exchange(reply: Reply, request: Request) -> str:
+def parse_exchange(reply: Reply, request: Request) -> Exchanged:
     """
     Read the user token.
 
     Raises:
         RefreshError: There is none.
     """
+    data = _data(reply, request)
     try:
-        return check.token("userToken", _data(reply, request).get("userToken"))
+        return Exchanged.from_dict(data)
     except InvalidArgumentError:
         pass
     raise failure(ReplyError, request, reply, spent=False, what="answered without a user token")
@@ -152,10 +241,11 @@ def parse(reply: Reply, request: Request) -> UserToken:
     Raises:
         RefreshError: There is no user token in it.
     """
+    data = _data(reply, request)
     values: dict[str, object] = {
         "refreshToken": request.credential,
-        **{name: value for name, value in _data(reply, request).items() if value and isinstance(value, str)},
-        "expiresAt": reply.sent_at * 1000 + _LIFETIME,
+        **{name: value for name, value in data.items() if value and isinstance(value, str)},
+        "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
     }
     try:
         return UserToken.from_dict(values)

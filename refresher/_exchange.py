@@ -22,7 +22,8 @@ def exchange(
     parse: Callable[[Reply, Request], _Answer],
     *,
     session: requests.Session | None,
-    deadline: float | None,
+    connect: float | None,
+    timeout: float | None,
 ) -> _Answer:
     """
     Send *request*, read the reply and log what came of it.
@@ -30,7 +31,8 @@ def exchange(
     Args:
         parse: Reads the reply, or raises what it means.
         session: Whose connections to use; None for our own.
-        deadline: When to stop waiting, by ``time.monotonic()``; None for never.
+        connect: Seconds to wait for a connection; None for ever.
+        timeout: Seconds to wait for the answer, connection included; None for ever.
 
     Raises:
         RefreshError: There was no answer, or it was a refusal.
@@ -38,9 +40,7 @@ def exchange(
     started = time.monotonic()
     outcome = "interrupted"
     try:
-        # A deadline that has passed already still leaves time to be told so by the socket.
-        timeout = None if deadline is None else max(deadline - started, 0.001)
-        answer = parse(send(request, session=session, timeout=timeout), request)
+        answer = parse(send(request, session=session, connect=connect, timeout=timeout), request)
         outcome = "ok"
         return answer
     except RefreshError as error:

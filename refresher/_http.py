@@ -194,7 +194,9 @@ def _own_session() -> requests.Session:
 os.register_at_fork(after_in_child=_own_session.cache_clear)
 
 
-def send(request: Request, *, session: requests.Session | None, timeout: float | None) -> Reply:
+def send(
+    request: Request, *, session: requests.Session | None, connect: float | None, timeout: float | None
+) -> Reply:
     """
     Send *request* once and read the reply, whatever it is.
 
@@ -205,7 +207,8 @@ def send(request: Request, *, session: requests.Session | None, timeout: float |
     Args:
         request: What to send.
         session: The caller's session, or None for one of our own.
-        timeout: Seconds for connecting and for waiting until the answer begins; None for ever.
+        connect: Seconds to wait for a connection, TLS and all; None for ever.
+        timeout: Seconds to wait for the answer, connection included; None for ever.
 
     Raises:
         UnavailableError: Nothing was sent.
@@ -218,7 +221,7 @@ def send(request: Request, *, session: requests.Session | None, timeout: float |
         prepared = _prepare(request, session)
         settings: dict[str, Any] = {**session.merge_environment_settings(prepared.url, {}, True, None, None)}
         adapter = session.get_adapter(request.url)
-        settings["timeout"] = Timeout(total=timeout)
+        settings["timeout"] = Timeout(total=timeout, connect=connect)
         with adapter.send(prepared, **settings) as response:
             return Reply(
                 status=response.status_code,
@@ -336,17 +339,15 @@ def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
     return next((cookie.value for cookie in _cookies_for(session, url, name)), None)
 
 
-def keep_cookie(session: requests.Session, url: str, name: str, value: str, expires: float | None) -> None:
+def keep_cookie(session: requests.Session, url: str, name: str, value: str) -> None:
     """
     Put a cookie into the session's jar, in place of all of its *name* that would go to *url*.
 
-    Args:
-        expires: When it dies, in seconds since 1970 by the local clock. By the service's own date, a jar whose
-            clock is ahead would throw away what is the only copy of a token.
+    It has no expiry: by that, a jar whose clock is ahead would throw away what may be the only copy of a token.
     """
     host = eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1]
     cookie: Cookie = create_cookie(  # type: ignore[no-untyped-call]
-        name, value, domain=host, path="/", rest={"HttpOnly": ""}, expires=expires, discard=expires is None
+        name, value, domain=host, path="/", rest={"HttpOnly": ""}
     )
     for old in _cookies_for(session, url, name):
         session.cookies.clear(old.domain, old.path, old.name)

@@ -17,7 +17,7 @@ from .errors import (
     SignInRequiredError,
     UnavailableError,
 )
-from .tokens import KuzzleToken
+from .tokens import KuzzleToken, key_of, lifespan
 
 COOKIE = "authToken"
 
@@ -120,6 +120,16 @@ def _expires_in(value: object, *, cookie_auth: bool) -> str:
     if lifetime > (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST):
         check.fail("expires_in", "is longer than Kuzzle can count; -1 means for ever")
     return value
+
+
+def key(url: object, jwt: object) -> str:
+    """Make the key of a credential."""
+    return key_of("kuzzle", check.url("url", url, https=False), check.token("jwt", jwt))
+
+
+def lifetime(token: KuzzleToken) -> float | None:
+    """Tell how many seconds a token lives from its birth; None: for ever."""
+    return lifespan(token.jwt or "") or (None if token.ttl is None else token.ttl.total_seconds())
 
 
 def build(

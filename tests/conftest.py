@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from refresher import refresh_kuzzle_token, refresh_user_token
+
 pytest_plugins = ["refresher.testing"]
 
 
@@ -16,6 +18,13 @@ def plain_environment(monkeypatch, tmp_path):
     for name in ("CIRCLE_WEB3_API_KEY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def uncached(monkeypatch):
+    """Let calls use no cache unless they are given one: each is a request."""
+    for call in (refresh_kuzzle_token, refresh_user_token):
+        monkeypatch.setitem(call.__kwdefaults__, "cache", None)
 
 
 @pytest.fixture

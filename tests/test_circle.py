@@ -22,6 +22,8 @@ from refresher import (
 )
 from refresher.testing import _CIRCLE_ERRORS, Answer, FakeCircle
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 KEY = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 
 

@@ -22,6 +22,8 @@ from refresher._kuzzle import milliseconds
 from refresher.testing import Clock, FakeKuzzle
 from refresher.tokens import claims
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 # Two tokens of one second with one lifetime are one token: each sign-in asks for a lifetime of its own.
 _lifetimes = itertools.count(20_000 + int(time.time()) % 10_000 * 7, 7)
 

@@ -25,6 +25,8 @@ from refresher import (
 from refresher.testing import Answer
 from refresher.tokens import fingerprint
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 JWT = "kauth-planted.planted.planted"
 CIRCLE = {
     "user_token": "planted-user-token",

@@ -33,6 +33,8 @@ from refresher import (
 )
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 JWT = "kauth-e30.e30.c2ln"
 GOOD = b'{"result": {"_id": "foo", "expiresAt": -1, "jwt": "kauth-new", "ttl": -1}}'
 

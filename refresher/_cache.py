@@ -1,0 +1,417 @@
+"""Who succeeded whom: the cache that follows successors, and refreshes the last of them once for everyone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
+
+import attrs
+
+from . import _circle, _kuzzle
+from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError
+from .stores import MemoryStore, Store, mutex
+from .tokens import key_of
+
+_log = logging.getLogger("refresher")
+
+# All in seconds. How long a spent credential is remembered, a refusal, and what could live for ever.
+_SPENT = 30 * 86400.0
+_REFUSED = 60.0
+_FOREVER = 3650 * 86400.0
+# How long callers wait for a new token while the old one lives, and a failure then holds back the next try.
+_BRIEFLY = 2.0
+_HELD_BACK = 5.0
+# How long a store that failed is left alone.
+_DOWN = 1.0
+# How much longer than its timeout a caller waits: the exchange may be about to tell what went wrong.
+_GRACE = 0.1
+
+
+class _Token(Protocol):
+    def to_dict(self) -> dict[str, object]: ...
+
+
+T = TypeVar("T", bound=_Token)
+
+_KEY = re.compile("[0-9a-f]{64}")
+
+
+@attrs.frozen(kw_only=True)
+class Credential(Generic[T]):
+    """
+    What a caller has, and how to get on from there.
+
+    Args:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        key: Its key.
+        refresh: Sends it, or its last successor if there is one already. The seconds are those to connect in
+            and those for all of it; None: as long as it takes.
+        read: Reads a token's JSON.
+        keys: Lists the keys of a token as a credential, its own first.
+        lifetime: Tells how many seconds a token lives from when it was asked for; None: for ever.
+        useful: Tells for how many seconds it can be refreshed; None: for ever.
+        idempotency_key: What a repetition would carry.
+    """
+
+    provider: str
+    key: str
+    refresh: Callable[[T | None, float | None, float | None], T] = attrs.field(repr=False)
+    read: Callable[[Mapping[str, object]], T] = attrs.field(repr=False)
+    keys: Callable[[T], list[str]] = attrs.field(repr=False)
+    lifetime: Callable[[T], float | None] = attrs.field(repr=False)
+    useful: Callable[[T], float | None] = attrs.field(repr=False)
+    idempotency_key: str | None = None
+
+
+def _read_boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(uuid4())
+
+
+# A clock that nobody sets, and what it counts from: only readings of one boot can be compared.
+_BOOT = _read_boot()
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+@attrs.frozen(kw_only=True)
+class _Link(Generic[T]):
+    """
+    Where a chain of successors ends.
+
+    Args:
+        chain: Its key, that of the credential it began with.
+        number: Counts its tokens. Of two opinions on a chain, that with the higher number is right.
+        token: The last of them. None: there is none yet, or it was forgotten.
+        left: How many seconds that lives on.
+        ahead: How many seconds before its end it is refreshed.
+    """
+
+    chain: str
+    number: int
+    token: T | None = None
+    left: float = 0.0
+    ahead: float = 0.0
+
+
+class _Shelf:
+    """A store, and the memory of this process for when the store is down or has lost something."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.memory = store if isinstance(store, MemoryStore) else MemoryStore()
+        self._down_until = 0.0
+
+    def _ask(self, what: Callable[[Store], Any]) -> Any:
+        """Ask the store, unless it has just failed. None: it does not know, or does not answer."""
+        if time.monotonic() < self._down_until:
+            return None
+        try:
+            return what(self.store)
+        except Exception as error:  # a store may raise whatever it likes
+            self._down_until = time.monotonic() + _DOWN
+            self._warn("is down (%s): going on in the memory of this process", type(error).__name__)
+            return None
+
+    def _warn(self, what: str, *details: str) -> None:
+        _log.warning(f"%s {what}", type(self.store).__name__, *details)
+
+    def read(self, key: str) -> tuple[dict[str, Any], bool]:
+        """Read an entry, and tell whether only this process knows it. One that is not there is empty."""
+        mine: dict[str, Any] = json.loads(self.memory.get(key) or "{}")
+        if self.store is self.memory:
+            return mine, False
+        text = self._ask(lambda store: store.get(key))
+        if text is None:
+            return mine, True
+        try:
+            values = json.loads(text)
+            if isinstance(number := values.get("number", 0), int):
+                return (values, False) if number >= mine.get("number", 0) else (mine, True)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            pass
+        self.remove(key)
+        return mine, True
+
+    def remove(self, key: str) -> None:
+        """Remove an entry that can't be read, and say so."""
+        self._warn("had an entry that can't be read: it's removed")
+        self.memory.delete(key)
+        self._ask(lambda store: store.delete(key))
+
+    def write(self, key: str, values: Mapping[str, object], seconds: float | None) -> None:
+        """Write an entry, to the memory of this process in any case."""
+        text = json.dumps(values)
+        whole = math.ceil(_FOREVER if seconds is None else max(1.0, min(seconds, _FOREVER)))
+        self.memory.set(key, text, whole)
+        if self.store is not self.memory:
+            self._ask(lambda store: store.set(key, text, whole))
+
+    @contextmanager
+    def lock(self, key: str, lease: float, wait: float) -> Iterator[bool]:
+        """Hold the store's lock. While the store is down, there is nobody to share it with."""
+        lock = self._ask(lambda store: store.lock(key, lease, wait))
+        got = self._ask(lambda _: lock.__enter__()) if lock is not None else None
+        try:
+            yield got is not False
+        finally:
+            if got is not None:
+                try:
+                    lock.__exit__(None, None, None)
+                except Exception as error:  # see above; its lease will end
+                    self._warn("did not take a lock back (%s)", type(error).__name__)
+
+
+# The exchanges under way in this process, by cache and chain. A forked child has none of their threads.
+_flights: dict[tuple[int, str], Future[Any]] = {}
+os.register_at_fork(after_in_child=_flights.clear)
+
+
+class TokenCache:
+    """
+    Remembers who succeeded whom, so that a token is refreshed once, whoever asks and however often.
+
+    A call with any token of a chain gets the last one. If that is about to expire, it is refreshed, once for
+    all threads of this process and, if they share a store, for all processes and machines. Threads and
+    processes may share a cache.
+
+    Args:
+        store: Where entries live. None: in the memory of this process.
+        lease: How many seconds an exchange may take when its caller has given up, and a lock may be held when
+            its holder has died.
+        clock: Tells the time, in seconds since 1970. It may be wrong: lifetimes are counted from when a token
+            was asked for. If it is set meanwhile, tokens on this machine are counted by a clock that nobody
+            sets; those that came from another machine are taken for older or younger by as much as it was set.
+
+    Example:
+        >>> from refresher import refresh_kuzzle_token
+        >>> from refresher.testing import FakeKuzzle
+        >>> cache = TokenCache()
+        >>> with FakeKuzzle() as kuzzle:
+        ...     first = kuzzle.login("foo")
+        ...     kuzzle.clock.advance(1800)
+        ...     one = refresh_kuzzle_token(kuzzle.url, first, cache=cache)
+        ...     two = refresh_kuzzle_token(kuzzle.url, first, cache=cache)
+        ...     print(one == two, len(kuzzle.requests))
+        True 1
+    """
+
+    def __init__(
+        self, store: Store | None = None, *, lease: float = 60.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._shelf = _Shelf(MemoryStore() if store is None else store)
+        self._lease = lease
+        self._clock = clock
+
+    def last(self, credential: Credential[T], timeout: float | None) -> T:
+        """
+        Get the last successor of a credential, in *timeout* seconds, refreshed if it is about to expire.
+
+        Raises:
+            RefreshError: There is none that lives, and none could be had.
+        """
+        link = self._find(credential)
+        if link.token is not None and link.left > link.ahead:
+            return link.token
+        living = link.token if link.left > 0 else None
+        if living is not None and self._shelf.memory.get(f"held back {link.chain}"):
+            return living
+        flight = self._join(link.chain, credential, timeout)
+        patience = timeout if living is None else min(_BRIEFLY, _BRIEFLY if timeout is None else timeout)
+        failure: RefreshError
+        try:
+            token: T = flight.result(None if patience is None else patience + _GRACE)
+            return token
+        except TimeoutError:
+            failure = OutcomeUnknownError(
+                f"{credential.provider.title()} did not answer in time. The refresh goes on: call again",
+                provider=credential.provider,
+                idempotency_key=credential.idempotency_key if link.token is None else None,
+            )
+            in_vain = True
+        except RefreshError as error:
+            # Each caller has an error of its own, or their tracebacks would become one.
+            failure = copy.copy(error).with_traceback(error.__traceback__)
+            in_vain = error.spent is False
+        if living is not None and in_vain:
+            _log.warning("%s %s: %s, going on with the old token", credential.provider, link.chain[:8], failure)
+            return living
+        raise failure
+
+    def _find(self, credential: Credential[T]) -> _Link[T]:
+        """Follow a credential's successors."""
+        chain = credential.key
+        values, lost = self._shelf.read(chain)
+        if _KEY.fullmatch(str(values.get("see"))):
+            chain = values["see"]
+            values, lost = self._shelf.read(chain)
+        if not values:
+            return _Link(chain=chain, number=0)
+        try:
+            if values["token"] is None:
+                return _Link(chain=chain, number=values["number"])
+            token, age = credential.read(values["token"]), self._age(**values["asked"])
+            lifetime, useful = credential.lifetime(token), credential.useful(token)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self._shelf.remove(chain)
+            return _Link(chain=chain, number=0)
+        if lost:
+            self._shelf.write(chain, values, None if useful is None else useful - age)
+        if lifetime is None:
+            return _Link(chain=chain, number=values["number"], token=token, left=math.inf)
+        # Tokens of one birth do not all want to be refreshed at once: each has its own part of the window.
+        window = min(60.0, lifetime / 10)
+        ahead = window * (1 - 0.6 * int(credential.keys(token)[0][:8], 16) / 2**32)
+        return _Link(chain=chain, number=values["number"], token=token, left=lifetime - age, ahead=ahead)
+
+    def _now(self) -> dict[str, object]:
+        return {"at": self._clock(), "steady": time.clock_gettime(_STEADY), "boot": _BOOT}
+
+    def _age(self, *, at: float, steady: float, boot: str) -> float:
+        """Count the seconds since, whatever was done to the clock."""
+        return max(0.0, self._clock() - at, time.clock_gettime(_STEADY) - steady if boot == _BOOT else 0.0)
+
+    def _join(self, chain: str, credential: Credential[T], timeout: float | None) -> Future[T]:
+        """Join the exchange that is under way for a chain, or start one."""
+        place = (id(self), chain)
+        with mutex:
+            flight: Future[T] | None = _flights.get(place)
+            if flight is not None:
+                return flight
+            flight = _flights[place] = Future()
+
+        def fly() -> None:
+            try:
+                answer = self._refresh(chain, credential, timeout)
+            except BaseException as error:  # it's raised in those who wait
+                self._land(place, flight)
+                flight.set_exception(error)
+            else:
+                self._land(place, flight)
+                flight.set_result(answer)
+
+        try:
+            # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the
+            # process does not end before it.
+            threading.Thread(target=fly, name=f"refresher {chain[:8]}").start()
+        except RuntimeError:  # too many threads, or the interpreter is about to end
+            fly()
+        return flight
+
+    def _land(self, place: tuple[int, str], flight: Future[T]) -> None:
+        with mutex:
+            if _flights.get(place) is flight:
+                del _flights[place]
+        close = getattr(self._shelf.store, "close", None)
+        if close is not None:
+            close()
+
+    def _refresh(self, chain: str, credential: Credential[T], timeout: float | None) -> T:
+        """Refresh the last token of a chain, unless somebody else has."""
+        limit = None if timeout is None else max(timeout, self._lease)
+        wait = _FOREVER if limit is None else limit
+        started = time.monotonic()
+        with self._shelf.lock(chain, wait + 1, wait) as got:
+            link = self._find(credential)
+            if link.token is not None and link.left > link.ahead:
+                return link.token
+            if not got:
+                raise OutcomeUnknownError(
+                    f"Another process has been refreshing the {credential.provider.title()} token for too long",
+                    provider=credential.provider,
+                )
+            last = credential.key if link.token is None else credential.keys(link.token)[0]
+            self._raise_refusal(last)
+            asked = self._now()
+            try:
+                left = None if limit is None else max(0.001, limit - (time.monotonic() - started))
+                token = credential.refresh(link.token, None if timeout is None else timeout * 0.9, left)
+            except SignInRequiredError as error:
+                values = {"message": str(error), "details": vars(error)}
+                self._shelf.write(key_of("refused", last), values, _REFUSED)
+                raise
+            except RefreshError:
+                self._shelf.memory.set(f"held back {chain}", "yes", math.ceil(_HELD_BACK))
+                raise
+            if self._find(credential).number == link.number:  # else it was forgotten meanwhile
+                self._remember(chain, link.number + 1, token, asked, credential)
+            return token
+
+    def _remember(
+        self, chain: str, number: int, token: T, asked: dict[str, object], credential: Credential[T]
+    ) -> None:
+        entry = {"number": number, "token": token.to_dict(), "asked": asked}
+        self._shelf.write(chain, entry, credential.useful(token))
+        for key in credential.keys(token):
+            if key != chain:
+                self._shelf.write(key, {"see": chain}, _SPENT)
+
+    def _raise_refusal(self, key: str) -> None:
+        values, _ = self._shelf.read(key_of("refused", key))
+        if not values:
+            return
+        try:
+            error = SignInRequiredError(str(values["message"]), **values["details"])
+        except (KeyError, TypeError):
+            self._shelf.remove(key_of("refused", key))
+            return
+        raise error
+
+    def forget(
+        self,
+        url: str | None = None,
+        jwt: str | None = None,
+        *,
+        refresh_token: str | None = None,
+        device_id: str | None = None,
+        user_token: str | None = None,
+        user_id: str | None = None,
+        base_url: str = _circle.BASE_URL,
+    ) -> None:
+        """
+        Forget a credential and all that succeeded it, as when a user signs out.
+
+        Give what you would give to the call: URL and jwt, or the arguments for Circle. A refresh that is under
+        way for it goes on, and its result is not kept.
+
+        Raises:
+            InvalidArgumentError: An argument is wrong.
+        """
+        if url is not None:
+            key = _kuzzle.key(url, jwt)
+        else:
+            key = _circle.key(base_url, user_token or user_id, refresh_token, device_id)
+        values, _ = self._shelf.read(key)
+        self.drop(values["see"] if _KEY.fullmatch(str(values.get("see"))) else key)
+
+    def clear(self) -> None:
+        """Forget all that this process knows of. Refreshes under way go on, and their results are not kept."""
+        with mutex:
+            known = {chain for cache, chain in _flights if cache == id(self)}
+        for key in {*known, *filter(_KEY.fullmatch, self._shelf.memory.keys())}:
+            self.drop(key)
+
+    def drop(self, chain: str) -> None:
+        """Forget a chain by its key."""
+        with mutex:
+            _flights.pop((id(self), chain), None)
+        values, _ = self._shelf.read(chain)
+        # Not just removed: what other processes remember of the chain, and what is under way, must not count.
+        self._shelf.write(chain, {"number": values.get("number", 0) + 1, "token": None}, _SPENT)
+
+
+# The cache of all calls that are not given another.
+SHARED = TokenCache()
