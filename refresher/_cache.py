@@ -131,20 +131,25 @@ class _Shelf:
 
     def read(self, key: str) -> tuple[dict[str, Any], bool]:
         """Read an entry, and tell whether only this process knows it. One that is not there is empty."""
-        mine: dict[str, Any] = json.loads(self.memory.get(key) or "{}")
+        mine = self._parse(key, self.memory.get(key))
         if self.store is self.memory:
             return mine, False
-        text = self._ask(lambda store: store.get(key))
+        theirs = self._parse(key, self._ask(lambda store: store.get(key)))
+        lost = not theirs or theirs.get("number", 0) < mine.get("number", 0)
+        return (mine, True) if lost else (theirs, False)
+
+    def _parse(self, key: str, text: str | bytes | None) -> dict[str, Any]:
+        """Read JSON, whatever it is. What is no entry is removed."""
         if text is None:
-            return mine, True
+            return {}
         try:
             values = json.loads(text)
-            if isinstance(number := values.get("number", 0), int):
-                return (values, False) if number >= mine.get("number", 0) else (mine, True)
-        except (ValueError, TypeError, AttributeError, RecursionError):
+            if isinstance(values, dict) and isinstance(values.get("number", 0), int):
+                return values
+        except (ValueError, TypeError, RecursionError):
             pass
         self.remove(key)
-        return mine, True
+        return {}
 
     def remove(self, key: str) -> None:
         """Remove an entry that can't be read, and say so."""

@@ -146,7 +146,7 @@ def key(base_url: object, who: object, refresh_token: object, device_id: object)
 
 def lifetime(token: UserToken) -> float:
     """Tell how many seconds a user token lives from its birth."""
-    return lifespan(token.user_token) or _LIFETIME
+    return lifespan(token.user_token, _LIFETIME)
 
 
 def useful(token: UserToken) -> float:
@@ -174,7 +174,7 @@ class Exchanged:
 
     def lifetime(self) -> float:
         """Tell for how many seconds it is used."""
-        return min(_EXCHANGED, lifespan(self.user_token) or _LIFETIME)
+        return min(_EXCHANGED, lifespan(self.user_token, _LIFETIME))
 
 
 def exchange_key(call: Call) -> str:

@@ -129,7 +129,7 @@ def key(url: object, jwt: object) -> str:
 
 def lifetime(token: KuzzleToken) -> float | None:
     """Tell how many seconds a token lives from its birth; None: for ever."""
-    return lifespan(token.jwt or "") or (None if token.ttl is None else token.ttl.total_seconds())
+    return None if token.ttl is None else lifespan(token.jwt or "", token.ttl.total_seconds())
 
 
 def build(

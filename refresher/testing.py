@@ -211,9 +211,16 @@ class _Fake(abc.ABC):
         """Answer a request: with what waits in *next_answers*, else as the service would."""
         with self._lock:
             self.requests.append(request)
-            if self.next_answers:
-                answer = self.next_answers.popleft()
-                return answer(request) if callable(answer) else answer
+            if not self.next_answers:
+                return self._answer(request)
+            answer = self.next_answers.popleft()
+        # Not under the lock: it may take its time.
+        return answer(request) if callable(answer) else answer
+
+    def truly(self, request: Received, *, after: float = 0.0) -> Answer:
+        """Answer a request as the service would, *after* some seconds: for functions in *next_answers*."""
+        time.sleep(after)
+        with self._lock:
             return self._answer(request)
 
     @abc.abstractmethod
@@ -658,6 +665,7 @@ class FakeCircle(_Fake):
     Args:
         clock: Its clock.
         api_key: The API key it accepts.
+        rotate: Whether a refresh brings a new refresh token. If not, it has none in its answer.
 
     Attributes:
         requests: What it received.
@@ -665,14 +673,24 @@ class FakeCircle(_Fake):
     """
 
     def __init__(
-        self, *, clock: Clock | None = None, api_key: str = "TEST_API_KEY:fake-id:fake-secret"
+        self,
+        *,
+        clock: Clock | None = None,
+        api_key: str = "TEST_API_KEY:fake-id:fake-secret",
+        rotate: bool = True,
     ) -> None:
         super().__init__(clock)
         self.api_key = api_key
+        self.rotate = rotate
         self._secret = secrets.token_bytes()
         self._user_tokens: dict[str, str] = {}
         self._pairs: dict[str, _Pair] = {}
         self._answered: dict[str, tuple[bytes, dict[str, object]]] = {}
+
+    def knows(self, token: UserToken) -> bool:
+        """Tell whether the user token and the refresh token of a pair are good now."""
+        alive = self.clock() < claims(token.user_token).get("exp", 0)
+        return alive and token.user_token in self._user_tokens and token.refresh_token in self._pairs
 
     def sign_in(self, user_id: str = "user-1", device_id: str = "device-1") -> UserToken:
         """Sign a user in on a device, as a social sign-in would."""
@@ -764,10 +782,14 @@ class FakeCircle(_Fake):
             raise _circle_refusal(155103)
         if pair.device_id != device_id:
             raise _circle_refusal(155137)
-        del self._pairs[refresh_token]
         for token in {pair.user_token, user_token}:
-            del self._user_tokens[token]
-        data = self._issue_pair(pair.user_id, pair.device_id)
+            self._user_tokens.pop(token, None)
+        if self.rotate:
+            del self._pairs[refresh_token]
+            data = self._issue_pair(pair.user_id, pair.device_id)
+        else:
+            data = self._issue_user_token(pair.user_id)
+            self._pairs[refresh_token] = attrs.evolve(pair, user_token=str(data["userToken"]))
         self._answered[key] = (request.body, data)
         return data
 

@@ -52,10 +52,14 @@ def claims(token: str) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def lifespan(token: str) -> float | None:
-    """Tell how many seconds a JWT lives, if it does."""
+def lifespan(token: str, otherwise: float) -> float:
+    """
+    Tell how many seconds a JWT lives from its birth, if it does.
+
+    Its times are whole seconds, so it was born up to a second later than it says and dies that much younger.
+    """
     known = claims(token)
-    return known["exp"] - known["iat"] if {"exp", "iat"} <= known.keys() else None
+    return max(0.0, known["exp"] - known["iat"] - 1) if {"exp", "iat"} <= known.keys() else otherwise
 
 
 def instant(milliseconds: float) -> datetime:

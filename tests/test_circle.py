@@ -20,6 +20,7 @@ from refresher import (
     UserToken,
     refresh_user_token,
 )
+from refresher._circle import useful
 from refresher.testing import _CIRCLE_ERRORS, Answer, FakeCircle
 
 pytestmark = pytest.mark.usefixtures("uncached")
@@ -366,3 +367,19 @@ def test_fake_with_a_key_of_its_own():
     """FakeCircle can be given the API key that a test has at hand."""
     with FakeCircle(api_key="LIVE_API_KEY:a:b") as fake:
         assert refresh_user_token(**arguments_for(fake, fake.sign_in())).user_id == "user-1"
+
+
+@pytest.mark.parametrize(
+    ("claims", "seconds"),
+    [
+        pytest.param({"exp": 5000, "iat": 2000}, 3000, id="a JWT"),
+        pytest.param({"exp": 5000}, 5000 - (4000 - 3600), id="a JWT that does not tell its birth"),
+        pytest.param({}, 30 * 86400, id="a JWT that does not tell"),
+        pytest.param(None, 30 * 86400, id="no JWT"),
+    ],
+)
+def test_how_long_a_pair_is_of_use(claims, seconds):
+    """A pair can be refreshed until its refresh token dies; if that does not tell, for 30 days."""
+    refresh_token = "opaque" if claims is None else jwt_with(claims)
+    token = UserToken("u", None, None, refresh_token, datetime.fromtimestamp(4000, UTC))
+    assert useful(token) == seconds

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import socket
-import time
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlsplit
 
@@ -19,60 +16,9 @@ from refresher import (
     refresh_kuzzle_token,
 )
 from refresher._kuzzle import milliseconds
-from refresher.testing import Clock, FakeKuzzle
 from refresher.tokens import claims
 
 pytestmark = pytest.mark.usefixtures("uncached")
-
-# Two tokens of one second with one lifetime are one token: each sign-in asks for a lifetime of its own.
-_lifetimes = itertools.count(20_000 + int(time.time()) % 10_000 * 7, 7)
-
-
-class Target:
-    """A Kuzzle to test, and someone who can wait for it."""
-
-    def __init__(self, url, username, password, wait):
-        self.url = url
-        self.wait = wait
-        self.credentials = {"username": username, "password": password}
-        self.kuid = self.login_result()["_id"]
-
-    def call(self, method, path, jwt=None, **options):
-        headers = {**({"Authorization": f"Bearer {jwt}"} if jwt else {}), **options.pop("headers", {})}
-        return requests.request(method, self.url + path, headers=headers, timeout=10, **options)
-
-    def login_result(self, expires_in=None):
-        expires_in = expires_in or f"{next(_lifetimes)}s"
-        return self.call("POST", f"/_login/local?expiresIn={expires_in}", json=self.credentials).json()[
-            "result"
-        ]
-
-    def login(self, expires_in=None):
-        return self.login_result(expires_in)["jwt"]
-
-    def me(self, jwt):
-        return self.call("GET", "/_me", jwt).status_code
-
-    def refresh(self, jwt, **arguments):
-        return refresh_kuzzle_token(self.url, jwt, **arguments)
-
-    def refresh_raw(self, jwt, query="", **options):
-        return self.call("POST", "/_refreshToken" + query, jwt, **options)
-
-
-@pytest.fixture(params=["fake", "real"])
-def target(request):
-    if request.param == "fake":
-        clock = Clock()
-        with FakeKuzzle(clock=clock) as fake:
-            yield Target(fake.url, "foo", "bar", clock.advance)
-        return
-    url = os.environ.get("REFRESHER_TEST_KUZZLE_URL")
-    if not url:
-        pytest.skip("no real Kuzzle: REFRESHER_TEST_KUZZLE_URL is not set")
-    username = os.environ.get("REFRESHER_TEST_KUZZLE_USERNAME", "foo")
-    password = os.environ.get("REFRESHER_TEST_KUZZLE_PASSWORD", "bar")
-    yield Target(url.rstrip("/"), username, password, time.sleep)
 
 
 def error_of(response):
@@ -115,7 +61,7 @@ def test_old_token_lives_for_one_more_second(target):
 def test_same_second(target):
     """Refreshed to the same end within the second of its birth, a token comes back and dies: an error."""
     for _ in range(20):
-        lifetime = f"{next(_lifetimes)}s"
+        lifetime = f"{target.lifetimes()}s"
         old = target.login(lifetime)
         try:
             target.refresh(old, expires_in=lifetime)

@@ -444,6 +444,7 @@ def test_any_json(fake_kuzzle, fake_circle, status, body):
     refresh_each(fake_kuzzle, fake_circle, Answer(status, body))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_own_session_is_made_anew_in_a_child():
     """A forked child does not share its parent's connections."""
     mine = refresher._http._own_session()

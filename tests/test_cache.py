@@ -1,0 +1,694 @@
+"""Refresh once: one request for all who need one new token, and none for those who have it already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import requests
+
+import refresher._cache
+from refresher import (
+    InvalidArgumentError,
+    MemoryStore,
+    OutcomeUnknownError,
+    RefreshError,
+    SignInRequiredError,
+    TokenCache,
+    UnavailableError,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
+
+HOUR = 3600
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def kuzzle(clock):
+    with FakeKuzzle(clock=clock) as fake:
+        yield fake
+
+
+@pytest.fixture
+def circle(clock):
+    with FakeCircle(clock=clock) as fake:
+        yield fake
+
+
+@pytest.fixture
+def store(clock):
+    return MemoryStore(timer=clock)
+
+
+@pytest.fixture
+def cache(store, clock):
+    return TokenCache(store, clock=clock)
+
+
+@pytest.fixture
+def root(kuzzle, clock):
+    """A token that has been there for a while."""
+    jwt = kuzzle.login()
+    clock.advance(1800)
+    return jwt
+
+
+def pair_of(circle, pair, **changes):
+    arguments = {
+        "user_token": pair.user_token,
+        "refresh_token": pair.refresh_token,
+        "device_id": "device-1",
+        "api_key": circle.api_key,
+        "base_url": circle.url,
+    }
+    return {**arguments, **changes}
+
+
+def together(count, call):
+    """Let threads do the same at once, and list what each got or was refused with."""
+    barrier = threading.Barrier(count)
+
+    def one(number):
+        barrier.wait()
+        try:
+            return call(number)
+        except RefreshError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+# Successors
+
+
+def test_a_year_of_kuzzle_tokens(kuzzle, cache, clock, root):
+    """The same call, for a year: always a usable token, one request a lifetime, and no more to remember."""
+    sizes = []
+    for lifetimes in range(1, 24 * 365 + 1):
+        token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        assert kuzzle.knows(token.jwt)
+        assert len(kuzzle.requests) == lifetimes
+        clock.advance(HOUR - 20)
+        if lifetimes % 1000 == 0:
+            sizes.append(len(cache._shelf.memory.keys()))
+    # Spent tokens are remembered for 30 days: that many and no more, however long the chain.
+    assert max(sizes) <= 30 * 24 + 10
+    assert sizes[-1] == sizes[0]
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["new refresh tokens", "one refresh token"])
+def test_a_month_of_circle_pairs(cache, clock, rotate):
+    """The same call, for 30 days, also where no answer brings a new refresh token."""
+    with FakeCircle(clock=clock, rotate=rotate) as circle:
+        call = pair_of(circle, circle.sign_in())
+        for lifetimes in range(1, 24 * 30 + 1):
+            token = refresh_user_token(**call, cache=cache)
+            assert circle.knows(token)
+            assert refresh_user_token(**call, cache=cache) == token
+            assert len(circle.requests) == lifetimes
+            clock.advance(HOUR + 100 if lifetimes % 2 else HOUR - 20)
+
+
+def test_any_token_of_a_chain_leads_to_the_last(kuzzle, circle, cache, clock, root):
+    """Whoever holds an earlier token gets the newest, from the cache."""
+    jwts, pairs = [root], [circle.sign_in()]
+    for _ in range(50):
+        jwts.append(refresh_kuzzle_token(kuzzle.url, jwts[len(jwts) // 2], cache=cache).jwt)
+        pairs.append(refresh_user_token(**pair_of(circle, pairs[len(pairs) // 2]), cache=cache))
+        clock.advance(HOUR - 20)
+    clock.advance(-HOUR)
+    sent = len(kuzzle.requests), len(circle.requests)
+    assert {refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).jwt for jwt in jwts} == {jwts[-1]}
+    assert {refresh_user_token(**pair_of(circle, pair), cache=cache) for pair in pairs} == {pairs[-1]}
+    assert (len(kuzzle.requests), len(circle.requests)) == sent == (50, 50)
+
+
+def test_calls_are_free(kuzzle, cache, root):
+    """A fresh token is the answer, whatever lifetime is asked for; another server has tokens of its own."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url + "/", root, expires_in="3h", cache=cache) == token
+    assert refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache) == token
+    assert len(kuzzle.requests) == 1
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url + "/prefix/..", root, cache=TokenCache())
+
+
+def test_entries_vanish(kuzzle, circle, cache, store, clock, root):
+    """What can be of no more use is gone: a Kuzzle chain with its last token, a Circle pair after 30 days."""
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    refresh_user_token(**pair_of(circle, circle.sign_in()), cache=cache)
+    assert len(store.keys()) == 4
+    clock.advance(HOUR)
+    assert len(store.keys()) == 3
+    clock.advance(30 * 24 * HOUR)
+    assert store.keys() == []
+
+
+def test_token_for_ever(kuzzle, cache, clock, root):
+    """A token that never expires is never refreshed."""
+    token = refresh_kuzzle_token(kuzzle.url, root, expires_in="-1", cache=cache)
+    clock.advance(365 * 24 * HOUR)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert len(kuzzle.requests) == 1
+
+
+def test_each_part_is_the_credential(circle, cache):
+    """Another user token, refresh token or device is another credential."""
+    circle.fail_next(155103, 4)
+    call = {"user_token": "u", "refresh_token": "r", "device_id": "d", "api_key": "k", "base_url": circle.url}
+    for changes in ({}, {"user_token": "v"}, {"refresh_token": "s"}, {"device_id": "e"}):
+        with pytest.raises(SignInRequiredError):
+            refresh_user_token(**{**call, **changes}, cache=cache)
+    assert len(circle.requests) == 4
+
+
+def test_shared_by_default(kuzzle, root):
+    """Without a word about it, all calls of a process share one cache; None is none."""
+    assert refresh_kuzzle_token(kuzzle.url, root) == refresh_kuzzle_token(kuzzle.url, root)
+    assert len(kuzzle.requests) == 1
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=None)
+
+
+@pytest.mark.parametrize("cache", ["planted", MemoryStore(), {}])
+def test_no_cache(cache):
+    """What is no cache is refused."""
+    with pytest.raises(InvalidArgumentError, match=r"^cache must be"):
+        refresh_kuzzle_token("http://127.0.0.1:1", "jwt", cache=cache)
+    with pytest.raises(InvalidArgumentError, match=r"^cache must be"):
+        refresh_user_token(user_token="u", refresh_token="r", device_id="d", api_key="k", cache=cache)
+
+
+def test_cookie_mode(kuzzle, cache, root):
+    """In cookie mode every session gets the last token into its jar, with or without a request."""
+    one, two = requests.Session(), requests.Session()
+    token = refresh_kuzzle_token(kuzzle.url, root, cookie_auth=True, session=one, cache=cache)
+    assert token == refresh_kuzzle_token(kuzzle.url, root, cookie_auth=True, session=two, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=two, cache=cache) == token
+    assert one.cookies["authToken"] == two.cookies["authToken"] != root
+    assert len(kuzzle.requests) == 1
+
+
+# Threads
+
+
+def test_threads_share_one_exchange(kuzzle, cache, clock, root):
+    """64 threads, one token past its window: one request, 64 equal results."""
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=0.2))
+    results = together(64, lambda _: refresh_kuzzle_token(kuzzle.url, root, cache=cache))
+    assert len(kuzzle.requests) == 2
+    assert len(set(results)) == 1
+    assert kuzzle.knows(results[0].jwt)
+
+
+def test_threads_on_each_kuzzle(target):
+    """Where those who lose a race would be refused, nobody races; and so again, with the new token."""
+    jwt, cache = target.login(), TokenCache()
+    for lifetime in ("1h", "3h"):
+        results = together(64, lambda _: target.refresh(jwt, expires_in=lifetime, cache=cache))  # noqa: B023
+        assert len(set(results)) == 1
+        assert target.me(results[0].jwt) == 200
+        cache._clock = lambda: time.time() + HOUR - 20
+
+
+@pytest.mark.parametrize("id", ["security.token.invalid", "api.process.overloaded"])
+def test_threads_share_an_error(kuzzle, cache, root, id):
+    """The leader fails: 64 threads have the same error, each its own, after one request."""
+    kuzzle.next_answers.append(
+        lambda request: (
+            time.sleep(0.3) or Answer(503 if "over" in id else 401, {"error": {"id": id, "message": ""}})
+        )
+    )
+    results = together(64, lambda _: refresh_kuzzle_token(kuzzle.url, root, cache=cache))
+    assert len(kuzzle.requests) == 1
+    assert {(str(error), error.spent) for error in results} == {(str(results[0]), results[0].spent)}
+    assert results[0].id == id
+    assert len({*map(id_of, results)}) == 64
+    assert len({id_of(error.__traceback__) for error in results}) == 64
+
+
+id_of = id
+
+
+def test_different_tokens_do_not_wait_for_each_other(kuzzle, cache, clock):
+    """A slow exchange of one token holds up no other."""
+    slow, quick = kuzzle.login("foo", "2h"), kuzzle.login("foo", "3h")
+    clock.advance(1)
+    release = threading.Event()
+    kuzzle.next_answers.append(lambda request: release.wait(10) and kuzzle.truly(request))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, slow, cache=cache)
+        while not kuzzle.requests:
+            time.sleep(0.001)
+        assert refresh_kuzzle_token(kuzzle.url, quick, cache=cache).kuid == "foo"
+        assert not waiting.done()
+        release.set()
+        assert waiting.result().kuid == "foo"
+
+
+def test_caller_gives_up_and_exchange_goes_on(kuzzle, cache, root):
+    """A caller that gives up has its error in time; the next one has the token, without another request."""
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=0.8))
+    with pytest.raises(OutcomeUnknownError, match="The refresh goes on") as caught:
+        refresh_kuzzle_token(kuzzle.url, root, timeout=0.1, cache=cache)
+    assert (caught.value.provider, caught.value.spent) == ("kuzzle", None)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 1
+
+
+def test_circle_caller_gives_up(circle, cache):
+    """On Circle the error has the key that a repetition would have, too."""
+    call = pair_of(circle, circle.sign_in())
+    circle.next_answers.append(lambda request: circle.truly(request, after=0.5))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        refresh_user_token(**call, timeout=0.1, cache=cache)
+    assert caught.value.idempotency_key == circle.requests[0].json()["idempotencyKey"]
+    assert refresh_user_token(**call, cache=cache).user_id == "user-1"
+    assert len(circle.requests) == 1
+
+
+def test_without_threads(kuzzle, cache, root, monkeypatch):
+    """Where no thread can be started, the caller does the work."""
+    start = threading.Thread.start
+
+    def start_no_flight(thread):
+        if thread.name.startswith("refresher"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_no_flight)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+
+
+# Before the end
+
+
+def test_service_down_while_the_token_lives(kuzzle, cache, clock, root, caplog):
+    """In the window, a failure that spent nothing is a warning and holds back the next try; later an error."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.fail_next("api.process.overloaded", 3)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert "going on with the old token" in caplog.text
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert len(kuzzle.requests) == 2, "the second call was held back"
+    clock.advance(6)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert len(kuzzle.requests) == 3
+    clock.advance(14)
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+
+
+def test_slow_service_while_the_token_lives(kuzzle, cache, clock, root, monkeypatch):
+    """In the window, callers wait briefly and then go on with the token that lives."""
+    monkeypatch.setattr(refresher._cache, "_BRIEFLY", 0.05)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    release = threading.Event()
+    kuzzle.next_answers.append(lambda request: release.wait(10) and kuzzle.truly(request))
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert refresh_kuzzle_token(kuzzle.url, root, timeout=None, cache=cache) == token
+    release.set()
+    while (new := refresh_kuzzle_token(kuzzle.url, root, cache=cache)) == token:
+        time.sleep(0.001)
+    assert kuzzle.knows(new.jwt)
+    assert len(kuzzle.requests) == 2
+
+
+def test_refused_while_the_token_lives(kuzzle, cache, clock, root):
+    """In the window, a refusal of the token is an error: nobody knows whether it's spent."""
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+
+
+def test_jitter(kuzzle, cache, clock):
+    """1,000 tokens of one birth are refreshed over at least half of the window."""
+    tokens = [kuzzle.login("foo", f"{7200 + number}s") for number in range(1000)]
+    clock.advance(1)
+    aheads = []
+    for jwt in tokens:
+        credential = refresher._cache.Credential(
+            provider="kuzzle",
+            key=refresher._kuzzle.key(kuzzle.url, jwt),
+            refresh=None,
+            read=refresher.KuzzleToken.from_dict,
+            keys=lambda token: [refresher._kuzzle.key(kuzzle.url, token.jwt)],
+            lifetime=refresher._kuzzle.lifetime,
+            useful=refresher._kuzzle.lifetime,
+        )
+        token = refresher.KuzzleToken("foo", jwt, None, timedelta(hours=2))
+        cache._remember(credential.key, 1, token, cache._now(), credential)
+        aheads.append(cache._find(credential).ahead)
+    assert max(aheads) - min(aheads) > 30
+    assert min(aheads) > 20
+    assert max(aheads) <= 60
+
+
+@pytest.mark.parametrize(("lifetime", "window"), [("10s", 1), ("100s", 10), ("600s", 60), ("1y", 60)])
+def test_window(kuzzle, cache, clock, root, lifetime, window):
+    """The window is a tenth of the lifetime, and a minute at most. A JWT may be a second older than it says."""
+    token = refresh_kuzzle_token(kuzzle.url, root, expires_in=lifetime, cache=cache)
+    clock.advance(token.ttl.total_seconds() - 1 - window - 0.1)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    clock.advance(window * 0.7)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) != token
+
+
+# Circle's user ids
+
+
+def by_id(circle, pair, **changes):
+    call = pair_of(circle, pair, user_id=pair.user_id, **changes)
+    del call["user_token"]
+    return call
+
+
+def paths(circle):
+    return [request.path.rpartition("/")[2] for request in circle.requests]
+
+
+def test_exchange_is_not_repeated(circle, cache, clock):
+    """The user token of an exchange is good for 50 minutes, for all calls of that user, and all threads."""
+    pairs = [circle.sign_in("user-1", f"device-{number}") for number in range(8)]
+    circle._answered.clear()
+
+    def call(number):
+        return refresh_user_token(**by_id(circle, pairs[number], device_id=f"device-{number}"), cache=cache)
+
+    # FakeCircle drops a user token that was used, as if it had been the pair's.
+    circle._user_tokens = KeepingDict(circle._user_tokens)
+    tokens = together(8, call)
+    assert all(circle.knows(token) for token in tokens)
+    assert sorted(paths(circle)) == ["refresh"] * 8 + ["token"]
+    pair = circle.sign_in("user-1")
+    clock.advance(50 * 60 - 100)
+    refresh_user_token(**by_id(circle, pair), cache=cache)
+    assert paths(circle).count("token") == 1
+    pair = circle.sign_in("user-1")
+    clock.advance(200)
+    refresh_user_token(**by_id(circle, pair), cache=cache)
+    assert paths(circle).count("token") == 2
+
+
+class KeepingDict(dict):
+    """Loses nothing."""
+
+    def pop(self, key, default=None):
+        return self.get(key, default)
+
+
+def test_successors_of_a_user_id(circle, cache, clock):
+    """What came of a user id is found by it and by the pair, and refreshed without another exchange."""
+    pair = circle.sign_in()
+    first = refresh_user_token(**by_id(circle, pair), cache=cache)
+    clock.advance(2 * HOUR)
+    second = refresh_user_token(**by_id(circle, pair), cache=cache)
+    assert refresh_user_token(**by_id(circle, first), cache=cache) == second
+    assert refresh_user_token(**pair_of(circle, first), cache=cache) == second
+    assert refresh_user_token(**pair_of(circle, second), cache=cache) == second
+    assert paths(circle) == ["token", "refresh", "refresh"]
+
+
+@pytest.mark.parametrize("code", [155103, 155104, 155105])
+def test_stale_exchange_is_forgotten(circle, cache, code):
+    """An exchanged user token that Circle takes no more is exchanged anew, once."""
+    refresh_user_token(**by_id(circle, circle.sign_in()), cache=cache)
+    pair = circle.sign_in()
+    circle.fail_next(code)
+    assert refresh_user_token(**by_id(circle, pair), cache=cache).user_id == "user-1"
+    assert paths(circle) == ["token", "refresh", "refresh", "token", "refresh"]
+
+
+def test_fresh_exchange_that_is_refused(circle, cache):
+    """A user token that is refused right after its exchange is not exchanged again."""
+    circle.next_answers.append(circle.truly)
+    circle.fail_next(155104)
+    with pytest.raises(SignInRequiredError, match="155104"):
+        refresh_user_token(**by_id(circle, circle.sign_in()), cache=cache)
+    assert paths(circle) == ["token", "refresh"]
+
+
+# Refusals
+
+
+def test_refusal_is_remembered(kuzzle, cache, clock, root):
+    """A dead session is asked for once a minute; a new credential is not affected."""
+    kuzzle.fail_next("security.token.invalid", 2)
+    for _ in range(5):
+        with pytest.raises(SignInRequiredError, match="401, security") as caught:
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        assert (caught.value.id, caught.value.code, caught.value.status) == (
+            "security.token.invalid",
+            117506049,
+            401,
+        )
+    assert len(kuzzle.requests) == 1
+    clock.advance(61)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert len(kuzzle.requests) == 2
+    jwt = kuzzle.login()
+    clock.advance(1)
+    assert refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).kuid == "foo"
+
+
+def test_other_failures_are_not_remembered(kuzzle, cache, root):
+    """What may pass is tried again by the next call."""
+    kuzzle.fail_next("api.process.overloaded")
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("off", [-HOUR, HOUR, -365 * 24 * HOUR])
+def test_wrong_clock(kuzzle, clock, root, off):
+    """A clock that is an hour off, either way, changes nothing."""
+    cache = TokenCache(clock=lambda: clock() + off)
+    for lifetimes in range(1, 4):
+        token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        assert kuzzle.knows(token.jwt)
+        clock.advance(HOUR - 61)
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+        assert len(kuzzle.requests) == lifetimes
+        clock.advance(41)
+
+
+def steady_clock(monkeypatch, clock):
+    """Let the steady clock go as the fake one does, which nobody sets."""
+    monkeypatch.setattr(time, "clock_gettime", lambda _: clock() - 1e9)
+
+
+def test_clock_set_back(kuzzle, clock, root, monkeypatch):
+    """A clock that is set back by an hour hands out no dead token."""
+    steady_clock(monkeypatch, clock)
+    step = [0]
+    cache = TokenCache(clock=lambda: clock() + step[0])
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(1800)
+    step[0] = -HOUR
+    clock.advance(HOUR - 1820)
+    for _ in range(10):
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt)
+    assert len(kuzzle.requests) == 2
+
+
+def test_clock_set_forward(kuzzle, clock, root, monkeypatch):
+    """A clock that is set forward by an hour makes for one refresh ahead of time, and no storm."""
+    steady_clock(monkeypatch, clock)
+    step = [0]
+    cache = TokenCache(clock=lambda: clock() + step[0])
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(600)
+    step[0] = HOUR
+    for _ in range(10):
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt)
+        clock.advance(60)
+    assert len(kuzzle.requests) == 2
+
+
+def test_entry_of_another_boot(kuzzle, clock, root, store, monkeypatch):
+    """What another machine wrote is as old as the clocks say; from the future it counts as new."""
+    cache = TokenCache(store, clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    monkeypatch.setattr(refresher._cache, "_BOOT", "another")
+    behind = TokenCache(store, clock=lambda: clock() - 2 * HOUR)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=behind) == token
+    clock.advance(HOUR - 20)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) != token
+
+
+def test_no_boot_id(monkeypatch):
+    """Where the system has no name for a boot, each process is one of its own."""
+    monkeypatch.setattr(
+        refresher._cache.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError)
+    )
+    assert refresher._cache._read_boot() != refresher._cache._read_boot()
+
+
+# Forgetting
+
+
+def test_forget(kuzzle, cache, clock, root):
+    """What is forgotten is asked for anew."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    cache.forget(kuzzle.url, token.jwt)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(1)
+    assert refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt != token.jwt
+
+
+def test_forget_circle(circle, cache):
+    """A pair is forgotten by any pair that led to it."""
+    old = circle.sign_in()
+    new = refresh_user_token(**pair_of(circle, old), cache=cache)
+    forgotten = {"refresh_token": old.refresh_token, "device_id": "device-1", "base_url": circle.url}
+    cache.forget(user_token=old.user_token, **forgotten)
+    assert refresh_user_token(**pair_of(circle, new), cache=cache) != new
+    assert len(circle.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"refresh_token": "r"},
+        {"refresh_token": "r", "device_id": "d"},
+        {"user_token": "u", "device_id": "d"},
+    ],
+)
+def test_forget_what(cache, arguments):
+    """Half a credential can't be forgotten."""
+    with pytest.raises(InvalidArgumentError):
+        cache.forget(**arguments)
+    with pytest.raises(InvalidArgumentError):
+        cache.forget("http://kuzzle")
+
+
+@pytest.mark.parametrize("how", ["forget", "clear"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_forget_while_a_refresh_is_under_way(kuzzle, cache, clock, root, how, before):
+    """A refresh under way does not bring back what is forgotten; who waits for it gets it all the same."""
+    jwt = root
+    for _ in range(before):
+        jwt = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+        clock.advance(HOUR - 20)
+    release = threading.Event()
+    kuzzle.next_answers.append(lambda request: release.wait(10) and kuzzle.truly(request))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        while len(kuzzle.requests) == before:
+            time.sleep(0.001)
+        cache.forget(kuzzle.url, root) if how == "forget" else cache.clear()
+        release.set()
+        assert waiting.result(10) is not None
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert kuzzle.requests[-1].headers["Authorization"] == f"Bearer {root}"
+    assert jwt is not None
+
+
+# Forks
+
+
+FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@FORKS
+def test_fork_while_threads_refresh(kuzzle, cache, clock, root):
+    """A child that is forked while another thread refreshes works at once, on connections of its own."""
+    other = kuzzle.login("foo", "2h")
+    clock.advance(1)
+    release = threading.Event()
+    kuzzle.next_answers.append(lambda request: release.wait(10) and kuzzle.truly(request))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        while not kuzzle.requests:
+            time.sleep(0.001)
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                mine = refresh_kuzzle_token(kuzzle.url, other, cache=cache, timeout=5)
+                os.write(write, f"{kuzzle.url} {mine.kuid} {len(refresher._cache._flights)}".encode())
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(read, 1000).decode() == f"{kuzzle.url} foo 0"
+        release.set()
+        assert waiting.result(10).kuid == "foo"
+    os.close(read)
+    os.close(write)
+
+
+@FORKS
+def test_fork_storm(kuzzle, cache, clock):
+    """However often a busy process forks, no child finds a lock held or a dictionary half changed."""
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            cache._shelf.memory.set("key", "value", 60)
+            with cache._shelf.memory.lock("lock", 1, 1):
+                cache._shelf.memory.get("key")
+
+    threads = [threading.Thread(target=busy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            pid = os.fork()
+            if pid == 0:
+                with cache._shelf.memory.lock("lock", 1, 1) as got:
+                    cache._shelf.memory.set("key", "mine", 60)
+                    os._exit(0 if got and cache._shelf.memory.get("key") == "mine" else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+# Secrets
+
+
+def test_keys_tell_nothing(kuzzle, circle, cache, store, root, caplog):
+    """No key and no line in the log has a token in it, or enough of one to be of use."""
+    caplog.set_level(logging.DEBUG)
+    pair = circle.sign_in()
+    new = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    newer = refresh_user_token(**by_id(circle, pair), cache=cache)
+    told = " ".join([*store.keys(), caplog.text])
+    for secret in (
+        root,
+        new.jwt,
+        pair.refresh_token,
+        newer.refresh_token,
+        newer.user_token,
+        newer.encryption_key,
+    ):
+        pieces = [secret[start : start + 12] for start in range(len(secret) - 12)]
+        assert [piece for piece in pieces if piece in told] == []
