@@ -5,8 +5,7 @@ Example:
     >>> import refresher
     >>> from refresher.testing import FakeKuzzle  # a Kuzzle of our own, on the loopback
     >>> with FakeKuzzle() as kuzzle:
-    ...     old = kuzzle.login("foo")
-    ...     kuzzle.clock.advance(1800)
+    ...     old = kuzzle.login("foo", ago=1800)
     ...     new = refresher.refresh_kuzzle_token(kuzzle.url, old, expires_in="2h")
     >>> new.kuid, new.jwt == old
     ('foo', False)

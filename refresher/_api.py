@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 import uuid
 from datetime import timedelta
 from typing import overload
@@ -15,12 +14,15 @@ import requests
 from . import _circle, _kuzzle
 from ._cache import SHARED, Credential, TokenCache
 from ._checks import Checks
-from ._exchange import exchange
+from ._exchange import Patience, exchange, left
 from ._http import find_cookie, keep_cookie
-from .errors import SignInRequiredError
+from .errors import RequestRefusedError, SignInRequiredError
 from .tokens import KuzzleToken, UserToken
 
 Seconds = float | timedelta | None
+
+# How many requests one refresh at Circle may take: a stale exchange, a new key, answers that came too late.
+_MOST_STEPS = 5
 
 
 def refresh_kuzzle_token(
@@ -51,7 +53,8 @@ def refresh_kuzzle_token(
         cookie_auth: Cookie mode: the new token goes into the cookie jar of *session* and is None in the result.
         trigger_events: Sent as the JavaScript SDK does; Kuzzle 2 triggers its events either way.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
-        queuable: Whether Kuzzle's downtime may be waited out. So far no call waits: each is one attempt.
+        queuable: Whether to wait out Kuzzle's downtime, overload, rate limit and lost answers, as long as
+            *timeout* allows. If not, there is one attempt.
         timeout: Seconds, or a timedelta; None or -1: as long as it takes. When it's over, the exchange goes
             on (for a minute, if that's longer), and the next call finds its result in the cache.
         cache: Remembers who succeeded whom. A call with a spent *jwt* gets its last successor, and without a
@@ -78,8 +81,7 @@ def refresh_kuzzle_token(
     Example:
         >>> from refresher.testing import FakeKuzzle
         >>> with FakeKuzzle() as kuzzle:
-        ...     jwt = kuzzle.login("foo")
-        ...     kuzzle.clock.advance(1800)
+        ...     jwt = kuzzle.login("foo", ago=1800)
         ...     token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
         >>> print(token.kuid, token.ttl)
         foo 2:00:00
@@ -106,9 +108,9 @@ def refresh_kuzzle_token(
     )
     build(jwt=jwt, request_id="")  # finds what is wrong with the arguments
 
-    def refresh(last: KuzzleToken | None, connect: float | None, limit: float | None) -> KuzzleToken:
+    def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
         request = build(jwt=jwt if last is None else last.jwt, request_id=str(uuid.uuid4()))
-        return exchange(request, _kuzzle.parse, session=session, connect=connect, timeout=limit)
+        return exchange(request, _kuzzle.parse, session=session, patience=patience, retry=queuable)
 
     credential = Credential(
         provider="kuzzle",
@@ -118,6 +120,7 @@ def refresh_kuzzle_token(
         keys=lambda token: [_kuzzle.key(url, token.jwt)],
         lifetime=_kuzzle.lifetime,
         useful=_kuzzle.lifetime,
+        young=lambda last, now: _kuzzle.is_young(str(jwt) if last is None else str(last.jwt), now),
     )
     token = _cache(check, cache).last(credential, check.seconds("timeout", timeout))
     if jar is None:
@@ -193,7 +196,8 @@ def refresh_user_token(
             that makes this call, also after a crash.
         request_id: A UUID that names the request in Circle's logs. None: a new one.
         base_url: Where Circle answers. Only a loopback address may do without https.
-        retry: Whether failures may be tried again. So far no call does: each is one attempt.
+        retry: Whether to try again after failures and lost answers, as long as *timeout* allows. If not, there
+            is one attempt.
         timeout: Seconds for it all, or a timedelta; None or -1: as long as it takes. When it's over, the
             exchange goes on (for a minute, if that's longer), and the next call finds its result in the cache.
         cache: Remembers who succeeded whom. A call with a spent pair gets its last successor, without a request
@@ -245,9 +249,9 @@ def refresh_user_token(
 
     fresh: list[str] = []
 
-    def swap(_: object, connect: float | None, limit: float | None) -> _circle.Exchanged:
+    def swap(_: object, patience: Patience) -> _circle.Exchanged:
         request = _circle.build_exchange(call)
-        swapped = exchange(request, _circle.parse_exchange, session=session, connect=connect, timeout=limit)
+        swapped = exchange(request, _circle.parse_exchange, session=session, patience=patience, retry=retry)
         fresh.append(swapped.user_token)
         return swapped
 
@@ -261,21 +265,35 @@ def refresh_user_token(
         useful=_circle.Exchanged.lifetime,
     )
 
-    def refresh(last: UserToken | None, connect: float | None, limit: float | None) -> UserToken:
+    def refresh(last: UserToken | None, patience: Patience) -> UserToken:
         step = call if last is None else call.following(last)
-        deadline = None if limit is None else time.monotonic() + limit
-        user_token = step.user_token or shared.last(swapping, limit).user_token
-        left = None if deadline is None else max(0.001, deadline - time.monotonic())
-        try:
+        if shared.is_marked(f"refused {step.idempotency_key}"):
+            step = step.with_drawn_key()  # the derived one could bring the refusal back
+        for _ in range(_MOST_STEPS):
+            user_token = step.user_token or shared.last(swapping, left(patience.until)).user_token
             request = _circle.build(step, user_token)
-            return exchange(request, _circle.parse, session=session, connect=connect, timeout=left)
-        except SignInRequiredError as error:
-            if step.user_token is not None or error.code not in _circle.STALE:
-                raise
-            shared.drop(swapping.key)
-            if user_token in fresh:
-                raise
-        return refresh(last, connect, None if deadline is None else deadline - time.monotonic())
+            try:
+                pair, is_dead = exchange(
+                    request, _circle.parse, session=session, patience=patience, retry=retry
+                )
+            except RequestRefusedError as error:
+                if error.code != _circle.NEW_KEY or step.key_is_final or not retry:
+                    raise
+                step = step.with_drawn_key()
+            except SignInRequiredError as error:
+                shared.mark(f"refused {step.idempotency_key}", 86400)
+                if step.user_token is not None or error.code not in _circle.STALE:
+                    raise
+                shared.drop(swapping.key)
+                if user_token in fresh or not retry:
+                    raise
+                step = step.with_drawn_key()
+            else:
+                if not is_dead:
+                    break
+                # The answer to an earlier run of this call, which nobody took: it has had its time.
+                step = call.following(pair)
+        return pair
 
     credential = Credential(
         provider="circle",

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from uuid import uuid4
 import attrs
 
 from . import _circle, _kuzzle
+from ._exchange import Patience, in_thread
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
 from .tokens import key_of
@@ -32,7 +32,7 @@ _REFUSED = 60.0
 _FOREVER = 3650 * 86400.0
 # How long callers wait for a new token while the old one lives, and a failure then holds back the next try.
 _BRIEFLY = 2.0
-_HELD_BACK = 5.0
+_HELD_BACK = 5
 # How long a store that failed is left alone.
 _DOWN = 1.0
 # How much longer than its timeout a caller waits: the exchange may be about to tell what went wrong.
@@ -56,22 +56,24 @@ class Credential(Generic[T]):
     Args:
         provider: ``"kuzzle"`` or ``"circle"``.
         key: Its key.
-        refresh: Sends it, or its last successor if there is one already. The seconds are those to connect in
-            and those for all of it; None: as long as it takes.
+        refresh: Sends it, or its last successor if there is one already.
         read: Reads a token's JSON.
         keys: Lists the keys of a token as a credential, its own first.
         lifetime: Tells how many seconds a token lives from when it was asked for; None: for ever.
         useful: Tells for how many seconds it can be refreshed; None: for ever.
+        young: Tells by a clock whether a refresh, of the credential or of a token, could fall into the second
+            of its birth, and would be in vain.
         idempotency_key: What a repetition would carry.
     """
 
     provider: str
     key: str
-    refresh: Callable[[T | None, float | None, float | None], T] = attrs.field(repr=False)
+    refresh: Callable[[T | None, Patience], T] = attrs.field(repr=False)
     read: Callable[[Mapping[str, object]], T] = attrs.field(repr=False)
     keys: Callable[[T], list[str]] = attrs.field(repr=False)
     lifetime: Callable[[T], float | None] = attrs.field(repr=False)
     useful: Callable[[T], float | None] = attrs.field(repr=False)
+    young: Callable[[T | None, float], bool] = attrs.field(default=lambda *_: False, repr=False)
     idempotency_key: str | None = None
 
 
@@ -180,6 +182,20 @@ class _Shelf:
                     self._warn("did not take a lock back (%s)", type(error).__name__)
 
 
+_seen = MemoryStore()
+
+
+def _see(key: str) -> float:
+    """Tell when a credential was first seen here, by ``time.monotonic()``: now, if it is new."""
+    first = _seen.get(key) or str(time.monotonic())
+    _seen.set(key, first, 120)
+    return float(first)
+
+
+def _let_a_second_pass_since_first_seen(key: str) -> None:
+    time.sleep(max(0.0, _see(key) + 1.0 - time.monotonic()))
+
+
 # The exchanges under way in this process, by cache and chain. A forked child has none of their threads.
 _flights: dict[tuple[int, str], Future[Any]] = {}
 os.register_at_fork(after_in_child=_flights.clear)
@@ -206,8 +222,7 @@ class TokenCache:
         >>> from refresher.testing import FakeKuzzle
         >>> cache = TokenCache()
         >>> with FakeKuzzle() as kuzzle:
-        ...     first = kuzzle.login("foo")
-        ...     kuzzle.clock.advance(1800)
+        ...     first = kuzzle.login("foo", ago=1800)
         ...     one = refresh_kuzzle_token(kuzzle.url, first, cache=cache)
         ...     two = refresh_kuzzle_token(kuzzle.url, first, cache=cache)
         ...     print(one == two, len(kuzzle.requests))
@@ -232,7 +247,7 @@ class TokenCache:
         if link.token is not None and link.left > link.ahead:
             return link.token
         living = link.token if link.left > 0 else None
-        if living is not None and self._shelf.memory.get(f"held back {link.chain}"):
+        if living is not None and self.is_marked(f"held back {link.chain}"):
             return living
         flight = self._join(link.chain, credential, timeout)
         patience = timeout if living is None else min(_BRIEFLY, _BRIEFLY if timeout is None else timeout)
@@ -301,19 +316,16 @@ class TokenCache:
         def fly() -> None:
             try:
                 answer = self._refresh(chain, credential, timeout)
-            except BaseException as error:  # it's raised in those who wait
+            except BaseException as error:
                 self._land(place, flight)
                 flight.set_exception(error)
             else:
                 self._land(place, flight)
                 flight.set_result(answer)
 
-        try:
-            # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the
-            # process does not end before it.
-            threading.Thread(target=fly, name=f"refresher {chain[:8]}").start()
-        except RuntimeError:  # too many threads, or the interpreter is about to end
-            fly()
+        # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the process
+        # does not end before it.
+        in_thread(fly, f"refresher {chain[:8]}", daemon=False)
         return flight
 
     def _land(self, place: tuple[int, str], flight: Future[T]) -> None:
@@ -327,8 +339,8 @@ class TokenCache:
     def _refresh(self, chain: str, credential: Credential[T], timeout: float | None) -> T:
         """Refresh the last token of a chain, unless somebody else has."""
         limit = None if timeout is None else max(timeout, self._lease)
+        patience = Patience.starting(timeout, limit)
         wait = _FOREVER if limit is None else limit
-        started = time.monotonic()
         with self._shelf.lock(chain, wait + 1, wait) as got:
             link = self._find(credential)
             if link.token is not None and link.left > link.ahead:
@@ -340,17 +352,22 @@ class TokenCache:
                 )
             last = credential.key if link.token is None else credential.keys(link.token)[0]
             self._raise_refusal(last)
+            if credential.young(link.token, self._clock()):
+                _let_a_second_pass_since_first_seen(last)
             asked = self._now()
             try:
-                left = None if limit is None else max(0.001, limit - (time.monotonic() - started))
-                token = credential.refresh(link.token, None if timeout is None else timeout * 0.9, left)
+                token = credential.refresh(link.token, patience)
             except SignInRequiredError as error:
+                other = self._find(credential)
+                if other.token is not None and other.number > link.number:
+                    return other.token
                 values = {"message": str(error), "details": vars(error)}
                 self._shelf.write(key_of("refused", last), values, _REFUSED)
                 raise
             except RefreshError:
-                self._shelf.memory.set(f"held back {chain}", "yes", math.ceil(_HELD_BACK))
+                self.mark(f"held back {chain}", _HELD_BACK)
                 raise
+            _see(credential.keys(token)[0])
             if self._find(credential).number == link.number:  # else it was forgotten meanwhile
                 self._remember(chain, link.number + 1, token, asked, credential)
             return token
@@ -416,6 +433,14 @@ class TokenCache:
         values, _ = self._shelf.read(chain)
         # Not just removed: what other processes remember of the chain, and what is under way, must not count.
         self._shelf.write(chain, {"number": values.get("number", 0) + 1, "token": None}, _SPENT)
+
+    def mark(self, name: str, seconds: int) -> None:
+        """Remember something for some seconds, in this process."""
+        self._shelf.memory.set(name, "yes", seconds)
+
+    def is_marked(self, name: str) -> bool:
+        """Tell whether that is remembered."""
+        return self._shelf.memory.get(name) is not None
 
 
 # The cache of all calls that are not given another.

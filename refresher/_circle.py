@@ -44,12 +44,14 @@ _MEANINGS: dict[int, tuple[type[RefreshError], bool | None]] = {
     155137: (RequestRefusedError, False),  # the device id is invalid
     156006: (RequestRefusedError, False),  # a test key on live data
     156007: (RequestRefusedError, False),  # a live key on test data
-    156020: (RequestRefusedError, False),  # use a new idempotency key
+    156020: (RequestRefusedError, False),  # see above: a new one is drawn, if nobody gave this one
 }
 
 
 # The user token is unknown, expired or invalid: one that a user id was exchanged for is of no more use.
 STALE = (155103, 155104, 155105)
+# The idempotency key was used for something else, or too long ago.
+NEW_KEY = 156020
 
 
 @attrs.frozen(kw_only=True)
@@ -63,6 +65,7 @@ class Call:
     refresh_token: str = attrs.field(repr=False)
     device_id: str
     idempotency_key: str
+    key_is_final: bool
     request_id: str
 
     @property
@@ -79,7 +82,14 @@ class Call:
             refresh_token=last.refresh_token,
             user_id=None,
             idempotency_key=key,
+            key_is_final=False,
         )
+
+    def with_drawn_key(self) -> Call:
+        """Take another idempotency key, unless the caller gave this one, or it was drawn already."""
+        if self.key_is_final:
+            return self
+        return attrs.evolve(self, idempotency_key=str(uuid.uuid4()), key_is_final=True)
 
     def keys(self, token: UserToken) -> list[str]:
         """List the keys of a pair that has come of this call: with its user token, and with the user id."""
@@ -129,6 +139,7 @@ def prepare(
         idempotency_key=_derive(who, secret, device)
         if idempotency_key is None
         else check.uuid("idempotency_key", idempotency_key),
+        key_is_final=idempotency_key is not None,
         request_id=str(uuid.uuid4()) if request_id is None else check.uuid("request_id", request_id),
     )
 
@@ -234,9 +245,11 @@ def build(call: Call, user_token: str) -> Request:
     )
 
 
-def parse(reply: Reply, request: Request) -> UserToken:
+def parse(reply: Reply, request: Request) -> tuple[UserToken, bool]:
     """
-    Read the reply. Only the user token has to be in it; a member that is no string counts as missing.
+    Read the reply, and tell whether its user token was dead by the service's own clock.
+
+    Only the user token has to be in it; a member that is no string counts as missing.
 
     Raises:
         RefreshError: There is no user token in it.
@@ -248,9 +261,12 @@ def parse(reply: Reply, request: Request) -> UserToken:
         "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
     }
     try:
-        return UserToken.from_dict(values)
+        token = UserToken.from_dict(values)
     except InvalidArgumentError:
-        pass
+        token = None
+    if token is not None:
+        now = reply.date()
+        return token, now is not None and claims(token.user_token).get("exp", now) < now
     raise failure(ReplyError, request, reply, spent=None, what="answered without a user token")
 
 

@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo() -> int:
     with FakeKuzzle() as kuzzle:
         print("KUZZLE. A user signs in and gets a token that is good for an hour. Half an hour later:\n")
-        jwt = kuzzle.login("foo")
-        kuzzle.clock.advance(1800)
+        jwt = kuzzle.login("foo", ago=1800)
         print('    >>> refresh_kuzzle_token(url, jwt, expires_in="2h")')
         token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
         _show(token, kuzzle.requests[-1])

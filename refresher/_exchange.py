@@ -1,20 +1,74 @@
-"""One exchange with a service, and the line in the log that tells of it."""
+"""Attempts at one exchange, until it succeeds, is refused, or time is up."""
 
 from __future__ import annotations
 
 import logging
+import random
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
+import attrs
 import requests
 
-from ._http import Reply, Request, send
-from .errors import RefreshError
+from ._http import Reply, Request, failure, send
+from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
 from .tokens import fingerprint
 
 _log = logging.getLogger("refresher")
 _Answer = TypeVar("_Answer")
+
+# In seconds. The first pause is up to twice the shortest, each further one up to twice as long.
+_SHORTEST_PAUSE = 0.1
+_LONGEST_PAUSE = 5.0
+# How long an answer is waited for where asking again is safe.
+_SILENCE = 10.0
+
+
+@attrs.frozen
+class Patience:
+    """
+    How long an exchange may take, by ``time.monotonic()``. None: as long as it takes.
+
+    Args:
+        until: When the last attempt may begin, and how long it may take to connect.
+        end: Until when its answer is waited for.
+    """
+
+    until: float | None
+    end: float | None
+
+    @classmethod
+    def starting(cls, timeout: float | None, limit: float | None) -> Patience:
+        """Count from now."""
+        now = time.monotonic()
+        return cls(None if timeout is None else now + timeout, None if limit is None else now + limit)
+
+
+def left(instant: float | None) -> float | None:
+    """Count the seconds until an instant. It is never over: whoever asks can still be told that it's late."""
+    return None if instant is None else max(0.001, instant - time.monotonic())
+
+
+def in_thread(call: Callable[[], _Answer], name: str, *, daemon: bool) -> Future[_Answer]:
+    """Call something in a thread of its own."""
+    future: Future[_Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer = call()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(answer)
+
+    try:
+        threading.Thread(target=run, name=name, daemon=daemon).start()
+    except RuntimeError:  # too many threads, or the interpreter is about to end
+        run()
+    return future
 
 
 def exchange(
@@ -22,35 +76,91 @@ def exchange(
     parse: Callable[[Reply, Request], _Answer],
     *,
     session: requests.Session | None,
-    connect: float | None,
-    timeout: float | None,
+    patience: Patience,
+    retry: bool,
 ) -> _Answer:
     """
-    Send *request*, read the reply and log what came of it.
+    Send *request*, again if need be, read the reply and log what came of it.
+
+    Where nothing was spent, it is sent again. Where the answer was lost it is too: Circle knows a repetition by
+    its idempotency key; Kuzzle refuses a token that is spent, which then tells that it is.
 
     Args:
         parse: Reads the reply, or raises what it means.
         session: Whose connections to use; None for our own.
-        connect: Seconds to wait for a connection; None for ever.
-        timeout: Seconds to wait for the answer, connection included; None for ever.
+        patience: For how long.
+        retry: Whether there may be more than one attempt.
 
     Raises:
-        RefreshError: There was no answer, or it was a refusal.
+        RefreshError: There was no answer in time, or it was a refusal.
     """
-    started = time.monotonic()
+    started, attempts = time.monotonic(), 0
+    lost: OutcomeUnknownError | None = None
     outcome = "interrupted"
     try:
-        answer = parse(send(request, session=session, connect=connect, timeout=timeout), request)
-        outcome = "ok"
-        return answer
-    except RefreshError as error:
-        outcome = str(error)
-        raise
+        while True:
+            attempts += 1
+            try:
+                answer = parse(_attempt(request, session, patience), request)
+            except RefreshError as failed:
+                error = failed
+            else:
+                outcome = "ok"
+                return answer
+            if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
+                error.spent = True
+            pause = _pause(error, request, patience, attempts) if retry else None
+            if pause is None:
+                # Nothing was spent this time, but an answer was lost before.
+                error = lost if lost is not None and isinstance(error, UnavailableError) else error
+                outcome = str(error)
+                raise error
+            lost = error if isinstance(error, OutcomeUnknownError) else lost
+            credential = fingerprint(request.credential)
+            _log.warning("%s %s: %s. Next try in %.1f s", request.provider, credential, error, pause)
+            time.sleep(pause)
     finally:
         _log.info(
-            "%s %s: %s, 1 attempt, %.3f s",
+            "%s %s: %s, %d attempt%s, %.3f s",
             request.provider,
             fingerprint(request.credential),
             outcome,
+            attempts,
+            "" if attempts == 1 else "s",
             time.monotonic() - started,
         )
+
+
+def _attempt(request: Request, session: requests.Session | None, patience: Patience) -> Reply:
+    """Send once. Whatever the peer does, dripping bytes too, there is an end to it in time."""
+    connect, timeout = left(patience.until), left(patience.end)
+    connect = None if connect is None else connect * 0.9  # then there is time to tell that nothing was sent
+    if request.idempotency_key is not None or not request.spends:
+        timeout = _SILENCE if timeout is None else min(timeout, _SILENCE)
+
+    def call() -> Reply:
+        return send(request, session=session, connect=connect, timeout=timeout)
+
+    reply = in_thread(call, f"refresher {request.provider}", daemon=True)
+    try:
+        # The socket's own timeout tells more, so it comes first.
+        return reply.result(None if timeout is None else timeout + 0.02)
+    except TimeoutError:
+        pass
+    raise failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
+
+
+def _pause(error: RefreshError, request: Request, patience: Patience, attempts: int) -> float | None:
+    """Tell how many seconds to wait before the next attempt. None: there is none."""
+    if isinstance(error, OutcomeUnknownError):
+        lost = error.status in (None, 502, 504)
+        if not lost and (request.idempotency_key is None or (error.status or 0) < 500):
+            return None
+    elif not isinstance(error, UnavailableError):
+        return None
+    pause = error.retry_after
+    if pause is None:
+        pause = random.uniform(0, min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2**attempts))  # noqa: S311 - no secret
+    if patience.until is not None and time.monotonic() + pause >= patience.until:
+        return None
+    return pause

@@ -19,10 +19,10 @@ from typing import Any
 
 import attrs
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.auth import AuthBase
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
-from urllib3 import Timeout
+from urllib3 import Retry, Timeout
 from urllib3.exceptions import HTTPError, NewConnectionError
 
 from ._checks import is_uuid
@@ -92,6 +92,10 @@ class Reply:
         except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
+
+    def date(self) -> float | None:
+        """Read when the service wrote it, in seconds since 1970 by the service's clock."""
+        return _instant(self.headers.get("Date", ""))
 
 
 _WHAT: dict[type[RefreshError], str] = {
@@ -165,8 +169,13 @@ def _retry_after(reply: Reply) -> float | None:
     value = reply.headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
+    date = _instant(value)
+    return None if date is None else max(0.0, date - time.time())
+
+
+def _instant(text: str) -> float | None:
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):
         return None
 
@@ -182,16 +191,37 @@ class _Bearer(AuthBase):
         return request
 
 
-@functools.cache
-def _own_session() -> requests.Session:
+@functools.lru_cache(maxsize=1)
+def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
     session = requests.Session()
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=64))
     return session
 
 
-# A child that used its parent's connections would read its parent's answers.
-os.register_at_fork(after_in_child=_own_session.cache_clear)
+def _own_session() -> requests.Session:
+    """
+    Get the session of callers who have none.
+
+    There is a new one every few seconds: a connection that was idle for longer may be dead, and a request on it
+    be lost, where a new one tells that nothing was sent. And there is one for each process: a forked child that
+    used its parent's connections would read its parent's answers.
+    """
+    return _session_of(os.getpid(), int(time.monotonic() / 5))
+
+
+def _adapter(session: requests.Session, url: str) -> BaseAdapter:
+    """
+    Get the session's adapter, without the retries it may have.
+
+    urllib3 may send a POST again after an error on the answer, and nobody would know.
+    """
+    adapter = session.get_adapter(url)
+    if not isinstance(adapter, HTTPAdapter) or not adapter.max_retries.total:
+        return adapter
+    same: HTTPAdapter = object.__new__(type(adapter))
+    vars(same).update({**vars(adapter), "max_retries": Retry(0, read=False)})
+    return same
 
 
 def send(
@@ -220,7 +250,7 @@ def send(
     try:
         prepared = _prepare(request, session)
         settings: dict[str, Any] = {**session.merge_environment_settings(prepared.url, {}, True, None, None)}
-        adapter = session.get_adapter(request.url)
+        adapter = _adapter(session, request.url)
         settings["timeout"] = Timeout(total=timeout, connect=connect)
         with adapter.send(prepared, **settings) as response:
             return Reply(

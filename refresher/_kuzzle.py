@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import timedelta
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from .errors import (
     SignInRequiredError,
     UnavailableError,
 )
-from .tokens import KuzzleToken, key_of, lifespan
+from .tokens import KuzzleToken, claims, key_of, lifespan, subject
 
 COOKIE = "authToken"
 
@@ -132,6 +133,15 @@ def lifetime(token: KuzzleToken) -> float | None:
     return None if token.ttl is None else lifespan(token.jwt or "", token.ttl.total_seconds())
 
 
+def is_young(jwt: str, now: float) -> bool:
+    """
+    Tell whether a token may have been born this second: a refresh would give it back, and it would die.
+
+    The clock that says *now* may be a minute off either way.
+    """
+    return claims(jwt).get("iat", -math.inf) > now - 60
+
+
 def build(
     *,
     url: object,
@@ -185,6 +195,8 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
     """
     envelope = reply.json()
     error = envelope.get("error") or envelope
+    if envelope.get("requestId", request.request_id) != request.request_id:
+        raise failure(ReplyError, request, reply, spent=None, what="or a proxy answered another request")
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
         return _token(result, reply, request)
     if reply.status >= 400 and isinstance(error, dict) and isinstance(error.get("message"), str):
@@ -202,6 +214,9 @@ def _token(result: dict[str, object], reply: Reply, request: Request) -> KuzzleT
         token = None
     if token is None or token.jwt is None:
         raise failure(ReplyError, request, reply, spent=None, what="answered without a token or its lifetime")
+    user = subject(request.credential)
+    if user is not None and {token.kuid, subject(token.jwt)} - {user, None}:
+        raise failure(ReplyError, request, reply, spent=None, what="answered with a token of another user")
     if token.jwt == request.credential:
         # It happens within the second of the token's birth, and the token dies a second later.
         raise failure(SignInRequiredError, request, reply, spent=True, what="gave the old token back")

@@ -8,8 +8,7 @@ tokens and answers a repeated idempotency key as it did before. Their clock move
 Example:
     >>> from refresher import refresh_kuzzle_token
     >>> with FakeKuzzle() as kuzzle:
-    ...     old = kuzzle.login("foo")
-    ...     kuzzle.clock.advance(1800)
+    ...     old = kuzzle.login("foo", ago=1800)
     ...     new = refresh_kuzzle_token(kuzzle.url, old)
     ...     kuzzle.clock.advance(1)
     ...     print(kuzzle.knows(old), kuzzle.knows(new.jwt))
@@ -56,22 +55,23 @@ __all__ = ["Answer", "Clock", "FakeCircle", "FakeKuzzle", "Received"]
 
 class Clock:
     """
-    A clock that stands still until it is told to go on.
+    A clock that can be moved on.
 
     Args:
-        now: What it shows at first, in seconds since 1970. None: the time.
+        now: What it shows, in seconds since 1970, until it is moved. None: the time, and it goes on by itself.
     """
 
     def __init__(self, now: float | None = None) -> None:
-        self._now = time.time() if now is None else now
+        self._now = now
+        self._moved = 0.0
 
     def __call__(self) -> float:
         """Read the clock, in seconds since 1970."""
-        return self._now
+        return (time.time() if self._now is None else self._now) + self._moved
 
     def advance(self, seconds: float) -> None:
         """Let *seconds* pass."""
-        self._now += seconds
+        self._moved += seconds
 
 
 @attrs.frozen
@@ -348,10 +348,14 @@ class FakeKuzzle(_Fake):
             ("POST", "/api-keys/_create"): ("createApiKey", self._create_api_key),
         }
 
-    def login(self, username: str = "foo", expires_in: str | None = None) -> str:
-        """Sign a user in, without asking for a password, and give the jwt."""
+    def login(self, username: str = "foo", expires_in: str | None = None, *, ago: float = 0.0) -> str:
+        """Let a user have signed in some seconds *ago*, without asking for a password, and give the jwt."""
         with self._lock:
-            return self._issue(username, expires_in)[0]
+            self.clock.advance(-ago)
+            try:
+                return self._issue(username, expires_in)[0]
+            finally:
+                self.clock.advance(ago)
 
     def api_key(self, username: str = "foo") -> str:
         """Make an API key for a user. It lives for ever."""
@@ -729,10 +733,11 @@ class FakeCircle(_Fake):
     def _refuse(self, request: Received, refusal: _Refusal) -> Answer:
         return self._reply(request, refusal.status, refusal.error)
 
-    @staticmethod
-    def _reply(request: Received, status: int, body: object) -> Answer:
+    def _reply(self, request: Received, status: int, body: object) -> Answer:
         request_id = request.headers.get("X-Request-Id") or str(uuid.uuid4())
-        return Answer(status, body, {"Content-Type": "application/json", "X-Request-Id": request_id})
+        date = formatdate(self.clock(), usegmt=True)
+        headers = {"Content-Type": "application/json", "X-Request-Id": request_id, "Date": date}
+        return Answer(status, body, headers)
 
     @staticmethod
     def _members(request: Received, **wanted: Callable[[str], bool]) -> list[str]:

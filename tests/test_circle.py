@@ -23,7 +23,7 @@ from refresher import (
 from refresher._circle import useful
 from refresher.testing import _CIRCLE_ERRORS, Answer, FakeCircle
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("single")
 
 KEY = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 

@@ -18,7 +18,7 @@ from refresher import (
 from refresher._kuzzle import milliseconds
 from refresher.tokens import claims
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("single")
 
 
 def error_of(response):

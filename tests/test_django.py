@@ -13,14 +13,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from refresher.testing import FakeKuzzle
-
-
-@pytest.fixture
-def kuzzle():
-    with FakeKuzzle() as fake:
-        yield fake
-
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
 def test_site(kuzzle, valkey_url, preload, tmp_path):

@@ -25,7 +25,7 @@ from refresher import (
 from refresher.testing import Answer
 from refresher.tokens import fingerprint
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("single")
 
 JWT = "kauth-planted.planted.planted"
 CIRCLE = {

@@ -23,7 +23,7 @@ from refresher._http import Reply
 from refresher._kuzzle import build, parse
 from refresher.testing import _KUZZLE_ERRORS, Answer, FakeKuzzle
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("single")
 
 JWT = "kauth-e30.e30.c2ln"
 URL = "http://127.0.0.1:1"

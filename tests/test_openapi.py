@@ -14,7 +14,7 @@ from openapi_core.testing import MockRequest, MockResponse
 from refresher import RefreshError, refresh_user_token
 from refresher.testing import Answer, FakeCircle
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("single")
 
 DOCUMENT = Path(__file__).with_name("circle-refresh.openapi.json")
 CIRCLE = OpenAPI.from_file_path(str(DOCUMENT))

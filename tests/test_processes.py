@@ -7,20 +7,12 @@ import time
 
 import pytest
 
-from refresher.testing import FakeKuzzle
-
 
 @pytest.fixture(params=["file", "redis", "django"])
 def shelf(request, tmp_path):
     """A store that processes share: its kind, and where it is."""
     where = str(tmp_path / "shelf") if request.param == "file" else request.getfixturevalue("valkey_url")
     return {"kind": request.param, "where": where}
-
-
-@pytest.fixture
-def kuzzle():
-    with FakeKuzzle() as fake:
-        yield fake
 
 
 def test_fleet(fleet, shelf, kuzzle):

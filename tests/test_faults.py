@@ -1,0 +1,671 @@
+"""Never lose a session: faults made on purpose."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from proxy import FaultProxy
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+import refresher._http
+from refresher import (
+    FileStore,
+    MemoryStore,
+    OutcomeUnknownError,
+    RefreshError,
+    ReplyError,
+    RequestRefusedError,
+    SignInRequiredError,
+    TokenCache,
+    UnavailableError,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
+
+JWT = "kauth-e30.e30.c2ln"
+GOOD = {"_id": "foo", "expiresAt": -1, "jwt": "kauth-new", "ttl": -1}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let pauses be short."""
+    monkeypatch.setattr("refresher._exchange._SHORTEST_PAUSE", 0.001)
+    monkeypatch.setattr("refresher._exchange._LONGEST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def root(kuzzle):
+    return kuzzle.login(ago=1800)
+
+
+@pytest.fixture
+def proxy(kuzzle):
+    with FaultProxy(urlsplit(kuzzle.url).port) as proxy:
+        yield proxy
+
+
+def pair_of(circle, pair, **changes):
+    arguments = {
+        "user_token": pair.user_token,
+        "refresh_token": pair.refresh_token,
+        "device_id": "device-1",
+        "api_key": circle.api_key,
+        "base_url": circle.url,
+    }
+    return {**arguments, **changes}
+
+
+# The deadline
+
+
+def peer(behave):
+    """Accept connections, and behave."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept():
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    def serve(client):
+        with client:
+            try:
+                behave(client)
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener
+
+
+def drip(client, data):
+    client.recv(65536)
+    for byte in data:
+        client.sendall(bytes([byte]))
+        time.sleep(0.1)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+PEERS = {
+    "silence": lambda client: client.recv(65536) and client.recv(1),
+    "dripping headers": lambda client: drip(client, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10),
+    "a dripping body": lambda client: client.sendall(HEAD) or drip(client, b" " * 50),
+    "an endless body": lambda client: drip(client, b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 50),
+    "half closed": lambda client: client.shutdown(socket.SHUT_WR) or (client.recv(65536) and time.sleep(3)),
+    "reset": lambda client: client.recv(1) and client.close(),
+}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("name", PEERS)
+def test_deadline(name, scheme):
+    """Whatever the peer does, the caller has an error in time."""
+    with peer(PEERS[name]) as listener:
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises((OutcomeUnknownError, UnavailableError)) as caught:
+            refresh_kuzzle_token(url, JWT, timeout=0.5, cache=TokenCache())
+        assert time.monotonic() - started < 0.5 + 0.25 + 0.5, "with a margin for a slow machine"
+        assert caught.value.spent in (None, False)
+        if scheme == "https" and name != "silence":
+            assert caught.value.spent is False
+
+
+def test_names_that_hang(monkeypatch):
+    """A name server that hangs ends in time as well."""
+    real = socket.getaddrinfo
+
+    def hang(host, *arguments, **options):
+        if host == "hanging.example":
+            time.sleep(2)
+        return real("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    started = time.monotonic()
+    with pytest.raises(RefreshError):
+        refresh_kuzzle_token("http://hanging.example:1", JWT, timeout=0.3, cache=TokenCache())
+    assert time.monotonic() - started < 1.5
+
+
+WAITER = """
+import sys
+from refresher import refresh_kuzzle_token, TokenCache, FileStore, OutcomeUnknownError
+url, jwt, timeout, folder = sys.argv[1:]
+print("ready", flush=True)
+try:
+    refresh_kuzzle_token(url, jwt, timeout=eval(timeout), cache=TokenCache(FileStore(folder)))
+except OutcomeUnknownError:
+    print("gave up", flush=True)
+"""
+
+
+@pytest.fixture
+def waiter(tmp_path):
+    started = []
+
+    def start(url, jwt, timeout):
+        command = [sys.executable, "-c", WAITER, url, jwt, repr(timeout), str(tmp_path / "shelf")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_interrupt(kuzzle, root, waiter):
+    """A call without a timeout is interrupted at once. Then the process waits, until it is told again."""
+    kuzzle.next_answers.append(lambda request: time.sleep(5) or b"")
+    process = waiter(kuzzle.url, root, None)
+    while not kuzzle.requests:
+        time.sleep(0.01)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "KeyboardInterrupt" in line:
+            break
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.wait(3)
+    assert time.monotonic() - started < 3
+
+
+def test_process_that_ends_waits(kuzzle, root, waiter, tmp_path):
+    """A process that ends normally waits for its exchange, and the next one finds the new token."""
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=1.0))
+    process = waiter(kuzzle.url, root, 0.2)
+    out, _ = process.communicate(timeout=20)
+    assert out == "gave up\n"
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path / "shelf")))
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 1
+
+
+def test_slow_kuzzle(target):
+    """A caller gives up on a slow Kuzzle; the next call has the good token, the old one is spent."""
+    jwt, cache = target.login(), TokenCache(clock=lambda: time.time() + 3600)
+    with FaultProxy(urlsplit(target.url).port) as proxy:
+        proxy.faults.append(1.5)
+        with pytest.raises(OutcomeUnknownError):
+            refresh_kuzzle_token(proxy.url, jwt, timeout=0.3, cache=cache)
+        token = refresh_kuzzle_token(proxy.url, jwt, cache=cache)
+    target.wait(1.2)
+    assert (target.me(jwt), target.me(token.jwt)) == (401, 200)
+    assert proxy.connections == 1
+
+
+# The same second
+
+
+@pytest.mark.parametrize("off", [0, -30, 30])
+def test_login_and_refresh_at_once(running_target, off):
+    """50 sign-ins, refreshed at once to the same end or another, and again: all tokens are good 2 s later."""
+    target, cache = running_target, TokenCache(clock=lambda: time.time() + off)
+
+    def one(number):
+        lifetime = f"{target.lifetimes()}s"
+        jwt = target.login(lifetime)
+        for _ in range(2):
+            asked = lifetime if number % 2 else f"{target.lifetimes()}s"
+            new = target.refresh(jwt, expires_in=asked, cache=cache).jwt
+            cache.forget(target.url, jwt)
+            jwt = new
+        return jwt
+
+    with ThreadPoolExecutor(50) as pool:
+        tokens = list(pool.map(one, range(50)))
+    time.sleep(2)
+    assert [target.me(jwt) for jwt in tokens] == [200] * 50
+
+
+def test_old_tokens_are_not_held(kuzzle, root):
+    """A token that is older than a minute is refreshed at once."""
+    started = time.monotonic()
+    refresh_kuzzle_token(kuzzle.url, root)
+    assert time.monotonic() - started < 0.9
+
+
+# Downtime
+
+
+BUSY = [
+    "api.process.overloaded",
+    "api.process.shutting_down",
+    "api.process.too_many_requests",
+    "api.process.not_enough_nodes",
+    "security.token.verification_error",
+    "services.cache.write_failed",
+]
+
+
+@pytest.mark.parametrize("id", BUSY)
+def test_busy(kuzzle, root, quick, caplog, id):
+    """What passes is waited out, and the log says so; queuable=False fails at once."""
+    kuzzle.fail_next(id)
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=None)
+    assert caught.value.spent is False
+    kuzzle.fail_next(id, 3)
+    assert refresh_kuzzle_token(kuzzle.url, root).kuid == "foo"
+    assert caplog.text.count("Next try in 0.0 s") == 3
+    assert len(kuzzle.requests) == 5
+
+
+def test_downtime(kuzzle, quick):
+    """Kuzzle is stopped and started again while calls wait: all of them succeed, none is lost."""
+    jwts = [kuzzle.login("foo", f"{7200 + number}s", ago=1800) for number in range(8)]
+    kuzzle.stop()
+    with pytest.raises(UnavailableError, match="Connection refused"):
+        refresh_kuzzle_token(kuzzle.url, jwts[0], queuable=False)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(refresh_kuzzle_token, kuzzle.url, jwt) for jwt in jwts]
+        time.sleep(0.3)
+        assert not any(each.done() for each in waiting)
+        kuzzle.start()
+        tokens = [each.result(20) for each in waiting]
+    assert all(kuzzle.knows(token.jwt) for token in tokens)
+    assert len(kuzzle.requests) == 8
+
+
+def test_downtime_that_lasts(kuzzle, root):
+    """When time is up, the error says that nothing was spent."""
+    kuzzle.stop()
+    started = time.monotonic()
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, timeout=0.5)
+    assert caught.value.spent is False
+    assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize("after", ["1", "date"])
+def test_retry_after_is_honoured(kuzzle, root, after):
+    """A service that says when to come back is not asked before."""
+    if after == "date":
+        after = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": after}))
+    times = []
+    kuzzle.next_answers.append(lambda request: times.append(time.monotonic()) or kuzzle.truly(request))
+    started = time.monotonic()
+    refresh_kuzzle_token(kuzzle.url, root)
+    assert times[0] - started > 0.9
+
+
+def test_retry_after_beyond_the_deadline(kuzzle, root):
+    """If that is too late, the caller is told at once, and when."""
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "3600"}))
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root)
+    assert caught.value.retry_after == 3600
+    assert len(kuzzle.requests) == 1
+
+
+# Lost answers
+
+
+@pytest.mark.parametrize("fault", ["cut after", "reset"])
+def test_answer_lost_on_kuzzle(target, fault):
+    """An answer that is lost was the only one: the retry is refused, and so we know that the token is spent."""
+    jwt = target.login()
+    with FaultProxy(urlsplit(target.url).port) as proxy:
+        proxy.faults.append(fault)
+        with pytest.raises(SignInRequiredError) as caught:
+            refresh_kuzzle_token(proxy.url, jwt, cache=TokenCache(clock=lambda: time.time() + 3600))
+        assert caught.value.spent is True
+        assert proxy.connections == 2
+    target.wait(1.2)
+    assert target.me(jwt) == 401
+
+
+def test_answer_lost_on_kuzzle_in_one_attempt(kuzzle, root, proxy):
+    """With one attempt nobody knows."""
+    proxy.faults.append("cut after")
+    with pytest.raises(OutcomeUnknownError) as caught:
+        refresh_kuzzle_token(proxy.url, root, queuable=False)
+    assert caught.value.spent is None
+
+
+def test_request_lost_on_kuzzle(target):
+    """A request that is lost is sent again, and nothing else happens."""
+    jwt = target.login()
+    with FaultProxy(urlsplit(target.url).port) as proxy:
+        proxy.faults += ["cut before", "cut before"]
+        token = refresh_kuzzle_token(proxy.url, jwt, cache=TokenCache(clock=lambda: time.time() + 3600))
+    target.wait(1.2)
+    assert target.me(token.jwt) == 200
+
+
+def test_request_that_arrives_twice(kuzzle, root, proxy):
+    """A request that the network doubles is refused the second time; what the caller gets says so."""
+    proxy.faults.append("double")
+    with pytest.raises(SignInRequiredError) as caught:
+        refresh_kuzzle_token(proxy.url, root)
+    assert caught.value.spent is None
+
+
+def test_lost_and_then_down(kuzzle, root, proxy):
+    """A lost answer and then a Kuzzle that is down: nobody knows, and the error does not say otherwise."""
+    proxy.faults.append("cut after")
+
+    def answer(request):
+        kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "3600"}))
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(answer)
+    with pytest.raises(OutcomeUnknownError) as caught:
+        refresh_kuzzle_token(proxy.url, root)
+    assert caught.value.spent is None
+    assert proxy.connections == 2
+
+
+def test_successor_that_another_process_saved(kuzzle, root):
+    """A refusal is no error if another process has the successor and has saved it meanwhile."""
+    store = MemoryStore()
+    one, two = TokenCache(store), TokenCache(store)
+
+    def answer(request):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                MemoryStore, "lock", lambda *_: refresher._cache.contextmanager(lambda: iter([True]))()
+            )
+            refresh_kuzzle_token(kuzzle.url, root, cache=two)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(answer)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=one)
+    assert kuzzle.knows(token.jwt)
+    assert token == refresh_kuzzle_token(kuzzle.url, root, cache=two)
+    assert len(kuzzle.requests) == 2
+
+
+def test_a_bad_network_to_circle(quick):
+    """30 % of answers lost, 10 % late, 10 % 5xx, 10 % 429: of 1,000 refreshes none is lost or done twice."""
+    dice = random.Random(20260101)
+    with FakeCircle(clock=Clock(time.time() - 3600)) as circle:
+        first = pair = circle.sign_in()
+
+        def network(request):
+            circle.next_answers.append(network)
+            luck = dice.random()
+            if luck < 0.1:
+                return Answer(429, b"")
+            if luck < 0.15:
+                return Answer(500, b"")
+            answer = circle.truly(request, after=0.005 if luck > 0.9 else 0.0)
+            return b"" if luck < 0.45 else Answer(502, b"") if luck < 0.5 else answer
+
+        circle.next_answers.append(network)
+        for _ in range(1000):
+            pair = refresh_user_token(**pair_of(circle, pair), cache=TokenCache())
+            assert circle.knows(pair)
+        assert len(circle._answered) == 1000
+        assert len(circle.requests) > 1500
+        assert circle.knows(pair)
+        assert not circle.knows(first)
+
+
+def test_one_key_through_all_attempts(circle, quick):
+    """All attempts of one refresh carry one idempotency key."""
+    pair = circle.sign_in()
+    circle.next_answers.extend([b"", Answer(500, b""), Answer(429, b"")])
+    refresh_user_token(**pair_of(circle, pair))
+    assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 1
+    assert len(circle.requests) == 4
+
+
+def test_silence_at_circle(circle, monkeypatch):
+    """Where asking again is safe, an answer that does not come is not waited for until the end."""
+    monkeypatch.setattr("refresher._exchange._SILENCE", 0.2)
+    circle.next_answers.append(lambda request: time.sleep(1) or b"")
+    started = time.monotonic()
+    refresh_user_token(**pair_of(circle, circle.sign_in()))
+    assert time.monotonic() - started < 0.95
+    assert len(circle.requests) == 2
+
+
+def test_answer_that_nobody_took(circle, clock):
+    """Hours after a crash the same call gets the old answer, sees that it's dead, and goes on from there."""
+    pair = circle.sign_in()
+    lost = refresh_user_token(**pair_of(circle, pair), cache=None)
+    clock.advance(7200)
+    token = refresh_user_token(**pair_of(circle, pair), cache=None)
+    assert token != lost
+    assert circle.knows(token)
+    assert len(circle.requests) == 3
+
+
+@pytest.mark.parametrize("date", ["Fri, 01 Jan 2100 00:00:00 GMT", "nonsense", ""])
+def test_strange_dates(circle, date):
+    """A date that makes all answers look dead does not make for a storm."""
+    pair = circle.sign_in()
+
+    def answer(request):
+        circle.next_answers.append(answer)
+        true = circle.truly(request)
+        return Answer(true.status, true.body, {**true.headers, "Date": date})
+
+    circle.next_answers.append(answer)
+    assert circle.knows(refresh_user_token(**pair_of(circle, pair)))
+    assert len(circle.requests) <= 5
+
+
+def test_drawn_key(circle):
+    """A key that Circle wants no more is replaced by a drawn one, once; a given one is not."""
+    pair = circle.sign_in()
+    circle.fail_next(156020)
+    assert refresh_user_token(**pair_of(circle, pair), cache=None).user_id == "user-1"
+    derived, drawn = [request.json()["idempotencyKey"] for request in circle.requests]
+    assert derived != drawn
+    circle.fail_next(156020, 2)
+    with pytest.raises(RequestRefusedError, match="156020"):
+        refresh_user_token(**pair_of(circle, circle.sign_in()), cache=None)
+    circle.fail_next(156020)
+    key = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+    with pytest.raises(RequestRefusedError, match="156020"):
+        refresh_user_token(**pair_of(circle, circle.sign_in(), idempotency_key=key), cache=None)
+    assert len(circle.requests) == 5
+
+
+def test_drawn_key_after_a_refusal(circle, clock):
+    """After a definite refusal the next try has a drawn key: the derived one could bring the refusal back."""
+    cache = TokenCache(MemoryStore(timer=clock), clock=clock)
+    pair = circle.sign_in()
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**pair_of(circle, pair), cache=cache)
+    clock.advance(61)
+    assert refresh_user_token(**pair_of(circle, pair), cache=cache).user_id == "user-1"
+    derived, drawn = [request.json()["idempotencyKey"] for request in circle.requests]
+    assert derived != drawn
+
+
+def test_given_key_after_a_refusal(circle, clock):
+    """A key that was given is sent, whatever came of it before."""
+    cache = TokenCache(MemoryStore(timer=clock), clock=clock)
+    call = pair_of(circle, circle.sign_in(), idempotency_key="a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11")
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call, cache=cache)
+    clock.advance(61)
+    refresh_user_token(**call, cache=cache)
+    assert {request.json()["idempotencyKey"] for request in circle.requests} == {call["idempotency_key"]}
+
+
+def test_failures_that_are_not_repeated(kuzzle, root):
+    """A plugin that fails may have done so after the refresh: on Kuzzle that is not tried again."""
+    kuzzle.fail_next("plugin.runtime.unexpected_error")
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, root)
+    assert len(kuzzle.requests) == 1
+
+
+# Hygiene, strangers
+
+
+def test_retries_below_are_off(kuzzle, root):
+    """An adapter that would send again is kept from it, and not changed."""
+    session = requests.Session()
+    adapter = HTTPAdapter(max_retries=Retry(3, allowed_methods=None, status_forcelist=[503]))
+    session.mount("http://", adapter)
+    kuzzle.next_answers.extend([Answer(503, b""), b"", b""])
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, queuable=False, session=session)
+    assert len(kuzzle.requests) == 1
+    assert adapter.max_retries.total == 3
+
+
+def test_idle_connections_are_not_used(monkeypatch):
+    """A connection that was idle for a few seconds is left behind."""
+    now = [1000.0]
+    monkeypatch.setattr(refresher._http.time, "monotonic", lambda: now[0])
+    first = refresher._http._own_session()
+    assert refresher._http._own_session() is first
+    now[0] += 5
+    assert refresher._http._own_session() is not first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"requestId": "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"}, id="another request"),
+        pytest.param({"result": {**GOOD, "_id": "bar"}}, id="another user"),
+        pytest.param(
+            {"result": {**GOOD, "jwt": "kauth-e30.eyJfaWQiOiJiYXIifQ.c2ln"}}, id="another user's token"
+        ),
+    ],
+)
+def test_answers_for_others(kuzzle, root, changes):
+    """An answer to another request, or for another user, is none."""
+    kuzzle.next_answers.append(Answer(200, {"result": GOOD, **changes}))
+    with pytest.raises(ReplyError, match="another") as caught:
+        refresh_kuzzle_token(kuzzle.url, root)
+    assert caught.value.spent is None
+
+
+# A campaign
+
+
+class Campaign(RuleBasedStateMachine):
+    """
+    Whatever happens, a session stays alive, unless an answer was lost, and then the error says so.
+
+    Two caches share a store, as two processes would.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.clock = Clock(time.time() - 10 * 86400)
+        self.kuzzle = FakeKuzzle(clock=self.clock)
+        self.kuzzle.start()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("refresher._exchange._SHORTEST_PAUSE", 0.0001)
+        self.patch.setattr("refresher._exchange._LONGEST_PAUSE", 0.001)
+        self.patch.setattr(time, "clock_gettime", lambda _: self.clock() - 1e9)
+        store = MemoryStore(timer=self.clock)
+        self.caches = [TokenCache(store, clock=self.clock), TokenCache(store, clock=self.clock)]
+        self.sign_in()
+
+    def sign_in(self):
+        self.tokens = [self.kuzzle.login()]
+        self.clock.advance(90)
+        self.lost = False
+
+    def teardown(self):
+        self.kuzzle.stop()
+        self.patch.undo()
+
+    @rule(which=st.integers(0, 1), back=st.integers(0, 5), threads=st.integers(1, 4))
+    def refresh(self, which, back, threads):
+        """Refresh with any earlier token, from one or many threads."""
+        jwt = self.tokens[max(0, len(self.tokens) - 1 - back)]
+
+        def one(_):
+            try:
+                return refresh_kuzzle_token(self.kuzzle.url, jwt, cache=self.caches[which], timeout=5)
+            except RefreshError as error:
+                return error
+
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(one, range(threads)))
+        for result in results:
+            if isinstance(result, RefreshError):
+                assert self.lost, result
+                assert result.spent in (True, None)
+            elif result.jwt not in self.tokens:
+                self.tokens.append(result.jwt)
+        if self.lost and any(isinstance(result, RefreshError) for result in results):
+            self.caches[0].clear()
+            self.caches[1].clear()
+            self.kuzzle.next_answers.clear()
+            self.sign_in()
+
+    @rule(id=st.sampled_from(BUSY), times=st.integers(1, 3))
+    def be_busy(self, id, times):
+        """Let Kuzzle be busy, or its token store be down."""
+        self.kuzzle.fail_next(id, times)
+
+    @rule()
+    def lose_request(self):
+        """Let a request be lost."""
+        self.kuzzle.next_answers.append(b"")
+
+    @rule()
+    def lose_answer(self):
+        """Let an answer be lost."""
+
+        def lose(request):
+            self.lost = True
+            self.kuzzle.truly(request)
+            return b""
+
+        self.kuzzle.next_answers.append(lose)
+
+    @rule(seconds=st.sampled_from([2, 60, 1800, 3400, 3550]))
+    def wait(self, seconds):
+        """Let time pass, but not so much that nobody could have refreshed."""
+        for _ in range(seconds // 20 + 1):
+            self.clock.advance(20)
+            if self.kuzzle.clock() > self.ends() - 22:
+                self.kuzzle.next_answers.clear()
+                self.refresh(0, 0, 1)
+
+    def ends(self):
+        return refresher.tokens.claims(self.tokens[-1])["exp"]
+
+    @rule()
+    def restart(self):
+        """Stop Kuzzle and start it again."""
+        self.kuzzle.stop()
+        self.kuzzle.start()
+
+    @invariant()
+    def alive(self):
+        """The last token is good, or its successor was lost."""
+        assert self.lost or self.kuzzle.knows(self.tokens[-1])
+
+
+TestCampaign = Campaign.TestCase
+TestCampaign.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
