@@ -12,7 +12,7 @@ Example:
 """
 
 from ._api import refresh_kuzzle_token, refresh_user_token
-from ._cache import TokenCache
+from ._cache import SHARED_CACHE, TokenCache
 from ._http import __version__
 from .errors import (
     InvalidArgumentError,
@@ -37,6 +37,7 @@ __all__ = [
     "RefreshError",
     "ReplyError",
     "RequestRefusedError",
+    "SHARED_CACHE",
     "SignInRequiredError",
     "Store",
     "TokenCache",

@@ -12,7 +12,7 @@ import attrs
 import requests
 
 from . import _circle, _kuzzle
-from ._cache import SHARED, Credential, TokenCache
+from ._cache import SHARED_CACHE, Credential, TokenCache
 from ._checks import Checks
 from ._exchange import Patience, exchange, left
 from ._http import find_cookie, keep_cookie
@@ -35,7 +35,7 @@ def refresh_kuzzle_token(
     strategy: str | None = None,
     queuable: bool = True,
     timeout: Seconds = 30.0,
-    cache: TokenCache | None = SHARED,
+    cache: TokenCache | None = SHARED_CACHE,
     session: requests.Session | None = None,
 ) -> KuzzleToken:
     """
@@ -142,7 +142,7 @@ def refresh_user_token(
     base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
-    cache: TokenCache | None = SHARED,
+    cache: TokenCache | None = SHARED_CACHE,
     session: requests.Session | None = None,
 ) -> UserToken: ...
 @overload
@@ -158,7 +158,7 @@ def refresh_user_token(
     base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
-    cache: TokenCache | None = SHARED,
+    cache: TokenCache | None = SHARED_CACHE,
     session: requests.Session | None = None,
 ) -> UserToken: ...
 def refresh_user_token(
@@ -173,7 +173,7 @@ def refresh_user_token(
     base_url: str = _circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
-    cache: TokenCache | None = SHARED,
+    cache: TokenCache | None = SHARED_CACHE,
     session: requests.Session | None = None,
 ) -> UserToken:
     """

@@ -181,12 +181,19 @@ class _Shelf:
                 except Exception as error:  # see above; its lease will end
                     self._warn("did not take a lock back (%s)", type(error).__name__)
 
+    def close(self) -> None:
+        """Let the store give back what it holds for this thread, if it does."""
+        close = getattr(self.store, "close", None)
+        if close is not None:
+            self._ask(lambda _: close())
 
+
+# When credentials were first seen, by ``time.monotonic()``.
 _seen = MemoryStore()
 
 
 def _see(key: str) -> float:
-    """Tell when a credential was first seen here, by ``time.monotonic()``: now, if it is new."""
+    """Tell when a credential was first seen: now, if it is new."""
     first = _seen.get(key) or str(time.monotonic())
     _seen.set(key, first, 120)
     return float(first)
@@ -313,28 +320,19 @@ class TokenCache:
                 return flight
             flight = _flights[place] = Future()
 
-        def fly() -> None:
+        def fly() -> T:
             try:
-                answer = self._refresh(chain, credential, timeout)
-            except BaseException as error:
-                self._land(place, flight)
-                flight.set_exception(error)
-            else:
-                self._land(place, flight)
-                flight.set_result(answer)
+                return self._refresh(chain, credential, timeout)
+            finally:
+                with mutex:
+                    if _flights.get(place) is flight:
+                        del _flights[place]
+                self._shelf.close()
 
         # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the process
         # does not end before it.
-        in_thread(fly, f"refresher {chain[:8]}", daemon=False)
+        in_thread(fly, flight, f"refresher {chain[:8]}", daemon=False)
         return flight
-
-    def _land(self, place: tuple[int, str], flight: Future[T]) -> None:
-        with mutex:
-            if _flights.get(place) is flight:
-                del _flights[place]
-        close = getattr(self._shelf.store, "close", None)
-        if close is not None:
-            close()
 
     def _refresh(self, chain: str, credential: Credential[T], timeout: float | None) -> T:
         """Refresh the last token of a chain, unless somebody else has."""
@@ -444,4 +442,4 @@ class TokenCache:
 
 
 # The cache of all calls that are not given another.
-SHARED = TokenCache()
+SHARED_CACHE = TokenCache()

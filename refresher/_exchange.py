@@ -52,9 +52,8 @@ def left(instant: float | None) -> float | None:
     return None if instant is None else max(0.001, instant - time.monotonic())
 
 
-def in_thread(call: Callable[[], _Answer], name: str, *, daemon: bool) -> Future[_Answer]:
-    """Call something in a thread of its own."""
-    future: Future[_Answer] = Future()
+def in_thread(call: Callable[[], _Answer], future: Future[_Answer], name: str, *, daemon: bool) -> None:
+    """Call something in a thread of its own, and let *future* tell what came of it."""
 
     def run() -> None:
         try:
@@ -68,7 +67,6 @@ def in_thread(call: Callable[[], _Answer], name: str, *, daemon: bool) -> Future
         threading.Thread(target=run, name=name, daemon=daemon).start()
     except RuntimeError:  # too many threads, or the interpreter is about to end
         run()
-    return future
 
 
 def exchange(
@@ -141,7 +139,8 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
     def call() -> Reply:
         return send(request, session=session, connect=connect, timeout=timeout)
 
-    reply = in_thread(call, f"refresher {request.provider}", daemon=True)
+    reply: Future[Reply] = Future()
+    in_thread(call, reply, f"refresher {request.provider}", daemon=True)
     try:
         # The socket's own timeout tells more, so it comes first.
         return reply.result(None if timeout is None else timeout + 0.02)

@@ -14,6 +14,7 @@ import requests
 
 import refresher._cache
 from refresher import (
+    SHARED_CACHE,
     InvalidArgumentError,
     MemoryStore,
     OutcomeUnknownError,
@@ -159,7 +160,9 @@ def test_each_part_is_the_credential(circle, cache):
 
 def test_shared_by_default(kuzzle, root):
     """Without a word about it, all calls of a process share one cache; None is none."""
-    assert refresh_kuzzle_token(kuzzle.url, root) == refresh_kuzzle_token(kuzzle.url, root)
+    token = refresh_kuzzle_token(kuzzle.url, root)
+    assert refresh_kuzzle_token(kuzzle.url, root) == token
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=SHARED_CACHE) == token
     assert len(kuzzle.requests) == 1
     with pytest.raises(SignInRequiredError):
         refresh_kuzzle_token(kuzzle.url, root, cache=None)
@@ -353,7 +356,7 @@ def test_window(kuzzle, cache, clock, root, monkeypatch, lifetime, window):
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in=lifetime, cache=cache)
     clock.advance(token.ttl.total_seconds() - 1 - window - 0.1)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
-    clock.advance(window * 0.7)
+    clock.advance(window * 0.8)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) != token
 
 

@@ -148,7 +148,8 @@ def test_names_that_hang(monkeypatch):
 
 
 WAITER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us without
 from refresher import refresh_kuzzle_token, TokenCache, FileStore, OutcomeUnknownError
 url, jwt, timeout, folder = sys.argv[1:]
 print("ready", flush=True)
