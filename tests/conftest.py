@@ -112,6 +112,13 @@ class Target:
         return self.call("POST", "/_refreshToken" + query, jwt, **options)
 
 
+def real_target(url):
+    """Give a real Kuzzle."""
+    username = os.environ.get("REFRESHER_TEST_KUZZLE_USERNAME", "foo")
+    password = os.environ.get("REFRESHER_TEST_KUZZLE_PASSWORD", "bar")
+    return Target(url.rstrip("/"), username, password, time.sleep)
+
+
 def targets(kind, clock):
     """Yield a Kuzzle to test: the fake, by a clock, or the real one."""
     if kind == "fake":
@@ -123,9 +130,16 @@ def targets(kind, clock):
     url = os.environ.get("REFRESHER_TEST_KUZZLE_URL")
     if not url:
         pytest.skip("no real Kuzzle: REFRESHER_TEST_KUZZLE_URL is not set")
-    username = os.environ.get("REFRESHER_TEST_KUZZLE_USERNAME", "foo")
-    password = os.environ.get("REFRESHER_TEST_KUZZLE_PASSWORD", "bar")
-    yield Target(url.rstrip("/"), username, password, time.sleep)
+    yield real_target(url)
+
+
+@pytest.fixture
+def slow_target():
+    """A real Kuzzle that takes a second and a half for a refresh, and may be stopped and started."""
+    url = os.environ.get("REFRESHER_TEST_SLOW_KUZZLE_URL")
+    if not url:
+        pytest.skip("no slow Kuzzle: REFRESHER_TEST_SLOW_KUZZLE_URL is not set")
+    return real_target(url)
 
 
 @pytest.fixture(params=["fake", "real"])

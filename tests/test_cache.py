@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 import requests
+from helpers import call_with
 
 import refresher._cache
 from refresher import (
@@ -46,17 +47,6 @@ def root(kuzzle, clock):
     jwt = kuzzle.login()
     clock.advance(1800)
     return jwt
-
-
-def pair_of(circle, pair, **changes):
-    arguments = {
-        "user_token": pair.user_token,
-        "refresh_token": pair.refresh_token,
-        "device_id": "device-1",
-        "api_key": circle.api_key,
-        "base_url": circle.url,
-    }
-    return {**arguments, **changes}
 
 
 def together(count, call):
@@ -96,7 +86,7 @@ def test_a_year_of_kuzzle_tokens(kuzzle, cache, clock, root):
 def test_a_month_of_circle_pairs(cache, clock, rotate):
     """The same call, for 30 days, also where no answer brings a new refresh token."""
     with FakeCircle(clock=clock, rotate=rotate) as circle:
-        call = pair_of(circle, circle.sign_in())
+        call = call_with(circle, circle.sign_in())
         for lifetimes in range(1, 24 * 30 + 1):
             token = refresh_user_token(**call, cache=cache)
             assert circle.knows(token)
@@ -110,12 +100,12 @@ def test_any_token_of_a_chain_leads_to_the_last(kuzzle, circle, cache, clock, ro
     jwts, pairs = [root], [circle.sign_in()]
     for _ in range(50):
         jwts.append(refresh_kuzzle_token(kuzzle.url, jwts[len(jwts) // 2], cache=cache).jwt)
-        pairs.append(refresh_user_token(**pair_of(circle, pairs[len(pairs) // 2]), cache=cache))
+        pairs.append(refresh_user_token(**call_with(circle, pairs[len(pairs) // 2]), cache=cache))
         clock.advance(HOUR - 20)
     clock.advance(-HOUR)
     sent = len(kuzzle.requests), len(circle.requests)
     assert {refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).jwt for jwt in jwts} == {jwts[-1]}
-    assert {refresh_user_token(**pair_of(circle, pair), cache=cache) for pair in pairs} == {pairs[-1]}
+    assert {refresh_user_token(**call_with(circle, pair), cache=cache) for pair in pairs} == {pairs[-1]}
     assert (len(kuzzle.requests), len(circle.requests)) == sent == (50, 50)
 
 
@@ -132,7 +122,7 @@ def test_calls_are_free(kuzzle, cache, root):
 def test_entries_vanish(kuzzle, circle, cache, store, clock, root):
     """What can be of no more use is gone: a Kuzzle chain with its last token, a Circle pair after 30 days."""
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    refresh_user_token(**pair_of(circle, circle.sign_in()), cache=cache)
+    refresh_user_token(**call_with(circle, circle.sign_in()), cache=cache)
     assert len(store.keys()) == 4
     clock.advance(HOUR)
     assert len(store.keys()) == 3
@@ -259,7 +249,7 @@ def test_caller_gives_up_and_exchange_goes_on(kuzzle, cache, root):
 
 def test_circle_caller_gives_up(circle, cache):
     """On Circle the error has the key that a repetition would have, too."""
-    call = pair_of(circle, circle.sign_in())
+    call = call_with(circle, circle.sign_in())
     circle.next_answers.append(lambda request: circle.truly(request, after=0.5))
     with pytest.raises(OutcomeUnknownError) as caught:
         refresh_user_token(**call, timeout=0.1, cache=cache)
@@ -364,7 +354,7 @@ def test_window(kuzzle, cache, clock, root, monkeypatch, lifetime, window):
 
 
 def by_id(circle, pair, **changes):
-    call = pair_of(circle, pair, user_id=pair.user_id, **changes)
+    call = call_with(circle, pair, user_id=pair.user_id, **changes)
     del call["user_token"]
     return call
 
@@ -410,8 +400,8 @@ def test_successors_of_a_user_id(circle, cache, clock):
     clock.advance(2 * HOUR)
     second = refresh_user_token(**by_id(circle, pair), cache=cache)
     assert refresh_user_token(**by_id(circle, first), cache=cache) == second
-    assert refresh_user_token(**pair_of(circle, first), cache=cache) == second
-    assert refresh_user_token(**pair_of(circle, second), cache=cache) == second
+    assert refresh_user_token(**call_with(circle, first), cache=cache) == second
+    assert refresh_user_token(**call_with(circle, second), cache=cache) == second
     assert paths(circle) == ["token", "refresh", "refresh"]
 
 
@@ -550,10 +540,10 @@ def test_forget(kuzzle, cache, clock, root):
 def test_forget_circle(circle, cache):
     """A pair is forgotten by any pair that led to it."""
     old = circle.sign_in()
-    new = refresh_user_token(**pair_of(circle, old), cache=cache)
+    new = refresh_user_token(**call_with(circle, old), cache=cache)
     forgotten = {"refresh_token": old.refresh_token, "device_id": "device-1", "base_url": circle.url}
     cache.forget(user_token=old.user_token, **forgotten)
-    assert refresh_user_token(**pair_of(circle, new), cache=cache) != new
+    assert refresh_user_token(**call_with(circle, new), cache=cache) != new
     assert len(circle.requests) == 2
 
 

@@ -9,6 +9,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from helpers import call_with
 
 from refresher import (
     InvalidArgumentError,
@@ -28,34 +29,23 @@ pytestmark = pytest.mark.usefixtures("single")
 KEY = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 
 
-def arguments_for(circle, pair, **changes):
-    arguments = {
-        "user_token": pair.user_token,
-        "refresh_token": pair.refresh_token,
-        "device_id": "device-1",
-        "api_key": circle.api_key,
-        "base_url": circle.url,
-    }
-    return {**arguments, **changes}
-
-
 def test_refresh(circle):
     """A refresh gives a new pair, also of an expired user token, and the old pair is good for nothing."""
     old = circle.sign_in()
     circle.clock.advance(7200)
-    new = refresh_user_token(**arguments_for(circle, old))
+    new = refresh_user_token(**call_with(circle, old))
     assert new.user_id == "user-1"
     assert not {old.user_token, old.refresh_token} & {new.user_token, new.refresh_token}
     assert new.expires_at == datetime.fromtimestamp(int(circle.clock()) + 3600, UTC)
-    newer = refresh_user_token(**arguments_for(circle, new))
+    newer = refresh_user_token(**call_with(circle, new))
     with pytest.raises(SignInRequiredError):
-        refresh_user_token(**arguments_for(circle, new, user_token=newer.user_token))
+        refresh_user_token(**call_with(circle, new, user_token=newer.user_token))
 
 
 def test_what_is_sent(circle):
     """Headers, and the body's members in the documented order."""
     pair = circle.sign_in()
-    refresh_user_token(**arguments_for(circle, pair, idempotency_key=KEY, request_id=uuid.UUID(KEY)))
+    refresh_user_token(**call_with(circle, pair, idempotency_key=KEY, request_id=uuid.UUID(KEY)))
     (sent,) = circle.requests
     assert (sent.method, sent.target) == ("POST", "/v1/w3s/users/token/refresh")
     assert sent.headers["Authorization"] == f"Bearer {circle.api_key}"
@@ -72,16 +62,16 @@ def test_what_is_sent(circle):
 @pytest.mark.parametrize("key", [KEY, KEY.upper(), uuid.UUID(KEY)], ids=repr)
 def test_given_key(circle, key):
     """An idempotency key that is given is sent as it is."""
-    refresh_user_token(**arguments_for(circle, circle.sign_in(), idempotency_key=key))
+    refresh_user_token(**call_with(circle, circle.sign_in(), idempotency_key=key))
     assert circle.requests[0].json()["idempotencyKey"] == str(key)
 
 
 def test_derived_key(circle):
     """The same call has the same key and so the same answer; the next refresh has another."""
     pair = circle.sign_in()
-    first = refresh_user_token(**arguments_for(circle, pair))
-    again = refresh_user_token(**arguments_for(circle, pair))
-    refresh_user_token(**arguments_for(circle, first))
+    first = refresh_user_token(**call_with(circle, pair))
+    again = refresh_user_token(**call_with(circle, pair))
+    refresh_user_token(**call_with(circle, first))
     keys = [request.json()["idempotencyKey"] for request in circle.requests]
     assert first == again
     assert keys[0] == keys[1] != keys[2]
@@ -107,7 +97,7 @@ def test_each_part_counts_for_the_key(circle):
 def test_user_id(circle):
     """A user id is exchanged for a user token first; the key is the same each time, so the answer is too."""
     pair = circle.sign_in("user-1")
-    arguments = arguments_for(circle, pair, user_id="user-1")
+    arguments = call_with(circle, pair, user_id="user-1")
     del arguments["user_token"]
     new = refresh_user_token(**arguments)
     exchange, refresh = circle.requests
@@ -186,7 +176,7 @@ def test_exchange_spends_nothing(circle, answer, kind):
 def test_bad_arguments(circle, arguments, complaint):
     """What is wrong is found before anything is sent; the argument is named and its value is not shown."""
     with pytest.raises(ValueError, match=f"^{complaint}") as caught:
-        refresh_user_token(**arguments_for(circle, circle.sign_in(), **arguments))
+        refresh_user_token(**call_with(circle, circle.sign_in(), **arguments))
     error = caught.value
     assert isinstance(error, InvalidArgumentError)
     assert (error.provider, error.spent, error.status) == ("circle", False, None)
@@ -206,7 +196,7 @@ def test_loopback_needs_no_tls(host):
 def test_api_key_from_the_environment(circle, monkeypatch):
     """Without an API key, CIRCLE_WEB3_API_KEY counts."""
     monkeypatch.setenv("CIRCLE_WEB3_API_KEY", circle.api_key)
-    assert refresh_user_token(**arguments_for(circle, circle.sign_in(), api_key=None)).user_id == "user-1"
+    assert refresh_user_token(**call_with(circle, circle.sign_in(), api_key=None)).user_id == "user-1"
 
 
 MEANINGS = {
@@ -236,7 +226,7 @@ def test_meanings(circle, code):
     circle.fail_next(code)
     kind, spent = MEANINGS[code]
     with pytest.raises(kind) as caught:
-        refresh_user_token(**arguments_for(circle, circle.sign_in()))
+        refresh_user_token(**call_with(circle, circle.sign_in()))
     error = caught.value
     assert type(error) is kind
     assert (error.provider, error.status, error.code) == ("circle", _CIRCLE_ERRORS[code][0], code)
@@ -250,7 +240,7 @@ def test_code_counts_and_not_the_status(circle, status):
     """The code tells what is the matter, whatever the status."""
     circle.next_answers.append(Answer(status, {"code": 401, "message": "planted"}))
     with pytest.raises(RequestRefusedError):
-        refresh_user_token(**arguments_for(circle, circle.sign_in()))
+        refresh_user_token(**call_with(circle, circle.sign_in()))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +273,7 @@ def test_replies(circle, status, body, kind, spent):
     """What is not Circle's, or not complete, is an error that tells what became of the token."""
     circle.next_answers.append(Answer(status, body))
     with pytest.raises(kind) as caught:
-        refresh_user_token(**arguments_for(circle, circle.sign_in()))
+        refresh_user_token(**call_with(circle, circle.sign_in()))
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.spent) == (status, spent)
     assert "planted" not in str(caught.value)
@@ -298,7 +288,7 @@ def test_only_the_user_token_is_required(circle, status):
     """Without a refresh token in the answer, the old one is the one to use next; any 2xx will do."""
     before = time.time()
     circle.next_answers.append(Answer(status, {"data": {"userToken": "opaque", "new": [1]}, "also": "new"}))
-    token = refresh_user_token(**arguments_for(circle, circle.sign_in(), refresh_token="old"))
+    token = refresh_user_token(**call_with(circle, circle.sign_in(), refresh_token="old"))
     expires_at = token.expires_at
     assert token == UserToken("opaque", None, None, "old", expires_at)
     assert before - 1 <= (expires_at - timedelta(minutes=60)).timestamp() <= time.time()
@@ -310,7 +300,7 @@ def test_optional_members_of_a_wrong_type(circle, nothing):
     """A member that is no string counts as missing: the new user token is not lost over it."""
     data = {"userToken": "new", "encryptionKey": nothing, "userID": nothing, "refreshToken": nothing}
     circle.next_answers.append(Answer(200, {"data": data}))
-    token = refresh_user_token(**arguments_for(circle, circle.sign_in(), refresh_token="old"))
+    token = refresh_user_token(**call_with(circle, circle.sign_in(), refresh_token="old"))
     assert (token.encryption_key, token.user_id, token.refresh_token) == (None, None, "old")
 
 
@@ -326,7 +316,7 @@ def test_optional_members_of_a_wrong_type(circle, nothing):
 def test_expiry(circle, exp, expected):
     """A user token that is a JWT dies at its exp."""
     circle.next_answers.append(Answer(200, {"data": {"userToken": jwt_with({"exp": exp})}}))
-    token = refresh_user_token(**arguments_for(circle, circle.sign_in()))
+    token = refresh_user_token(**call_with(circle, circle.sign_in()))
     assert token.expires_at == expected
     assert UserToken.from_dict(token.to_dict()) == token
 
@@ -345,28 +335,28 @@ def test_fake_refuses(circle, changes, code):
     """FakeCircle looks at each part of the credential, and a refusal spends nothing."""
     pair = circle.sign_in()
     with pytest.raises((RequestRefusedError, SignInRequiredError), match=str(code)):
-        refresh_user_token(**arguments_for(circle, pair, **changes))
-    assert refresh_user_token(**arguments_for(circle, pair)).user_id == "user-1"
+        refresh_user_token(**call_with(circle, pair, **changes))
+    assert refresh_user_token(**call_with(circle, pair)).user_id == "user-1"
 
 
 def test_fake_refuses_anothers_token(circle):
     """One user's token does not go with another's refresh token."""
     one, two = circle.sign_in("user-1"), circle.sign_in("user-2")
     with pytest.raises(SignInRequiredError, match="155103"):
-        refresh_user_token(**arguments_for(circle, one, user_token=two.user_token))
+        refresh_user_token(**call_with(circle, one, user_token=two.user_token))
 
 
 def test_fake_refuses_a_key_of_another_request(circle):
     """An idempotency key goes with one request."""
-    refresh_user_token(**arguments_for(circle, circle.sign_in(), idempotency_key=KEY))
+    refresh_user_token(**call_with(circle, circle.sign_in(), idempotency_key=KEY))
     with pytest.raises(RequestRefusedError, match="156020"):
-        refresh_user_token(**arguments_for(circle, circle.sign_in(), idempotency_key=KEY))
+        refresh_user_token(**call_with(circle, circle.sign_in(), idempotency_key=KEY))
 
 
 def test_fake_with_a_key_of_its_own():
     """FakeCircle can be given the API key that a test has at hand."""
     with FakeCircle(api_key="LIVE_API_KEY:a:b") as fake:
-        assert refresh_user_token(**arguments_for(fake, fake.sign_in())).user_id == "user-1"
+        assert refresh_user_token(**call_with(fake, fake.sign_in())).user_id == "user-1"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import signal
 import socket
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from helpers import call_with
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -59,17 +62,6 @@ def root(kuzzle):
 def proxy(kuzzle):
     with FaultProxy(urlsplit(kuzzle.url).port) as proxy:
         yield proxy
-
-
-def pair_of(circle, pair, **changes):
-    arguments = {
-        "user_token": pair.user_token,
-        "refresh_token": pair.refresh_token,
-        "device_id": "device-1",
-        "api_key": circle.api_key,
-        "base_url": circle.url,
-    }
-    return {**arguments, **changes}
 
 
 # The deadline
@@ -165,7 +157,7 @@ def waiter(tmp_path):
     started = []
 
     def start(url, jwt, timeout):
-        command = [sys.executable, "-c", WAITER, url, jwt, repr(timeout), str(tmp_path / "shelf")]
+        command = [sys.executable, "-P", "-c", WAITER, url, jwt, repr(timeout), str(tmp_path / "shelf")]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout.readline() == "ready\n"
@@ -217,6 +209,16 @@ def test_slow_kuzzle(target):
     target.wait(1.2)
     assert (target.me(jwt), target.me(token.jwt)) == (401, 200)
     assert proxy.connections == 1
+
+
+def test_really_slow_kuzzle(slow_target):
+    """The same where Kuzzle itself is slow: it does not stop for a client that has gone, and nor do we."""
+    jwt, cache = slow_target.login(), TokenCache()
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(slow_target.url, jwt, timeout=0.3, cache=cache)
+    token = refresh_kuzzle_token(slow_target.url, jwt, cache=cache)
+    time.sleep(1.2)
+    assert (slow_target.me(jwt), slow_target.me(token.jwt)) == (401, 200)
 
 
 # The same second
@@ -290,6 +292,33 @@ def test_downtime(kuzzle, quick):
         tokens = [each.result(20) for each in waiting]
     assert all(kuzzle.knows(token.jwt) for token in tokens)
     assert len(kuzzle.requests) == 8
+
+
+def refuses_connections(url):
+    with socket.socket() as probe:
+        return probe.connect_ex((urlsplit(url).hostname, urlsplit(url).port)) == errno.ECONNREFUSED
+
+
+def test_downtime_of_a_real_kuzzle(slow_target):
+    """The same with a real Kuzzle, which takes its time to come back."""
+    jwts = [slow_target.login() for _ in range(8)]
+    subprocess.run(os.environ["REFRESHER_TEST_SLOW_KUZZLE_STOP"], shell=True, check=True)
+    while not refuses_connections(slow_target.url):
+        time.sleep(0.1)  # it takes a moment to die
+    ahead = TokenCache(clock=lambda: time.time() + 3600)
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(slow_target.url, jwts[0], queuable=False, cache=ahead)
+    assert caught.value.spent is False
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [
+            pool.submit(refresh_kuzzle_token, slow_target.url, jwt, cache=ahead, timeout=120) for jwt in jwts
+        ]
+        start = os.environ["REFRESHER_TEST_SLOW_KUZZLE_START"]
+        subprocess.run(start, shell=True, check=True, stdout=subprocess.DEVNULL)
+        tokens = [each.result(120) for each in waiting]
+    time.sleep(1.2)
+    assert [slow_target.me(token.jwt) for token in tokens] == [200] * 8
+    assert [slow_target.me(jwt) for jwt in jwts] == [401] * 8
 
 
 def test_downtime_that_lasts(kuzzle, root):
@@ -420,7 +449,7 @@ def test_a_bad_network_to_circle(quick):
 
         circle.next_answers.append(network)
         for _ in range(1000):
-            pair = refresh_user_token(**pair_of(circle, pair), cache=TokenCache())
+            pair = refresh_user_token(**call_with(circle, pair), cache=TokenCache())
             assert circle.knows(pair)
         assert len(circle._answered) == 1000
         assert len(circle.requests) > 1500
@@ -432,7 +461,7 @@ def test_one_key_through_all_attempts(circle, quick):
     """All attempts of one refresh carry one idempotency key."""
     pair = circle.sign_in()
     circle.next_answers.extend([b"", Answer(500, b""), Answer(429, b"")])
-    refresh_user_token(**pair_of(circle, pair))
+    refresh_user_token(**call_with(circle, pair))
     assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 1
     assert len(circle.requests) == 4
 
@@ -442,7 +471,7 @@ def test_silence_at_circle(circle, monkeypatch):
     monkeypatch.setattr("refresher._exchange._SILENCE", 0.2)
     circle.next_answers.append(lambda request: time.sleep(1) or b"")
     started = time.monotonic()
-    refresh_user_token(**pair_of(circle, circle.sign_in()))
+    refresh_user_token(**call_with(circle, circle.sign_in()))
     assert time.monotonic() - started < 0.95
     assert len(circle.requests) == 2
 
@@ -450,9 +479,9 @@ def test_silence_at_circle(circle, monkeypatch):
 def test_answer_that_nobody_took(circle, clock):
     """Hours after a crash the same call gets the old answer, sees that it's dead, and goes on from there."""
     pair = circle.sign_in()
-    lost = refresh_user_token(**pair_of(circle, pair), cache=None)
+    lost = refresh_user_token(**call_with(circle, pair), cache=None)
     clock.advance(7200)
-    token = refresh_user_token(**pair_of(circle, pair), cache=None)
+    token = refresh_user_token(**call_with(circle, pair), cache=None)
     assert token != lost
     assert circle.knows(token)
     assert len(circle.requests) == 3
@@ -469,7 +498,7 @@ def test_strange_dates(circle, date):
         return Answer(true.status, true.body, {**true.headers, "Date": date})
 
     circle.next_answers.append(answer)
-    assert circle.knows(refresh_user_token(**pair_of(circle, pair)))
+    assert circle.knows(refresh_user_token(**call_with(circle, pair)))
     assert len(circle.requests) <= 5
 
 
@@ -477,16 +506,16 @@ def test_drawn_key(circle):
     """A key that Circle wants no more is replaced by a drawn one, once; a given one is not."""
     pair = circle.sign_in()
     circle.fail_next(156020)
-    assert refresh_user_token(**pair_of(circle, pair), cache=None).user_id == "user-1"
+    assert refresh_user_token(**call_with(circle, pair), cache=None).user_id == "user-1"
     derived, drawn = [request.json()["idempotencyKey"] for request in circle.requests]
     assert derived != drawn
     circle.fail_next(156020, 2)
     with pytest.raises(RequestRefusedError, match="156020"):
-        refresh_user_token(**pair_of(circle, circle.sign_in()), cache=None)
+        refresh_user_token(**call_with(circle, circle.sign_in()), cache=None)
     circle.fail_next(156020)
     key = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
     with pytest.raises(RequestRefusedError, match="156020"):
-        refresh_user_token(**pair_of(circle, circle.sign_in(), idempotency_key=key), cache=None)
+        refresh_user_token(**call_with(circle, circle.sign_in(), idempotency_key=key), cache=None)
     assert len(circle.requests) == 5
 
 
@@ -496,9 +525,9 @@ def test_drawn_key_after_a_refusal(circle, clock):
     pair = circle.sign_in()
     circle.fail_next(155102)
     with pytest.raises(SignInRequiredError):
-        refresh_user_token(**pair_of(circle, pair), cache=cache)
+        refresh_user_token(**call_with(circle, pair), cache=cache)
     clock.advance(61)
-    assert refresh_user_token(**pair_of(circle, pair), cache=cache).user_id == "user-1"
+    assert refresh_user_token(**call_with(circle, pair), cache=cache).user_id == "user-1"
     derived, drawn = [request.json()["idempotencyKey"] for request in circle.requests]
     assert derived != drawn
 
@@ -506,7 +535,7 @@ def test_drawn_key_after_a_refusal(circle, clock):
 def test_given_key_after_a_refusal(circle, clock):
     """A key that was given is sent, whatever came of it before."""
     cache = TokenCache(MemoryStore(timer=clock), clock=clock)
-    call = pair_of(circle, circle.sign_in(), idempotency_key="a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11")
+    call = call_with(circle, circle.sign_in(), idempotency_key="a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11")
     circle.fail_next(155102)
     with pytest.raises(SignInRequiredError):
         refresh_user_token(**call, cache=cache)

@@ -60,7 +60,10 @@ def test_all_is_sorted():
 
 def run(code):
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+        [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(code)],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from helpers import call_with
 from openapi_core import OpenAPI
 from openapi_core.exceptions import OpenAPIError
 from openapi_core.testing import MockRequest, MockResponse
@@ -60,21 +61,7 @@ def circle():
 
 
 def refresh(circle, pair, **changes):
-    arguments = {
-        "user_token": pair.user_token,
-        "refresh_token": pair.refresh_token,
-        "device_id": "device-1",
-        "api_key": circle.api_key,
-        "base_url": circle.url,
-    }
-    return refresh_user_token(**{**arguments, **changes})
-
-
-def test_both_requests(circle):
-    """The exchange and the refresh, and their answers."""
-    refresh(circle, circle.sign_in("user-1"), user_token=None, user_id="user-1")
-    assert circle.violations == []
-    assert circle.validated == [("token", 200), ("refresh", 200)]
+    return refresh_user_token(**call_with(circle, pair, **changes))
 
 
 @pytest.mark.parametrize(

