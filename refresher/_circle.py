@@ -33,6 +33,11 @@ _REFRESH_LIFETIME = 30 * 86400.0
 # How long the token of an exchange is used.
 _EXCHANGED = 50 * 60.0
 
+# The user token is unknown, expired or invalid: one that a user id was exchanged for is of no more use.
+STALE = (155103, 155104, 155105)
+# The idempotency key was used for something else, or too long ago. A new one is drawn, if nobody gave this one.
+NEW_KEY = 156020
+
 # What is about the arguments, the API key or the rate. Any other refusal with a 4xx means: sign in again.
 _MEANINGS: dict[int, tuple[type[RefreshError], bool | None]] = {
     -1: (OutcomeUnknownError, None),  # "Something went wrong."
@@ -44,14 +49,8 @@ _MEANINGS: dict[int, tuple[type[RefreshError], bool | None]] = {
     155137: (RequestRefusedError, False),  # the device id is invalid
     156006: (RequestRefusedError, False),  # a test key on live data
     156007: (RequestRefusedError, False),  # a live key on test data
-    156020: (RequestRefusedError, False),  # see above: a new one is drawn, if nobody gave this one
+    NEW_KEY: (RequestRefusedError, False),
 }
-
-
-# The user token is unknown, expired or invalid: one that a user id was exchanged for is of no more use.
-STALE = (155103, 155104, 155105)
-# The idempotency key was used for something else, or too long ago.
-NEW_KEY = 156020
 
 
 @attrs.frozen(kw_only=True)
