@@ -580,7 +580,7 @@ def test_idle_connections_are_not_used(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"requestId": "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"}, id="another request"),
+        pytest.param({"action": "getCurrentUser"}, id="another request"),
         pytest.param({"result": {**GOOD, "_id": "bar"}}, id="another user"),
         pytest.param(
             {"result": {**GOOD, "jwt": "kauth-e30.eyJfaWQiOiJiYXIifQ.c2ln"}}, id="another user's token"
@@ -593,6 +593,12 @@ def test_answers_for_others(kuzzle, root, changes):
     with pytest.raises(ReplyError, match="another") as caught:
         refresh_kuzzle_token(kuzzle.url, root)
     assert caught.value.spent is None
+
+
+def test_gateway_that_renames_requests(kuzzle, root):
+    """An id that a gateway has put in place of ours is no reason to lose a token."""
+    kuzzle.next_answers.append(Answer(200, {"action": "refreshToken", "requestId": "other", "result": GOOD}))
+    assert refresh_kuzzle_token(kuzzle.url, root).jwt == "kauth-new"
 
 
 # A campaign
