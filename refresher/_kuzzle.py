@@ -194,13 +194,15 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
         RefreshError: There is no living new token in it.
     """
     envelope = reply.json()
-    error = envelope.get("error") or envelope
     # Not by its id: gateways rewrite those, and a token is not to be lost over that. See also _token().
     if envelope.get("action") not in ("refreshToken", None):
         raise failure(ReplyError, request, reply, spent=None, what="or a proxy answered another request")
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
         return _token(result, reply, request)
-    if reply.status >= 400 and isinstance(error, dict) and isinstance(error.get("message"), str):
+    error = envelope.get("error")
+    if error is None and {"id", "status"} <= envelope.keys():
+        error = envelope  # what Kuzzle finds before routing has no envelope
+    if reply.status >= 400 and isinstance(error, dict):
         raise _refusal(error, reply, request)
     if 400 <= reply.status <= 505 and b"<i>uWebSockets/" in reply.body:
         # Kuzzle's HTTP server found fault with the request before Kuzzle saw it.
