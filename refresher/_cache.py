@@ -110,6 +110,11 @@ class _Link(Generic[T]):
     left: float = 0.0
     ahead: float = 0.0
 
+    @property
+    def fresh(self) -> T | None:
+        """The token, if it need not be refreshed."""
+        return self.token if self.left > self.ahead else None
+
 
 class _Shelf:
     """A store, and the memory of this process for when the store is down or has lost something."""
@@ -253,8 +258,8 @@ class TokenCache:
             RefreshError: There is none that lives, and none could be had.
         """
         link = self._find(credential)
-        if link.token is not None and link.left > link.ahead:
-            return link.token
+        if link.fresh is not None:
+            return link.fresh
         living = link.token if link.left > 0 else None
         if living is not None and self.is_marked(f"held back {link.chain}"):
             return living
@@ -280,13 +285,17 @@ class TokenCache:
             return living
         raise failure
 
+    def _follow(self, key: str) -> tuple[str, dict[str, Any], bool]:
+        """Find the chain that a credential belongs to, and read it: see `_Shelf.read`."""
+        values, lost = self._shelf.read(key)
+        if not _KEY.fullmatch(str(values.get("see"))):
+            return key, values, lost
+        chain: str = values["see"]
+        return chain, *self._shelf.read(chain)
+
     def _find(self, credential: Credential[T]) -> _Link[T]:
         """Follow a credential's successors."""
-        chain = credential.key
-        values, lost = self._shelf.read(chain)
-        if _KEY.fullmatch(str(values.get("see"))):
-            chain = values["see"]
-            values, lost = self._shelf.read(chain)
+        chain, values, lost = self._follow(credential.key)
         if not values:
             return _Link(chain=chain, number=0)
         try:
@@ -343,8 +352,8 @@ class TokenCache:
         wait = _FOREVER if limit is None else limit
         with self._shelf.lock(credential.kind + chain, wait + 1, wait) as got:
             link = self._find(credential)
-            if link.token is not None and link.left > link.ahead:
-                return link.token
+            if link.fresh is not None:
+                return link.fresh
             if not got:
                 raise OutcomeUnknownError(
                     f"Another process has been refreshing the {credential.provider.title()} token for too long",
@@ -416,8 +425,8 @@ class TokenCache:
             key = _kuzzle.key(url, jwt)
         else:
             key = _circle.key(base_url, user_token or user_id, refresh_token, device_id)
-        values, _ = self._shelf.read(key)
-        self.drop(values["see"] if _KEY.fullmatch(str(values.get("see"))) else key)
+        chain, _, _ = self._follow(key)
+        self.drop(chain)
 
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes under way go on, and their results are not kept."""
