@@ -14,6 +14,7 @@ Example:
 from ._api import refresh_kuzzle_token, refresh_user_token
 from ._cache import SHARED_CACHE, TokenCache
 from ._http import __version__
+from .auth import CircleAuth, KuzzleAuth
 from .errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -27,9 +28,11 @@ from .stores import DjangoStore, FileStore, MemoryStore, RedisStore, Store
 from .tokens import KuzzleToken, UserToken
 
 __all__ = [
+    "CircleAuth",
     "DjangoStore",
     "FileStore",
     "InvalidArgumentError",
+    "KuzzleAuth",
     "KuzzleToken",
     "MemoryStore",
     "OutcomeUnknownError",

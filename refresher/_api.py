@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import uuid
 from datetime import timedelta
 from typing import overload
@@ -87,7 +85,6 @@ def refresh_kuzzle_token(
         foo 2:00:00
     """
     check = _kuzzle.check
-    check.flag("queuable", queuable)
     check.session("session", session)
     jar = session if check.flag("cookie_auth", cookie_auth) else None
     in_cookie = jar is not None and jwt is None
@@ -97,36 +94,39 @@ def refresh_kuzzle_token(
         jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
     if jwt is None:
         check.fail("jwt", "is missing, and so is an authToken cookie" if in_cookie else "is missing")
-    build = functools.partial(
-        _kuzzle.build,
+    call = _kuzzle.prepare(
         url=url,
+        jwt=jwt,
         expires_in=expires_in,
         cookie_auth=cookie_auth,
         trigger_events=trigger_events,
         strategy=strategy,
         in_cookie=in_cookie,
     )
-    build(jwt=jwt, request_id="")  # finds what is wrong with the arguments
-
-    def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
-        request = build(jwt=jwt if last is None else last.jwt, request_id=str(uuid.uuid4()))
-        return exchange(request, _kuzzle.parse, session=session, patience=patience, retry=queuable)
-
-    credential = Credential(
-        provider="kuzzle",
-        key=_kuzzle.key(url, jwt),
-        refresh=refresh,
-        read=KuzzleToken.from_dict,
-        keys=lambda token: [_kuzzle.key(url, token.jwt)],
-        lifetime=_kuzzle.lifetime,
-        useful=_kuzzle.lifetime,
-        young=lambda last, now: _kuzzle.is_young(str(jwt) if last is None else str(last.jwt), now),
-    )
-    token = _cache(check, cache).last(credential, check.seconds("timeout", timeout))
+    credential = kuzzle_credential(call, session=session, queuable=check.flag("queuable", queuable))
+    token = cache_of(check, cache).last(credential, check.seconds("timeout", timeout))
     if jar is None:
         return token
     keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
     return attrs.evolve(token, jwt=None)
+
+
+def kuzzle_credential(
+    call: _kuzzle.Call, *, session: requests.Session | None, queuable: bool
+) -> Credential[KuzzleToken]:
+    """Put a call and the way to refresh it together."""
+
+    def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
+        return exchange(
+            _kuzzle.build(call if last is None else call.following(last)),
+            _kuzzle.parse,
+            lambda token: token.jwt or "",
+            session=session,
+            patience=patience,
+            retry=queuable,
+        )
+
+    return Credential(call=call, refresh=refresh)
 
 
 @overload
@@ -229,12 +229,7 @@ def refresh_user_token(
         ('user-1', False)
     """
     check = _circle.check
-    check.flag("retry", retry)
     check.session("session", session)
-    if api_key is None:
-        api_key = os.environ.get("CIRCLE_WEB3_API_KEY")
-    if not api_key:
-        check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
     call = _circle.prepare(
         base_url=base_url,
         api_key=api_key,
@@ -245,47 +240,60 @@ def refresh_user_token(
         idempotency_key=idempotency_key,
         request_id=request_id,
     )
-    shared = _cache(check, cache)
+    shared = cache_of(check, cache)
+    credential = circle_credential(call, cache=shared, session=session, retry=check.flag("retry", retry))
+    return shared.last(credential, check.seconds("timeout", timeout))
 
+
+def circle_credential(
+    call: _circle.Call, *, cache: TokenCache, session: requests.Session | None, retry: bool
+) -> Credential[UserToken]:
+    """Put a call and the way to refresh it together."""
     fresh: list[str] = []
 
     def swap(_: object, patience: Patience) -> _circle.Exchanged:
-        request = _circle.build_exchange(call)
-        swapped = exchange(request, _circle.parse_exchange, session=session, patience=patience, retry=retry)
+        swapped = exchange(
+            _circle.build_exchange(call),
+            _circle.parse_exchange,
+            lambda swapped: swapped.user_token,
+            session=session,
+            patience=patience,
+            retry=retry,
+        )
         fresh.append(swapped.user_token)
         return swapped
 
-    swapping = Credential(
-        provider="circle",
-        key=_circle.exchange_key(call),
-        refresh=swap,
-        read=_circle.Exchanged.from_dict,
-        keys=lambda _: [_circle.exchange_key(call)],
-        lifetime=_circle.Exchanged.lifetime,
-        useful=_circle.Exchanged.lifetime,
-        kind="exchange-",
-    )
+    swapping = Credential(call=_circle.Exchange(call), refresh=swap)
 
     def refresh(last: UserToken | None, patience: Patience) -> UserToken:
+        def tell(what: str, _: object) -> None:
+            patience.tell(what or "Circle has not answered yet")
+
         step = call if last is None else call.following(last)
-        if shared.is_marked(f"refused {step.idempotency_key}"):
+        if cache.is_marked(f"refused {step.idempotency_key}"):
             step = step.with_drawn_key()  # the derived one could bring the refusal back
         for _ in range(_MOST_STEPS):
-            user_token = step.user_token or shared.last(swapping, left(patience.until)).user_token
-            request = _circle.build(step, user_token)
+            user_token = step.user_token
+            if user_token is None:
+                user_token = cache.last(swapping, left(patience.until), on_wait=tell).user_token
             try:
                 pair, is_dead = exchange(
-                    request, _circle.parse, session=session, patience=patience, retry=retry
+                    _circle.build(step, user_token),
+                    _circle.parse,
+                    lambda answer: answer[0].refresh_token,
+                    session=session,
+                    patience=patience,
+                    retry=retry,
                 )
             except RequestRefusedError as error:
                 if error.code != _circle.NEW_KEY or step.key_is_final or not retry:
                     raise
                 step = step.with_drawn_key()
             except SignInRequiredError as error:
-                shared.mark(f"refused {step.idempotency_key}", 86400)
+                cache.mark(f"refused {step.idempotency_key}", 86400)
                 if step.user_token is not None or error.code not in _circle.STALE:
                     raise
-                shared.drop(swapping.key)
+                cache.drop(swapping.call.key)
                 if user_token in fresh or not retry:
                     raise
                 step = step.with_drawn_key()
@@ -296,20 +304,10 @@ def refresh_user_token(
                 step = call.following(pair)
         return pair
 
-    credential = Credential(
-        provider="circle",
-        key=_circle.key(call.base_url, call.who, call.refresh_token, call.device_id),
-        refresh=refresh,
-        read=UserToken.from_dict,
-        keys=call.keys,
-        lifetime=_circle.lifetime,
-        useful=_circle.useful,
-        idempotency_key=call.idempotency_key,
-    )
-    return shared.last(credential, check.seconds("timeout", timeout))
+    return Credential(call=call, refresh=refresh)
 
 
-def _cache(check: Checks, cache: object) -> TokenCache:
+def cache_of(check: Checks, cache: object) -> TokenCache:
     """Take the caller's cache. None is one that nobody else has and that ends with the call."""
     if cache is None:
         return TokenCache(lease=0.0)

@@ -10,16 +10,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
 from uuid import uuid4
 
 import attrs
 
 from . import _circle, _kuzzle
 from ._exchange import Patience, in_thread
+from ._notebook import show_wait
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
 from .tokens import key_of
@@ -44,8 +45,47 @@ class _Token(Protocol):
 
 
 T = TypeVar("T", bound=_Token)
+OnWait = Callable[[str, float | None], object]
 
 _KEY = re.compile("[0-9a-f]{64}")
+
+
+class Call(Protocol[T]):
+    """A credential that a caller has, and what can be told of the tokens that come of it."""
+
+    @property
+    def provider(self) -> str:
+        """``"kuzzle"`` or ``"circle"``."""
+
+    @property
+    def key(self) -> str:
+        """Its key."""
+
+    @property
+    def kind(self) -> str:
+        """Sets its lock apart, if it's taken while another is held: stores may let keys share one."""
+
+    @property
+    def idempotency_key(self) -> str | None:
+        """What a repetition would carry."""
+
+    def read(self, values: Mapping[str, object], /) -> T:
+        """Read a token's JSON."""
+
+    def keys(self, token: T, /) -> list[str]:
+        """List the keys of a token as a credential, its own first."""
+
+    def lifetime(self, token: T, /) -> float | None:
+        """Tell how many seconds a token lives from when it was asked for; None: for ever."""
+
+    def useful(self, token: T, /) -> float | None:
+        """Tell for how many seconds it can be refreshed; None: for ever."""
+
+    def is_young(self, last: T | None, now: float, /) -> bool:
+        """
+        Tell by a clock whether a refresh of the credential, or of its last successor, could fall into the
+        second of its birth, and would be in vain.
+        """
 
 
 @attrs.frozen(kw_only=True)
@@ -54,29 +94,18 @@ class Credential(Generic[T]):
     What a caller has, and how to get on from there.
 
     Args:
-        provider: ``"kuzzle"`` or ``"circle"``.
-        key: Its key.
+        call: The credential.
         refresh: Sends it, or its last successor if there is one already.
-        read: Reads a token's JSON.
-        keys: Lists the keys of a token as a credential, its own first.
-        lifetime: Tells how many seconds a token lives from when it was asked for; None: for ever.
-        useful: Tells for how many seconds it can be refreshed; None: for ever.
-        young: Tells by a clock whether a refresh, of the credential or of a token, could fall into the second
-            of its birth, and would be in vain.
-        idempotency_key: What a repetition would carry.
-        kind: Sets its lock apart, if it's taken while another is held: stores may let keys share one.
+        held: The token it is, if the caller has all of it, and how many seconds that lives on. As long as it
+            lives and has no successor, it will do.
+        refused: Tells whether a token is the one that its service has just refused. Then it won't do, unless
+            it is new: a newer one would not help.
     """
 
-    provider: str
-    key: str
+    call: Call[T]
     refresh: Callable[[T | None, Patience], T] = attrs.field(repr=False)
-    read: Callable[[Mapping[str, object]], T] = attrs.field(repr=False)
-    keys: Callable[[T], list[str]] = attrs.field(repr=False)
-    lifetime: Callable[[T], float | None] = attrs.field(repr=False)
-    useful: Callable[[T], float | None] = attrs.field(repr=False)
-    young: Callable[[T | None, float], bool] = attrs.field(default=lambda *_: False, repr=False)
-    idempotency_key: str | None = None
-    kind: str = ""
+    held: tuple[T, float] | None = attrs.field(default=None, repr=False)
+    refused: Callable[[T], bool] = attrs.field(default=lambda _: False, repr=False)
 
 
 def _read_boot() -> str:
@@ -123,6 +152,9 @@ class _Shelf:
         self.store = store
         self.memory = store if isinstance(store, MemoryStore) else MemoryStore()
         self._down_until = 0.0
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Shelf, (self.store,)
 
     def _ask(self, what: Callable[[Store], Any]) -> Any:
         """Ask the store, unless it has just failed. None: it does not know, or does not answer."""
@@ -210,9 +242,35 @@ def _let_a_second_pass_since_first_seen(key: str) -> None:
     time.sleep(max(0.0, _see(key) + 1.0 - time.monotonic()))
 
 
+class _Flight(Future[Any]):
+    """An exchange under way. *news* is what it is waiting for."""
+
+    news = ""
+
+    def tell(self, news: str) -> None:
+        """Say what it is waiting for now."""
+        self.news = news
+
+
 # The exchanges under way in this process, by cache and chain. A forked child has none of their threads.
-_flights: dict[tuple[int, str], Future[Any]] = {}
+_flights: dict[tuple[int, str], _Flight] = {}
 os.register_at_fork(after_in_child=_flights.clear)
+
+
+def _wait(flight: _Flight, timeout: float | None, on_wait: OnWait) -> None:
+    """Wait for a flight, and tell what for, once that takes more than a second."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    told = False
+    try:
+        while wait([flight], min(1.0, max(0.0, end - time.monotonic()))).not_done:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            on_wait(flight.news, None if timeout is None else left)
+            told = True
+    finally:
+        if told:
+            on_wait("", None)
 
 
 class TokenCache:
@@ -230,6 +288,12 @@ class TokenCache:
         clock: Tells the time, in seconds since 1970. It may be wrong: lifetimes are counted from when a token
             was asked for. If it is set meanwhile, tokens on this machine are counted by a clock that nobody
             sets; those that came from another machine are taken for older or younger by as much as it was set.
+        ahead: How many seconds before its end a token is refreshed, at most half its lifetime. Make it more
+            than what lies between two calls, or a Kuzzle token may die between them. None: the last minute, or
+            the last tenth of a shorter life, less a bit that differs from token to token.
+        on_wait: Called about once a second by a call that waits for more than one: with what it waits for, and
+            how many seconds at most (None: as long as it takes). In the end with ``""`` and None. None: a
+            notebook shows it.
 
     Example:
         >>> from refresher import refresh_kuzzle_token
@@ -244,36 +308,51 @@ class TokenCache:
     """
 
     def __init__(
-        self, store: Store | None = None, *, lease: float = 60.0, clock: Callable[[], float] = time.time
+        self,
+        store: Store | None = None,
+        *,
+        lease: float = 60.0,
+        clock: Callable[[], float] = time.time,
+        ahead: float | None = None,
+        on_wait: OnWait | None = None,
     ) -> None:
         self._shelf = _Shelf(MemoryStore() if store is None else store)
         self._lease = lease
         self._clock = clock
+        self._ahead = ahead
+        self._on_wait = on_wait or show_wait
 
-    def last(self, credential: Credential[T], timeout: float | None) -> T:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        return "SHARED_CACHE" if self is SHARED_CACHE else super().__reduce_ex__(protocol)
+
+    def last(self, credential: Credential[T], timeout: float | None, *, on_wait: OnWait | None = None) -> T:
         """
         Get the last successor of a credential, in *timeout* seconds, refreshed if it is about to expire.
 
         Raises:
             RefreshError: There is none that lives, and none could be had.
         """
+        call = credential.call
         link = self._find(credential)
         if link.fresh is not None:
+            _log.debug("%s %s: fresh, %.0f s left", call.provider, link.chain[:8], link.left)
             return link.fresh
         living = link.token if link.left > 0 else None
         if living is not None and self.is_marked(f"held back {link.chain}"):
+            _log.debug("%s %s: %.0f s left, and not now", call.provider, link.chain[:8], link.left)
             return living
         flight = self._join(link.chain, credential, timeout)
         patience = timeout if living is None else min(_BRIEFLY, _BRIEFLY if timeout is None else timeout)
+        _wait(flight, None if patience is None else patience + _GRACE, on_wait or self._on_wait)
         failure: RefreshError
         try:
-            token: T = flight.result(None if patience is None else patience + _GRACE)
+            token: T = flight.result(0)
             return token
         except TimeoutError:
             failure = OutcomeUnknownError(
-                f"{credential.provider.title()} did not answer in time. The refresh goes on: call again",
-                provider=credential.provider,
-                idempotency_key=credential.idempotency_key if link.token is None else None,
+                f"{call.provider.title()} did not answer in time. The refresh goes on: call again",
+                provider=call.provider,
+                idempotency_key=call.idempotency_key if link.token is None else None,
             )
             in_vain = True
         except RefreshError as error:
@@ -281,9 +360,13 @@ class TokenCache:
             failure = copy.copy(error).with_traceback(error.__traceback__)
             in_vain = error.spent is False
         if living is not None and in_vain:
-            _log.warning("%s %s: %s, going on with the old token", credential.provider, link.chain[:8], failure)
+            _log.warning("%s %s: %s, going on with the old token", call.provider, link.chain[:8], failure)
             return living
         raise failure
+
+    def known(self, credential: Credential[T]) -> T | None:
+        """Get the last known successor of a credential, if there is any, as it is."""
+        return self._find(credential).token
 
     def _follow(self, key: str) -> tuple[str, dict[str, Any], bool]:
         """Find the chain that a credential belongs to, and read it: see `_Shelf.read`."""
@@ -295,25 +378,30 @@ class TokenCache:
 
     def _find(self, credential: Credential[T]) -> _Link[T]:
         """Follow a credential's successors."""
-        chain, values, lost = self._follow(credential.key)
-        if not values:
-            return _Link(chain=chain, number=0)
-        try:
-            if values["token"] is None:
-                return _Link(chain=chain, number=values["number"])
-            token, age = credential.read(values["token"]), self._age(**values["asked"])
-            lifetime, useful = credential.lifetime(token), credential.useful(token)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self._shelf.remove(chain)
-            return _Link(chain=chain, number=0)
-        if lost:
-            self._shelf.write(chain, values, None if useful is None else useful - age)
-        if lifetime is None:
-            return _Link(chain=chain, number=values["number"], token=token, left=math.inf)
-        # Tokens of one birth do not all want to be refreshed at once: each has its own part of the window.
-        window = min(60.0, lifetime / 10)
-        ahead = window * (1 - 0.6 * int(credential.keys(token)[0][:8], 16) / 2**32)
-        return _Link(chain=chain, number=values["number"], token=token, left=lifetime - age, ahead=ahead)
+        call = credential.call
+        chain, values, lost = self._follow(call.key)
+        number: int = values.get("number", 0)
+        if not values or values.get("token", values) is None:
+            token, left = credential.held or (None, 0.0)
+            lifetime = None if token is None else call.lifetime(token)
+        else:
+            try:
+                number, token, age = values["number"], call.read(values["token"]), self._age(**values["asked"])
+                lifetime, useful = call.lifetime(token), call.useful(token)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                self._shelf.remove(chain)
+                return _Link(chain=chain, number=0)
+            if lost:
+                self._shelf.write(chain, values, None if useful is None else useful - age)
+            left = math.inf if lifetime is None else lifetime - age
+            if credential.refused(token) and age > _REFUSED:
+                left = 0.0
+        ahead = 0.0
+        if token is not None and lifetime is not None:
+            # Tokens of one birth do not all want to be refreshed at once: each has its own part of the window.
+            part = 1 - 0.6 * int(call.keys(token)[0][:8], 16) / 2**32
+            ahead = part * min(60.0, lifetime / 10) if self._ahead is None else min(self._ahead, lifetime / 2)
+        return _Link(chain=chain, number=number, token=token, left=left, ahead=ahead)
 
     def _now(self) -> dict[str, object]:
         return {"at": self._clock(), "steady": time.clock_gettime(_STEADY), "boot": _BOOT}
@@ -322,18 +410,22 @@ class TokenCache:
         """Count the seconds since, whatever was done to the clock."""
         return max(0.0, self._clock() - at, time.clock_gettime(_STEADY) - steady if boot == _BOOT else 0.0)
 
-    def _join(self, chain: str, credential: Credential[T], timeout: float | None) -> Future[T]:
+    def _join(self, chain: str, credential: Credential[T], timeout: float | None) -> _Flight:
         """Join the exchange that is under way for a chain, or start one."""
-        place = (id(self), chain)
+        place, provider = (id(self), chain), credential.call.provider
         with mutex:
-            flight: Future[T] | None = _flights.get(place)
-            if flight is not None:
-                return flight
-            flight = _flights[place] = Future()
+            flight = _flights.get(place)
+            joined = flight is not None
+            if flight is None:
+                flight = _flights[place] = _Flight()
+        _log.debug("%s %s: %s", provider, chain[:8], "being refreshed already" if joined else "to be refreshed")
+        if joined:
+            return flight
+        flight.tell(f"{provider.title()} has not answered yet")
 
         def fly() -> T:
             try:
-                return self._refresh(chain, credential, timeout)
+                return self._refresh(chain, credential, timeout, flight.tell)
             finally:
                 with mutex:
                     if _flights.get(place) is flight:
@@ -345,23 +437,27 @@ class TokenCache:
         in_thread(fly, flight, f"refresher {chain[:8]}", daemon=False)
         return flight
 
-    def _refresh(self, chain: str, credential: Credential[T], timeout: float | None) -> T:
+    def _refresh(
+        self, chain: str, credential: Credential[T], timeout: float | None, tell: Callable[[str], None]
+    ) -> T:
         """Refresh the last token of a chain, unless somebody else has."""
+        call = credential.call
         limit = None if timeout is None else max(timeout, self._lease)
-        patience = Patience.starting(timeout, limit)
-        wait = _FOREVER if limit is None else limit
-        with self._shelf.lock(credential.kind + chain, wait + 1, wait) as got:
+        patience = Patience.starting(timeout, limit, tell)
+        lease = _FOREVER if limit is None else limit
+        with self._shelf.lock(call.kind + chain, lease + 1, lease) as got:
             link = self._find(credential)
             if link.fresh is not None:
+                _log.debug("%s %s: another process has refreshed it", call.provider, chain[:8])
                 return link.fresh
             if not got:
                 raise OutcomeUnknownError(
-                    f"Another process has been refreshing the {credential.provider.title()} token for too long",
-                    provider=credential.provider,
+                    f"Another process has been refreshing the {call.provider.title()} token for too long",
+                    provider=call.provider,
                 )
-            last = credential.key if link.token is None else credential.keys(link.token)[0]
+            last = call.key if link.token is None else call.keys(link.token)[0]
             self._raise_refusal(last)
-            if credential.young(link.token, self._clock()):
+            if call.is_young(link.token, self._clock()):
                 _let_a_second_pass_since_first_seen(last)
             asked = self._now()
             try:
@@ -376,19 +472,15 @@ class TokenCache:
             except RefreshError:
                 self.mark(f"held back {chain}", _HELD_BACK)
                 raise
-            _see(credential.keys(token)[0])
+            keys = call.keys(token)
+            _see(keys[0])
             if self._find(credential).number == link.number:  # else it was forgotten meanwhile
-                self._remember(chain, link.number + 1, token, asked, credential)
+                entry = {"number": link.number + 1, "token": token.to_dict(), "asked": asked}
+                self._shelf.write(chain, entry, call.useful(token))
+                for key in keys:
+                    if key != chain:
+                        self._shelf.write(key, {"see": chain}, _SPENT)
             return token
-
-    def _remember(
-        self, chain: str, number: int, token: T, asked: dict[str, object], credential: Credential[T]
-    ) -> None:
-        entry = {"number": number, "token": token.to_dict(), "asked": asked}
-        self._shelf.write(chain, entry, credential.useful(token))
-        for key in credential.keys(token):
-            if key != chain:
-                self._shelf.write(key, {"see": chain}, _SPENT)
 
     def _raise_refusal(self, key: str) -> None:
         values, _ = self._shelf.read(key_of("refused", key))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
 
@@ -67,10 +69,19 @@ class Call:
     key_is_final: bool
     request_id: str
 
+    provider: ClassVar[str] = "circle"
+    kind: ClassVar[str] = ""
+    read = staticmethod(UserToken.from_dict)
+
     @property
     def who(self) -> str:
         """The user token, or the user id."""
         return self.user_token or self.user_id or ""
+
+    @property
+    def key(self) -> str:
+        """The credential's key."""
+        return key(self.base_url, self.who, self.refresh_token, self.device_id)
 
     def following(self, last: UserToken) -> Call:
         """Say the same of a pair that has come of this call."""
@@ -95,6 +106,21 @@ class Call:
         given = [token.user_token] if self.user_id is None else [token.user_token, self.user_id]
         return [key(self.base_url, who, token.refresh_token, self.device_id) for who in given]
 
+    def lifetime(self, token: UserToken) -> float:
+        """Tell how many seconds a user token lives from its birth."""
+        return lifespan(token.user_token, _LIFETIME)
+
+    def useful(self, token: UserToken) -> float:
+        """Tell for how many seconds a pair can be refreshed: as long as its refresh token lives."""
+        known = claims(token.refresh_token)
+        if "exp" not in known:
+            return _REFRESH_LIFETIME
+        return known["exp"] - known.get("iat", token.expires_at.timestamp() - self.lifetime(token))
+
+    def is_young(self, last: UserToken | None, now: float) -> bool:  # noqa: ARG002
+        """Tell that any token may be refreshed at once."""
+        return False
+
 
 def _derive(who: str, refresh_token: str, device_id: str) -> str:
     """
@@ -114,8 +140,8 @@ def prepare(
     user_id: object,
     refresh_token: object,
     device_id: object,
-    idempotency_key: object,
-    request_id: object,
+    idempotency_key: object = None,
+    request_id: object = None,
 ) -> Call:
     """
     Check the arguments of a call.
@@ -125,6 +151,9 @@ def prepare(
     """
     if (user_token is None) == (user_id is None):
         check.fail("user_token or user_id", "must be given, and not both")
+    api_key = os.environ.get("CIRCLE_WEB3_API_KEY") if api_key is None else api_key
+    if not api_key:
+        check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
     who = check.token("user_token", user_token) if user_id is None else check.text("user_id", user_id, 5, 50)
     secret = check.token("refresh_token", refresh_token)
     device = check.token("device_id", device_id)
@@ -154,19 +183,6 @@ def key(base_url: object, who: object, refresh_token: object, device_id: object)
     )
 
 
-def lifetime(token: UserToken) -> float:
-    """Tell how many seconds a user token lives from its birth."""
-    return lifespan(token.user_token, _LIFETIME)
-
-
-def useful(token: UserToken) -> float:
-    """Tell for how many seconds a pair can be refreshed: as long as its refresh token lives."""
-    known = claims(token.refresh_token)
-    if "exp" not in known:
-        return _REFRESH_LIFETIME
-    return known["exp"] - known.get("iat", token.expires_at.timestamp() - lifetime(token))
-
-
 @attrs.frozen
 class Exchanged:
     """What a user id was exchanged for."""
@@ -182,14 +198,37 @@ class Exchanged:
         """Read it."""
         return cls(check.token("userToken", values.get("userToken")))
 
-    def lifetime(self) -> float:
-        """Tell for how many seconds it is used."""
-        return min(_EXCHANGED, lifespan(self.user_token, _LIFETIME))
 
+@attrs.frozen
+class Exchange:
+    """The exchange before a call with a user id, as a call of its own."""
 
-def exchange_key(call: Call) -> str:
-    """Make the key of the exchange's result."""
-    return key_of("circle exchange", call.base_url, call.api_key, call.who)
+    call: Call
+
+    provider: ClassVar[str] = "circle"
+    # It's made while its call's own lock is held.
+    kind: ClassVar[str] = "exchange-"
+    idempotency_key: ClassVar[None] = None
+    read = staticmethod(Exchanged.from_dict)
+
+    @property
+    def key(self) -> str:
+        """The key of its result."""
+        return key_of("circle exchange", self.call.base_url, self.call.api_key, self.call.who)
+
+    def keys(self, token: Exchanged) -> list[str]:  # noqa: ARG002
+        """List the keys of its result."""
+        return [self.key]
+
+    def lifetime(self, token: Exchanged) -> float:
+        """Tell for how many seconds its result is used."""
+        return min(_EXCHANGED, lifespan(token.user_token, _LIFETIME))
+
+    useful = lifetime
+
+    def is_young(self, last: Exchanged | None, now: float) -> bool:  # noqa: ARG002
+        """Tell that it may be made at once."""
+        return False
 
 
 def build_exchange(call: Call) -> Request:

@@ -35,16 +35,18 @@ class Patience:
     Args:
         until: When the last attempt may begin, and how long it may take to connect.
         end: Until when its answer is waited for.
+        tell: Told what it is waiting for.
     """
 
     until: float | None
     end: float | None
+    tell: Callable[[str], object] = attrs.field(repr=False)
 
     @classmethod
-    def starting(cls, timeout: float | None, limit: float | None) -> Patience:
+    def starting(cls, timeout: float | None, limit: float | None, tell: Callable[[str], object]) -> Patience:
         """Count from now."""
         now = time.monotonic()
-        return cls(None if timeout is None else now + timeout, None if limit is None else now + limit)
+        return cls(None if timeout is None else now + timeout, None if limit is None else now + limit, tell)
 
 
 def left(instant: float | None) -> float | None:
@@ -72,6 +74,7 @@ def in_thread(call: Callable[[], _Answer], future: Future[_Answer], name: str, *
 def exchange(
     request: Request,
     parse: Callable[[Reply, Request], _Answer],
+    secret: Callable[[_Answer], str],
     *,
     session: requests.Session | None,
     patience: Patience,
@@ -85,6 +88,7 @@ def exchange(
 
     Args:
         parse: Reads the reply, or raises what it means.
+        secret: Takes out of the answer what succeeds the request's credential, for its fingerprint in the log.
         session: Whose connections to use; None for our own.
         patience: For how long.
         retry: Whether there may be more than one attempt.
@@ -94,7 +98,8 @@ def exchange(
     """
     started, attempts = time.monotonic(), 0
     lost: OutcomeUnknownError | None = None
-    outcome = "interrupted"
+    old = fingerprint(request.credential)
+    path, outcome = old, "interrupted"
     try:
         while True:
             attempts += 1
@@ -103,7 +108,7 @@ def exchange(
             except RefreshError as failed:
                 error = failed
             else:
-                outcome = "ok"
+                path, outcome = f"{old} -> {fingerprint(secret(answer))}", "ok"
                 return answer
             if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
                 error.spent = True
@@ -114,14 +119,14 @@ def exchange(
                 outcome = str(error)
                 raise error
             lost = error if isinstance(error, OutcomeUnknownError) else lost
-            credential = fingerprint(request.credential)
-            _log.warning("%s %s: %s. Next try in %.1f s", request.provider, credential, error, pause)
+            _log.warning("%s %s: %s. Next try in %.1f s", request.provider, old, error, pause)
+            patience.tell(str(error))
             time.sleep(pause)
     finally:
         _log.info(
             "%s %s: %s, %d attempt%s, %.3f s",
             request.provider,
-            fingerprint(request.credential),
+            path,
             outcome,
             attempts,
             "" if attempts == 1 else "s",

@@ -95,7 +95,7 @@ class Reply:
 
     def date(self) -> float | None:
         """Read when the service wrote it, in seconds since 1970 by the service's clock."""
-        return _instant(self.headers.get("Date", ""))
+        return instant_of(self.headers.get("Date", ""))
 
 
 _WHAT: dict[type[RefreshError], str] = {
@@ -169,11 +169,12 @@ def _retry_after(reply: Reply) -> float | None:
     value = reply.headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
-    date = _instant(value)
+    date = instant_of(value)
     return None if date is None else max(0.0, date - time.time())
 
 
-def _instant(text: str) -> float | None:
+def instant_of(text: str) -> float | None:
+    """Read the date of a header, in seconds since 1970."""
     try:
         return parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import uuid
 from datetime import timedelta
+from typing import ClassVar
 from urllib.parse import quote
+
+import attrs
 
 from ._checks import Checks
 from ._http import Reply, Request, failure, unrecognized
@@ -21,6 +25,8 @@ from .errors import (
 from .tokens import KuzzleToken, claims, key_of, lifespan, subject
 
 COOKIE = "authToken"
+# What refuses a token that another one may replace.
+STALE = ("security.token.expired", "security.token.invalid")
 
 check = Checks("kuzzle")
 
@@ -128,21 +134,50 @@ def key(url: object, jwt: object) -> str:
     return key_of("kuzzle", check.url("url", url, https=False), check.token("jwt", jwt))
 
 
-def lifetime(token: KuzzleToken) -> float | None:
-    """Tell how many seconds a token lives from its birth; None: for ever."""
-    return None if token.ttl is None else lifespan(token.jwt or "", token.ttl.total_seconds())
+@attrs.frozen(kw_only=True)
+class Call:
+    """The arguments of one call, checked. *in_cookie*: the token comes from the session's cookie."""
+
+    url: str
+    query: str
+    jwt: str = attrs.field(repr=False)
+    in_cookie: bool
+
+    provider: ClassVar[str] = "kuzzle"
+    kind: ClassVar[str] = ""
+    idempotency_key: ClassVar[None] = None
+    read = staticmethod(KuzzleToken.from_dict)
+
+    @property
+    def key(self) -> str:
+        """The credential's key."""
+        return key(self.url, self.jwt)
+
+    def keys(self, token: KuzzleToken) -> list[str]:
+        """List the keys of a token that has come of this call."""
+        return [key(self.url, token.jwt)]
+
+    def following(self, last: KuzzleToken) -> Call:
+        """Say the same of a token that has come of this call."""
+        return attrs.evolve(self, jwt=last.jwt or self.jwt)
+
+    def lifetime(self, token: KuzzleToken) -> float | None:
+        """Tell how many seconds a token lives from its birth; None: for ever."""
+        return None if token.ttl is None else lifespan(token.jwt or "", token.ttl.total_seconds())
+
+    useful = lifetime
+
+    def is_young(self, last: KuzzleToken | None, now: float) -> bool:
+        """
+        Tell whether a token may have been born this second: a refresh would give it back, and it would die.
+
+        The clock that says *now* may be a minute off either way.
+        """
+        jwt = self.jwt if last is None else last.jwt or ""
+        return claims(jwt).get("iat", -math.inf) > now - 60
 
 
-def is_young(jwt: str, now: float) -> bool:
-    """
-    Tell whether a token may have been born this second: a refresh would give it back, and it would die.
-
-    The clock that says *now* may be a minute off either way.
-    """
-    return claims(jwt).get("iat", -math.inf) > now - 60
-
-
-def build(
+def prepare(
     *,
     url: object,
     jwt: object,
@@ -150,19 +185,14 @@ def build(
     cookie_auth: object,
     trigger_events: object,
     strategy: object,
-    request_id: str,
     in_cookie: bool = False,
-) -> Request:
+) -> Call:
     """
-    Check the arguments and write down the request.
-
-    Args:
-        in_cookie: Whether *jwt* comes from the session's cookie and goes back as one.
+    Check the arguments of a call.
 
     Raises:
         InvalidArgumentError: An argument is wrong.
     """
-    token = check.token("jwt", jwt)
     cookie_mode = check.flag("cookie_auth", cookie_auth)
     # Kuzzle reads these from the query alone; a flag is on by being there, even as "=false".
     query = []
@@ -174,15 +204,26 @@ def build(
         query.append("triggerEvents")
     if strategy is not None:
         query.append("strategy=" + quote(check.text("strategy", strategy), safe=""))
+    return Call(
+        url=check.url("url", url, https=False),
+        query="?" + "&".join(query) if query else "",
+        jwt=check.token("jwt", jwt),
+        in_cookie=in_cookie,
+    )
+
+
+def build(call: Call) -> Request:
+    """Write down the request."""
+    request_id = str(uuid.uuid4())
     return Request(
         provider="kuzzle",
-        url=check.url("url", url, https=False) + "/_refreshToken" + ("?" + "&".join(query) if query else ""),
+        url=f"{call.url}/_refreshToken{call.query}",
         headers={"X-Kuzzle-Request-Id": request_id},
-        credential=token,
+        credential=call.jwt,
         request_id=request_id,
-        bearer=None if in_cookie else token,
+        bearer=None if call.in_cookie else call.jwt,
         # Bearer and cookie together are a 500, so the session's own stays back.
-        cookies={COOKIE: token if in_cookie else None},
+        cookies={COOKIE: call.jwt if call.in_cookie else None},
     )
 
 

@@ -92,6 +92,10 @@ class MemoryStore:
         self._entries: TLRUCache[str, tuple[str, int]] = TLRUCache(
             maxsize, lambda _, entry, now: now + entry[1], timer
         )
+        self._arguments = maxsize, timer
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._arguments  # a copy is another store, with nothing in it yet
 
     def get(self, key: str, /) -> str | None:
         """Read an entry."""

@@ -131,14 +131,22 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        received = Received(self.command, self.path, self.headers, body, self.request_version)
+        received = Received(self.command, self.path, self.headers, self._body(), self.request_version)
         answer = self.server.fake.receive(received)
         # HTTP/1.1 keeps connections open, whatever the answer says: so does Kuzzle.
         self.close_connection = isinstance(answer, bytes)
         self.wfile.write(answer if isinstance(answer, bytes) else _on_the_wire(answer))
 
-    do_GET = do_POST = do_PUT = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size + 2)[:size]
+        self.rfile.readline()
+        return body
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -664,7 +672,7 @@ class _Pair:
 
 class FakeCircle(_Fake):
     """
-    Circle's user token service: sign-in, the exchange of a user id, the refresh.
+    Circle's user token service: sign-in, the exchange of a user id, the refresh; and ``GET /v1/w3s/user``.
 
     Args:
         clock: Its clock.
@@ -719,9 +727,13 @@ class FakeCircle(_Fake):
         return {**issued, "userID": user_id, "refreshToken": refresh_token}
 
     def _answer(self, request: Received) -> Answer:
-        routes = {"/v1/w3s/users/token": self._exchange, "/v1/w3s/users/token/refresh": self._refresh}
-        handle = routes.get(request.path)
-        if handle is None or request.method != "POST":
+        routes = {
+            ("GET", "/v1/w3s/user"): self._user,
+            ("POST", "/v1/w3s/users/token"): self._exchange,
+            ("POST", "/v1/w3s/users/token/refresh"): self._refresh,
+        }
+        handle = routes.get((request.method, request.path))
+        if handle is None:
             return self._reply(request, 404, {"code": 404, "message": "Not found."})
         try:
             if request.headers.get("Authorization") != f"Bearer {self.api_key}":
@@ -760,6 +772,21 @@ class FakeCircle(_Fake):
             raise _circle_refusal(2, errors=errors)
         return [given[name] for name in wanted]
 
+    def _owner(self, user_token: str) -> str:
+        """Tell whose a user token is, expired or not."""
+        if user_token.count(".") != 2:
+            raise _circle_refusal(155105)
+        if user_token not in self._user_tokens:
+            raise _circle_refusal(155103)
+        return self._user_tokens[user_token]
+
+    def _user(self, request: Received) -> dict[str, object]:
+        user_token = request.headers.get("X-User-Token", "")
+        user_id = self._owner(user_token)
+        if self.clock() >= claims(user_token)["exp"]:
+            raise _circle_refusal(155104)
+        return {"user": {"id": user_id, "status": "ENABLED"}}
+
     def _exchange(self, request: Received) -> dict[str, object]:
         (user_id,) = self._members(request, userId=lambda value: 5 <= len(value) <= 50)
         if user_id not in {pair.user_id for pair in self._pairs.values()}:
@@ -776,14 +803,11 @@ class FakeCircle(_Fake):
                 raise _circle_refusal(156020)
             return answered
         user_token = request.headers.get("X-User-Token", "")
-        if user_token.count(".") != 2:
-            raise _circle_refusal(155105)
-        if user_token not in self._user_tokens:
-            raise _circle_refusal(155103)
+        user_id = self._owner(user_token)
         pair = self._pairs.get(refresh_token)
         if pair is None:
             raise _circle_refusal(155102)
-        if pair.user_id != self._user_tokens[user_token]:
+        if pair.user_id != user_id:
             raise _circle_refusal(155103)
         if pair.device_id != device_id:
             raise _circle_refusal(155137)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import attrs
 
 from ._checks import Checks
+from ._notebook import Printer, as_html, as_text
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -45,7 +46,8 @@ def claims(token: str) -> dict[str, float]:
     """
     payload = _payload(token)
     found = {name: number(payload.get(name)) for name in ("iat", "exp")}
-    return {name: value for name, value in found.items() if value is not None}
+    # Beyond that, Python can't count in seconds and milliseconds alike.
+    return {name: value for name, value in found.items() if value is not None and abs(value) < 1e300}
 
 
 def subject(token: str) -> str | None:
@@ -75,7 +77,12 @@ def lifespan(token: str, otherwise: float) -> float:
 
 def instant(milliseconds: float) -> datetime:
     """Turn milliseconds since 1970 into a datetime. Before 1970 is 1970, and after the year 9999 its end."""
-    return _EPOCH + timedelta(milliseconds=max(0, min(math.floor(milliseconds), _LAST)))
+    return _EPOCH + timedelta(milliseconds=math.floor(max(0, min(milliseconds, _LAST))))
+
+
+def duration(milliseconds: float) -> timedelta:
+    """Turn milliseconds into a timedelta, of no less than zero and no more than it can hold."""
+    return timedelta(milliseconds=math.floor(max(0, min(milliseconds, _LONGEST))))
 
 
 def _to_milliseconds(when: datetime | None) -> int:
@@ -87,23 +94,32 @@ def masked(secret: str | None) -> str:
     return "None" if secret is None else f"<secret {fingerprint(secret)}>"
 
 
-def _table(token: KuzzleToken | UserToken) -> str:
-    """Show a token in a notebook: the time it has left, and no secret."""
-    rows = {
-        field.name: (field.repr if callable(field.repr) else str)(getattr(token, field.name))
-        for field in attrs.fields(type(token))
-    }
-    if token.expires_at is None:
-        rows["time left"] = "unlimited"
-    else:
-        left = max(token.expires_at - datetime.now(UTC), timedelta(0))
-        rows["time left"] = str(left - left % timedelta(seconds=1))
-    cells = "".join(f"<tr><th>{name}</th><td>{html.escape(row)}</td></tr>" for name, row in rows.items())
-    return f"<table><caption>{type(token).__name__}</caption>{cells}</table>"
+@attrs.frozen
+class _Shown:
+    """Shows a token in a notebook: the time it has left, and no secret."""
+
+    def _rows(self) -> dict[str, str]:
+        values = ((field, getattr(self, field.name)) for field in attrs.fields(type(self)))
+        rows = {field.name: (field.repr if callable(field.repr) else str)(value) for field, value in values}
+        expires_at = cast("KuzzleToken | UserToken", self).expires_at
+        if expires_at is None:
+            return {**rows, "expires_at": "never", "time left": "unlimited"}
+        left = max(expires_at - datetime.now(UTC), timedelta(0))
+        return {
+            **rows,
+            "expires_at": f"{expires_at:%Y-%m-%d %H:%M:%S} UTC",
+            "time left": str(left - left % timedelta(seconds=1)),
+        }
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._rows())
+
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: ARG002
+        printer.text(as_text(type(self).__name__, self._rows()))
 
 
 @attrs.frozen
-class KuzzleToken:
+class KuzzleToken(_Shown):
     """
     A Kuzzle session token. *jwt* is masked in ``repr()`` and in notebooks.
 
@@ -125,8 +141,6 @@ class KuzzleToken:
     jwt: str | None = attrs.field(repr=masked)
     expires_at: datetime | None
     ttl: timedelta | None
-
-    _repr_html_ = _table
 
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Kuzzle does: ``_id``, ``expiresAt`` and ``ttl`` in ms, ``jwt``."""
@@ -161,12 +175,12 @@ class KuzzleToken:
             kuid=kuid,
             jwt=jwt,
             expires_at=min(ends, default=None),
-            ttl=None if ttl == -1 else timedelta(milliseconds=max(0, min(math.floor(ttl), _LONGEST))),
+            ttl=None if ttl == -1 else duration(ttl),
         )
 
 
 @attrs.frozen
-class UserToken:
+class UserToken(_Shown):
     """
     A Circle user token, and the refresh token to use next. Secrets are masked in ``repr()`` and in notebooks.
 
@@ -188,8 +202,6 @@ class UserToken:
     user_id: str | None
     refresh_token: str = attrs.field(repr=masked)
     expires_at: datetime
-
-    _repr_html_ = _table
 
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Circle does, and ``expiresAt`` in ms, which Circle leaves out."""

@@ -322,17 +322,9 @@ def test_jitter(kuzzle, cache, clock):
     clock.advance(1)
     aheads = []
     for jwt in tokens:
-        credential = refresher._cache.Credential(
-            provider="kuzzle",
-            key=refresher._kuzzle.key(kuzzle.url, jwt),
-            refresh=None,
-            read=refresher.KuzzleToken.from_dict,
-            keys=lambda token: [refresher._kuzzle.key(kuzzle.url, token.jwt)],
-            lifetime=refresher._kuzzle.lifetime,
-            useful=refresher._kuzzle.lifetime,
-        )
         token = refresher.KuzzleToken("foo", jwt, None, timedelta(hours=2))
-        cache._remember(credential.key, 1, token, cache._now(), credential)
+        call = refresher._kuzzle.Call(url=kuzzle.url, query="", jwt=jwt, in_cookie=False)
+        credential = refresher._cache.Credential(call=call, refresh=None, held=(token, 7200.0))
         aheads.append(cache._find(credential).ahead)
     assert max(aheads) - min(aheads) > 30
     assert min(aheads) > 20

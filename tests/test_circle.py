@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
-from helpers import call_with
+from helpers import call_with, jwt_with
 
 from refresher import (
     InvalidArgumentError,
@@ -21,7 +20,7 @@ from refresher import (
     UserToken,
     refresh_user_token,
 )
-from refresher._circle import useful
+from refresher._circle import prepare
 from refresher.testing import _CIRCLE_ERRORS, Answer, FakeCircle
 
 pytestmark = pytest.mark.usefixtures("single")
@@ -279,10 +278,6 @@ def test_replies(circle, status, body, kind, spent):
     assert "planted" not in str(caught.value)
 
 
-def jwt_with(claims):
-    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
-
-
 @pytest.mark.parametrize("status", [200, 201, 202])
 def test_only_the_user_token_is_required(circle, status):
     """Without a refresh token in the answer, the old one is the one to use next; any 2xx will do."""
@@ -372,4 +367,10 @@ def test_how_long_a_pair_is_of_use(claims, seconds):
     """A pair can be refreshed until its refresh token dies; if that does not tell, for 30 days."""
     refresh_token = "opaque" if claims is None else jwt_with(claims)
     token = UserToken("u", None, None, refresh_token, datetime.fromtimestamp(4000, UTC))
-    assert useful(token) == seconds
+    call = prepare(
+        **call_with(SimpleNamespace(api_key="k", url="https://c"), token),
+        user_id=None,
+        idempotency_key=None,
+        request_id=None,
+    )
+    assert call.useful(token) == seconds

@@ -187,15 +187,15 @@ def session_with_cookie(value):
 
 
 def test_log(kuzzle, caplog):
-    """The log has a line an exchange: who, which credential, what came of it, how often, how long."""
+    """The log has a line an exchange: who, old and new credential, what came of it, how often, how long."""
     caplog.set_level(logging.INFO, "refresher")
     jwt = kuzzle.login()
     kuzzle.clock.advance(1)
-    refresh_kuzzle_token(kuzzle.url, jwt)
+    new = refresh_kuzzle_token(kuzzle.url, jwt)
     with pytest.raises(RefreshError):
         refresh_kuzzle_token(kuzzle.url, jwt)
     good, bad = caplog.messages
-    assert good.startswith(f"kuzzle {fingerprint(jwt)}: ok, 1 attempt, 0.")
+    assert good.startswith(f"kuzzle {fingerprint(jwt)} -> {fingerprint(new.jwt)}: ok, 1 attempt, 0.")
     assert bad.startswith(f"kuzzle {fingerprint(jwt)}: Kuzzle does not accept the token any more")
     assert "(401, security.token.invalid), 1 attempt, 0." in bad
 

@@ -20,7 +20,7 @@ import refresher.testing
 PACKAGE = Path(refresher.__file__).parent
 # Each imports from those before it only.
 FLOORS = [
-    ["errors"],
+    ["_notebook", "errors"],
     ["_checks"],
     ["tokens"],
     ["_http", "stores"],
@@ -28,6 +28,7 @@ FLOORS = [
     ["_exchange"],
     ["_cache"],
     ["_api", "testing"],
+    ["auth"],
     ["_cli"],
     ["__init__", "__main__"],
 ]

@@ -20,7 +20,7 @@ from refresher import (
     refresh_kuzzle_token,
 )
 from refresher._http import Reply
-from refresher._kuzzle import build, parse
+from refresher._kuzzle import build, parse, prepare
 from refresher.testing import _KUZZLE_ERRORS, Answer, FakeKuzzle
 
 pytestmark = pytest.mark.usefixtures("single")
@@ -37,9 +37,8 @@ def request(**changes):
         "cookie_auth": False,
         "trigger_events": False,
         "strategy": None,
-        "request_id": "id",
     }
-    return build(**{**arguments, **changes})
+    return build(prepare(**{**arguments, **changes}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refresher import InvalidArgumentError, KuzzleToken, UserToken
+from refresher.tokens import masked
 
 WHEN = datetime(2026, 11, 21, 20, 38, 47, 300000, UTC)
 KUZZLE = KuzzleToken("foo", "kauth-planted", WHEN, timedelta(hours=1))
@@ -82,13 +84,32 @@ def test_time_in_another_zone():
 
 
 def test_notebook():
-    """A notebook shows the time left; what a service sent is not taken for HTML."""
+    """A notebook shows the time left, as a table or as text; what a service sent is not taken for HTML."""
     soon = datetime.now(UTC) + timedelta(hours=2, milliseconds=-1)
-    assert "<th>time left</th><td>1:59:59</td>" in attrs.evolve(KUZZLE, expires_at=soon)._repr_html_()
-    assert "<td>0:00:00</td>" in attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 1, tzinfo=UTC))._repr_html_()
-    assert "<td>unlimited</td>" in KuzzleToken("foo", None, None, None)._repr_html_()
+    left = 'style="text-align: left"'
+    row = f"<tr><th {left}>time left</th><td {left}>"
+    assert f"{row}1:59:59</td>" in attrs.evolve(KUZZLE, expires_at=soon)._repr_html_()
+    assert (
+        f"{row}0:00:00</td>" in attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 1, tzinfo=UTC))._repr_html_()
+    )
+    assert f"{row}unlimited</td>" in KuzzleToken("foo", None, None, None)._repr_html_()
     assert "&lt;b&gt;user-1&lt;/b&gt;" in CIRCLE._repr_html_()
-    assert "<caption>UserToken</caption>" in CIRCLE._repr_html_()
+    assert ">UserToken</caption>" in CIRCLE._repr_html_()
+
+
+def test_terminal():
+    """IPython in a terminal shows the same as text."""
+    token = attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC), ttl=timedelta(hours=2))
+    shown = []
+    token._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
+    assert shown[0].splitlines() == [
+        "KuzzleToken",
+        "  kuid        foo",
+        f"  jwt         {masked(KUZZLE.jwt)}",
+        "  expires_at  2020-01-02 03:04:05 UTC",
+        "  ttl         2:00:00",
+        "  time left   0:00:00",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,733 @@
+"""KuzzleAuth and CircleAuth."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+import time_machine
+from helpers import jwt_with
+
+from refresher import (
+    SHARED_CACHE,
+    CircleAuth,
+    FileStore,
+    InvalidArgumentError,
+    KuzzleAuth,
+    RefreshError,
+    SignInRequiredError,
+    TokenCache,
+    UnavailableError,
+    refresh_kuzzle_token,
+)
+from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
+
+HOUR = 3600
+
+
+@pytest.fixture
+def clock():
+    """A clock that goes on by itself: ours and theirs agree."""
+    return Clock()
+
+
+@pytest.fixture
+def root(kuzzle):
+    """A token that is good for another half hour."""
+    return kuzzle.login("foo", ago=HOUR / 2)
+
+
+@pytest.fixture
+def pair(circle):
+    return circle.sign_in()
+
+
+def me(kuzzle, auth, **options):
+    """Ask Kuzzle who I am."""
+    return requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10, **options)
+
+
+def kuid(response):
+    return response.json()["result"]["_id"]
+
+
+def sent(fake, path):
+    """The requests for *path*."""
+    return [request for request in fake.requests if request.path == path]
+
+
+def refreshes(fake):
+    paths = ("/_refreshToken", "/v1/w3s/users/token/refresh")
+    return [request for request in fake.requests if request.path in paths]
+
+
+def circle_auth(circle, pair, **changes):
+    arguments = {"user_token": pair.user_token, "refresh_token": pair.refresh_token, "device_id": "device-1"}
+    return CircleAuth(**{**arguments, "api_key": circle.api_key, "base_url": circle.url, **changes})
+
+
+def user(circle, auth, **options):
+    """Ask Circle who the user is."""
+    return requests.get(f"{circle.url}/v1/w3s/user", auth=auth, timeout=10, **options)
+
+
+# While a token lives
+
+
+def test_a_living_token_is_used_as_it_is(kuzzle):
+    """Right after the sign-in too: nothing is refreshed, and nobody waits."""
+    jwt = kuzzle.login()
+    auth = KuzzleAuth(kuzzle.url, jwt)
+    assert [kuid(me(kuzzle, auth)) for _ in range(3)] == ["foo"] * 3
+    assert auth.jwt == jwt
+    assert refreshes(kuzzle) == []
+
+
+def test_refreshed_in_time(kuzzle):
+    """A token that is about to expire is refreshed before the request, with the arguments given, and once."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), expires_in="2h", strategy="local")
+    assert [kuid(me(kuzzle, auth)) for _ in range(3)] == ["foo"] * 3
+    (request,) = refreshes(kuzzle)
+    assert request.query == {"expiresIn": ["2h"], "strategy": ["local"]}
+    assert sent(kuzzle, "/_me")[0].headers["Authorization"] == f"Bearer {auth.jwt}"
+    assert kuzzle.knows(auth.jwt)
+
+
+def test_the_whole_day(kuzzle):
+    """One object, a request a minute, a day: one exchange a lifetime, and no request is refused."""
+    start = int(kuzzle.clock())
+    with time_machine.travel(start, tick=False) as now:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(), cache=TokenCache(ahead=90))
+        for minute in range(24 * 60):
+            now.move_to(start + minute * 60)
+            assert me(kuzzle, auth).status_code == 200
+            assert kuid(me(kuzzle, auth)) == "foo"
+    assert 24 <= len(refreshes(kuzzle)) <= 25
+
+
+def test_downtime_while_the_token_lives(kuzzle, caplog):
+    """In the window, a service that can't refresh costs no request."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 20), queuable=False)
+    kuzzle.fail_next("services.cache.read_failed")
+    assert kuid(me(kuzzle, auth)) == "foo"
+    assert "going on with the old token" in caplog.text
+
+
+def test_downtime_when_the_token_is_dead(kuzzle):
+    """Then the failure is told, and the request is not sent."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR), queuable=False)
+    kuzzle.fail_next("services.cache.read_failed")
+    with pytest.raises(UnavailableError):
+        me(kuzzle, auth)
+    assert sent(kuzzle, "/_me") == []
+
+
+@pytest.mark.parametrize("token", ["api key", "infinite"])
+def test_tokens_without_end(kuzzle, token):
+    """API keys and infinite tokens are sent as they are, also if they are refused."""
+    jwt = kuzzle.api_key() if token == "api key" else kuzzle.login("foo", "-1")
+    auth = KuzzleAuth(kuzzle.url, jwt)
+    assert kuid(me(kuzzle, auth)) == "foo"
+    kuzzle.fail_next("security.token.invalid")
+    assert me(kuzzle, auth).status_code == 401
+    assert refreshes(kuzzle) == []
+
+
+def test_a_clock_that_is_behind(kuzzle):
+    """By our clock a token has more time left than it has. The service's answers tell what time it is."""
+    start = int(kuzzle.clock())
+    with time_machine.travel(start, tick=False) as now:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login())
+        now.move_to(start - HOUR)
+        kuzzle.clock.advance(HOUR)
+        assert kuid(me(kuzzle, auth)) == "foo"
+        now.move_to(start - 10)
+        assert kuid(me(kuzzle, auth)) == "foo"
+    assert len(refreshes(kuzzle)) == 1
+
+
+def test_a_clock_that_is_ahead(kuzzle):
+    """By our clock a token is dead. It's refreshed, and no harm is done."""
+    jwt = kuzzle.login(ago=120)
+    with time_machine.travel(int(kuzzle.clock()) + 2 * HOUR, tick=False):
+        kuzzle.clock.advance(-2 * HOUR)
+        auth = KuzzleAuth(kuzzle.url, jwt)
+        assert [kuid(me(kuzzle, auth)) for _ in range(3)] == ["foo"] * 3
+    assert len(refreshes(kuzzle)) == 1
+
+
+def test_an_answer_without_a_date(kuzzle, root):
+    """It tells no time."""
+    kuzzle.next_answers.append(Answer(200, {"result": {"_id": "foo"}}))
+    assert kuid(me(kuzzle, KuzzleAuth(kuzzle.url, root))) == "foo"
+
+
+# Signing in and out
+
+
+def test_signing_in_and_out(kuzzle, root):
+    """Without a token requests are anonymous; from when it's set they are the user's, till it's None."""
+    auth = KuzzleAuth(kuzzle.url)
+    assert auth.jwt is None
+    assert kuid(me(kuzzle, auth)) == "-1"
+    auth.jwt = root
+    assert kuid(me(kuzzle, auth)) == "foo"
+    auth.jwt = None
+    assert kuid(me(kuzzle, auth)) == "-1"
+    headers = [request.headers["Authorization"] for request in sent(kuzzle, "/_me")]
+    assert headers == [None, f"Bearer {root}", None]
+
+
+def test_signing_out_meanwhile(kuzzle):
+    """Who signs out during a refresh stays signed out."""
+    saved = []
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), on_refresh=saved.append)
+
+    def answer(request):
+        auth.jwt = None
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(answer)
+    me(kuzzle, auth)
+    assert auth.jwt is None
+    assert saved == []
+    kuzzle.next_answers.append(lambda request: setattr(auth, "jwt", None) or kuzzle._refuse(request, REFUSAL))
+    auth.jwt = kuzzle.login(ago=60)
+    assert me(kuzzle, auth).status_code == 401
+
+
+def test_jwt_is_the_last_one(kuzzle, root):
+    """What others have made of the token is read, too."""
+    auth = KuzzleAuth(kuzzle.url, root)
+    token = refresh_kuzzle_token(kuzzle.url, root)
+    assert auth.jwt == token.jwt
+    assert kuid(me(kuzzle, auth)) == "foo"
+    assert len(refreshes(kuzzle)) == 1
+
+
+# Saving
+
+
+def test_on_refresh(kuzzle):
+    """It gets each new token once, and before the request is sent."""
+    saved = []
+    auth = KuzzleAuth(
+        kuzzle.url,
+        kuzzle.login(ago=HOUR - 10),
+        on_refresh=lambda token: saved.append((token, len(sent(kuzzle, "/_me")))),
+    )
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: me(kuzzle, auth), range(64)))
+    ((token, before),) = saved
+    assert token.jwt == auth.jwt
+    assert token.kuid == "foo"
+    assert before < 16
+    assert len(refreshes(kuzzle)) == 1
+
+
+def test_on_refresh_raises(kuzzle):
+    """The caller is told, the token is not lost, and the next request hands it over again."""
+    saved = []
+
+    def save(token):
+        saved.append(token.jwt)
+        if len(saved) == 1:
+            raise ZeroDivisionError
+
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), on_refresh=save)
+    with pytest.raises(ZeroDivisionError):
+        me(kuzzle, auth)
+    assert kuzzle.knows(auth.jwt)
+    assert [kuid(me(kuzzle, auth)) for _ in range(3)] == ["foo"] * 3
+    assert saved == [auth.jwt] * 2
+    assert len(refreshes(kuzzle)) == 1
+
+
+# When a token is refused
+
+
+def refuse_after(kuzzle, meanwhile):
+    """Let something happen between a request's departure and its answer."""
+
+    def answer(request):
+        meanwhile()
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(answer)
+
+
+def test_successor_of_another_process(kuzzle, root, tmp_path):
+    """The token is spent while the request is on its way: the successor is found, and the request repeated."""
+    one, two = (TokenCache(FileStore(tmp_path / "store")) for _ in range(2))
+    auth = KuzzleAuth(kuzzle.url, root, cache=one)
+
+    def meanwhile():
+        refresh_kuzzle_token(kuzzle.url, root, cache=two)
+        kuzzle.clock.advance(2)
+
+    refuse_after(kuzzle, meanwhile)
+    response = me(kuzzle, auth)
+    assert kuid(response) == "foo"
+    assert [each.status_code for each in response.history] == [401]
+    assert len(refreshes(kuzzle)) == 1
+    assert len(sent(kuzzle, "/_me")) == 2
+
+
+def test_session_has_ended(kuzzle, root):
+    """Nothing leads on from here: sign in again. The service is asked once."""
+    auth = KuzzleAuth(kuzzle.url, root)
+    requests.post(f"{kuzzle.url}/_logout", auth=auth, timeout=10)
+    for _ in range(3):
+        with pytest.raises(SignInRequiredError) as caught:
+            me(kuzzle, auth)
+    assert caught.value.__context__ is None
+    assert len(refreshes(kuzzle)) == 1
+
+
+REFUSAL = type("Refusal", (), {"status": 401, "error": {"id": "security.token.invalid", "status": 401}})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param({"error": {"id": "plugin.strategy.missing_user"}}, id="wrong password"),
+        pytest.param({"error": {"id": "security.rights.unauthorized"}}, id="no rights"),
+        pytest.param({"error": {"message": "not you", "status": 401}}, id="a plugin"),
+    ],
+)
+def test_another_401(kuzzle, root, answer):
+    """A 401 that another token would not help is the answer."""
+    kuzzle.next_answers.append(Answer(401, {**answer, "status": 401}, {"Content-Type": "application/json"}))
+    assert me(kuzzle, KuzzleAuth(kuzzle.url, root)).status_code == 401
+    assert len(kuzzle.requests) == 1
+
+
+@pytest.mark.parametrize("answer", [Answer(401), Answer(401, b"<h1>Who?</h1>"), Answer(401, b"[" * 99999)])
+def test_a_401_that_does_not_tell(kuzzle, root, answer):
+    """It could be the token: it's refreshed and the request repeated, once."""
+    kuzzle.next_answers.append(answer)
+    assert kuid(me(kuzzle, KuzzleAuth(kuzzle.url, root))) == "foo"
+    assert len(refreshes(kuzzle)) == 1
+    assert len(sent(kuzzle, "/_me")) == 2
+
+
+@pytest.mark.parametrize("length", ["1048577", "many"])
+def test_a_401_that_is_too_long(kuzzle, root, length):
+    """An answer that is longer than any error isn't read."""
+    kuzzle.next_answers.append(f"HTTP/1.1 401\r\nContent-Length: {length}\r\n\r\n".encode() + b" " * 1048577)
+    response = me(kuzzle, KuzzleAuth(kuzzle.url, root), stream=True)
+    assert response.status_code == (401 if length == "1048577" else 200)
+    response.close()
+
+
+def test_no_loop(kuzzle, root):
+    """A service that refuses new tokens, too, gets one repetition and one refresh, not one for each request."""
+    auth = KuzzleAuth(kuzzle.url, root)
+
+    def refuse(request):
+        return kuzzle.truly(request) if request.path == "/_refreshToken" else kuzzle._refuse(request, REFUSAL)
+
+    kuzzle.next_answers.extend([refuse] * 6)
+    assert [me(kuzzle, auth).status_code for _ in range(4)] == [401] * 4
+    assert len(refreshes(kuzzle)) == 1
+    assert len(sent(kuzzle, "/_me")) == 5
+
+
+def test_many_are_refused_at_once(kuzzle, root):
+    """16 threads, one token that has died: one refresh, 16 answers."""
+    auth = KuzzleAuth(kuzzle.url, root)
+    barrier = threading.Barrier(16)
+
+    def refuse(request):
+        barrier.wait(10)
+        return kuzzle._refuse(request, REFUSAL)
+
+    kuzzle.next_answers.extend([refuse] * 16)
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: kuid(me(kuzzle, auth)), range(16))) == {"foo"}
+    assert len(refreshes(kuzzle)) == 1
+
+
+# What is repeated
+
+
+BODIES = {
+    "none": dict,
+    "json": lambda: {"json": {"a": 1}},
+    "form": lambda: {"data": {"a": "1"}},
+    "text": lambda: {"data": "abc"},
+    "bytes": lambda: {"data": b"abc"},
+    "upload": lambda: {"files": {"a": io.BytesIO(b"abc")}},
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_body_is_repeated(kuzzle, root, body):
+    """What was sent is sent again, unchanged."""
+    kuzzle.fail_next("security.token.invalid")
+    requests.post(f"{kuzzle.url}/anything", auth=KuzzleAuth(kuzzle.url, root), timeout=10, **body())
+    first, second = sent(kuzzle, "/anything")
+    assert first.body == second.body
+    assert first.headers["Content-Type"] == second.headers["Content-Type"]
+    assert first.headers["Authorization"] != second.headers["Authorization"]
+
+
+def test_file_is_read_from_where_it_was(kuzzle, root):
+    """A file that can be rewound is sent again from where it stood."""
+    file = io.BytesIO(b"0123456789")
+    file.read(4)
+    kuzzle.fail_next("security.token.invalid")
+    requests.post(f"{kuzzle.url}/anything", auth=KuzzleAuth(kuzzle.url, root), data=file, timeout=10)
+    assert [request.body for request in sent(kuzzle, "/anything")] == [b"456789"] * 2
+
+
+def test_one_shot_body(kuzzle, root):
+    """What can be read only once is not sent again, nor half of it. The next request has the new token."""
+    auth = KuzzleAuth(kuzzle.url, root)
+    kuzzle.fail_next("security.token.invalid")
+    once = (part for part in (b"abc", b"def"))
+    response = requests.post(f"{kuzzle.url}/anything", auth=auth, data=once, timeout=10)
+    assert response.status_code == 401
+    assert [request.body for request in sent(kuzzle, "/anything")] == [b"abcdef"]
+    assert auth.jwt != root
+    assert kuid(me(kuzzle, auth)) == "foo"
+
+
+def test_streamed_answer(kuzzle, root):
+    """An answer that is streamed is not read in passing."""
+    kuzzle.fail_next("security.token.invalid")
+    response = me(kuzzle, KuzzleAuth(kuzzle.url, root), stream=True)
+    assert not response.raw.isclosed()
+    assert b'"foo"' in b"".join(response.iter_content(10))
+
+
+def test_of_a_session(kuzzle):
+    """One session may have the auth, lend its connections to refreshes, and keep cookies and settings."""
+    with requests.Session() as session:
+        session.auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), session=session)
+        session.headers["X-Mine"] = "1"
+        kuzzle.next_answers.append(kuzzle.truly)
+        kuzzle.next_answers.append(Answer(401, b"", {"Set-Cookie": "seen=1"}))
+        # The token has just been refreshed, so it's not to blame: this is the answer.
+        assert session.get(f"{kuzzle.url}/_me").status_code == 401
+        assert kuid(session.get(f"{kuzzle.url}/_me")) == "foo"
+    assert {request.headers["X-Mine"] for request in kuzzle.requests} == {"1"}
+    assert kuzzle.requests[-1].headers["Cookie"] == "seen=1"
+    assert len(refreshes(kuzzle)) == 1
+
+
+# Where it goes
+
+
+@pytest.fixture
+def stranger():
+    with FakeKuzzle() as fake:
+        fake.next_answers.extend([Answer(200, b"{}")] * 4)
+        yield fake
+
+
+def test_only_to_its_own_origin(kuzzle, circle, pair, root, stranger):
+    """No other host, port or scheme gets a token, and what it answers is its own affair."""
+    stranger.next_answers.appendleft(Answer(401))
+    for auth in (KuzzleAuth(kuzzle.url, root), circle_auth(circle, pair)):
+        requests.get(stranger.url, auth=auth, timeout=10)
+    for request in stranger.requests:
+        assert "Authorization" not in request.headers
+        assert "X-User-Token" not in request.headers
+    assert kuzzle.requests == circle.requests == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_elsewhere(kuzzle, circle, pair, root, stranger, status):
+    """A redirect to another origin is followed without the token, the API key too."""
+    for fake, auth in ((kuzzle, KuzzleAuth(kuzzle.url, root)), (circle, circle_auth(circle, pair))):
+        fake.next_answers.append(Answer(status, b"", {"Location": f"{stranger.url}/there"}))
+        response = requests.post(f"{fake.url}/here", auth=auth, timeout=10)
+        assert response.url == f"{stranger.url}/there"
+        assert "Authorization" in fake.requests[0].headers
+    assert len(stranger.requests) == 2
+    for request in stranger.requests:
+        assert "Authorization" not in request.headers
+        assert "X-User-Token" not in request.headers
+
+
+def test_redirect_within(circle, pair):
+    """A redirect to the same origin keeps the token; of a request that was repeated, the new one."""
+    circle.fail_next(155104)
+    circle.next_answers.append(circle.truly)
+    circle.next_answers.append(Answer(302, b"", {"Location": "/v1/w3s/user"}))
+    response = requests.get(f"{circle.url}/here", auth=circle_auth(circle, pair), timeout=10)
+    assert response.json()["data"]["user"]["id"] == "user-1"
+    assert [each.status_code for each in response.history] == [302]
+    assert len(refreshes(circle)) == 1
+
+
+def test_redirect_after_a_repetition(circle, pair, stranger):
+    """Also when the repetition is redirected elsewhere, the token stays here."""
+    circle.fail_next(155104)
+    circle.next_answers.append(circle.truly)
+    circle.next_answers.append(Answer(302, b"", {"Location": stranger.url}))
+    requests.get(f"{circle.url}/here", auth=circle_auth(circle, pair), timeout=10)
+    (request,) = stranger.requests
+    assert "Authorization" not in request.headers
+    assert "X-User-Token" not in request.headers
+
+
+@pytest.mark.parametrize(
+    ("location", "kept"),
+    [
+        ("https://kuzzle/there", True),
+        ("https://kuzzle:443/there", True),
+        ("/there", True),
+        ("//kuzzle/there", True),
+        ("HTTPS://KUZZLE/there", True),
+        ("http://kuzzle/there", False),
+        ("https://kuzzle:444/there", False),
+        ("https://kuzzle.example/there", False),
+        ("https://kuzzle@stranger/there", False),
+        ("//stranger", False),
+        ("https://stranger\\@kuzzle/", False),
+        ("https://[", False),
+        ("mailto:kuzzle", False),
+    ],
+)
+def test_redirect(location, kept):
+    """Where a redirect leads is read as requests will read it. What can't be read is elsewhere."""
+    auth = KuzzleAuth("https://kuzzle", "kauth-e30")
+    request = requests.Request("GET", "https://kuzzle/here", auth=auth).prepare()
+    response = requests.Response()
+    response.status_code, response.request, response.url = 302, request, request.url
+    response.headers["Location"] = location
+    assert request.headers["Authorization"] == "Bearer kauth-e30"
+    (hook,) = request.hooks["response"]
+    assert hook(response) is response
+    assert ("Authorization" in request.headers) == kept
+
+
+def test_netrc(kuzzle, root, tmp_path, monkeypatch):
+    """A .netrc entry for the host does not replace the token."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login planted password planted")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert kuid(me(kuzzle, KuzzleAuth(kuzzle.url, root))) == "foo"
+    assert len(kuzzle.requests) == 1
+
+
+# Circle
+
+
+def test_circle(circle, pair):
+    """The API key and the user token go with every request, and no refresh while they are good."""
+    auth = circle_auth(circle, pair)
+    assert [user(circle, auth).json()["data"]["user"]["id"] for _ in range(3)] == ["user-1"] * 3
+    headers = circle.requests[0].headers
+    assert headers["Authorization"] == f"Bearer {circle.api_key}"
+    assert headers["X-User-Token"] == pair.user_token
+    assert refreshes(circle) == []
+
+
+def test_circle_refreshes_in_time(circle, pair, monkeypatch):
+    """A pair that is about to expire, or has, is refreshed first. The API key may be in the environment."""
+    monkeypatch.setenv("CIRCLE_WEB3_API_KEY", circle.api_key)
+    saved = []
+    auth = circle_auth(circle, pair, api_key=None, on_refresh=saved.append)
+    with time_machine.travel(circle.clock() + 2 * HOUR, tick=False):
+        assert [user(circle, auth).status_code for _ in range(3)] == [200] * 3
+    (token,) = saved
+    assert circle.requests[-1].headers["X-User-Token"] == token.user_token
+    assert token.refresh_token != pair.refresh_token
+    assert len(refreshes(circle)) == 1
+
+
+@pytest.mark.parametrize("code", [155103, 155104, 155105])
+@pytest.mark.parametrize("status", [400, 401, 403, 500])
+def test_circle_refuses(circle, pair, code, status):
+    """A user token that is unknown, expired or invalid is replaced, whatever the status."""
+    circle.next_answers.append(Answer(status, {"code": code, "message": "no"}))
+    assert user(circle, circle_auth(circle, pair)).status_code == 200
+    assert len(refreshes(circle)) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Answer(401, {"code": 401, "message": "Malformed authorization."}), id="API key"),
+        pytest.param(Answer(404, {"code": 155102, "message": "no such user"}), id="user"),
+        pytest.param(Answer(403, b"<html>"), id="HTML"),
+        pytest.param(Answer(401, b"[155104]"), id="a list"),
+        pytest.param(Answer(200, {"code": 155104}), id="a success"),
+    ],
+)
+def test_circle_refuses_something_else(circle, pair, answer):
+    """What another token would not help is the answer."""
+    circle.next_answers.append(answer)
+    assert user(circle, circle_auth(circle, pair)).status_code == answer.status
+    assert len(circle.requests) == 1
+
+
+def test_circle_never_content(circle, pair):
+    """A service that refuses new tokens, too, costs one refresh a minute and no session."""
+    auth = circle_auth(circle, pair)
+
+    def refuse(request):
+        if request.path.endswith("refresh"):
+            return circle.truly(request)
+        return Answer(403, {"code": 155104, "message": "expired"})
+
+    circle.next_answers.extend([refuse] * 6)
+    assert [user(circle, auth).status_code for _ in range(4)] == [403] * 4
+    assert len(refreshes(circle)) == 1
+    assert user(circle, auth).status_code == 200
+
+
+def test_circle_after_a_minute(circle, pair, monkeypatch):
+    """A token that has been good for a while and is refused is replaced, once for all that have it."""
+    cache = TokenCache()
+    with time_machine.travel(circle.clock() + 2 * HOUR, tick=False) as now:
+        auths = [circle_auth(circle, pair, cache=cache) for _ in range(3)]
+        circle.clock.advance(2)
+        assert [user(circle, auth).status_code for auth in auths] == [200] * 3
+        assert len(refreshes(circle)) == 1
+        now.shift(120)
+        circle.fail_next(155105)
+        assert [user(circle, auth).status_code for auth in auths] == [200] * 3
+    assert len(refreshes(circle)) == 2
+    assert len({request.headers["X-User-Token"] for request in sent(circle, "/v1/w3s/user")}) == 2
+
+
+def test_circle_user_id(circle, pair):
+    """With a user id, a pair is had first."""
+    auth = circle_auth(circle, pair, user_token=None, user_id="user-1")
+    assert [user(circle, auth).status_code for _ in range(3)] == [200] * 3
+    assert len(refreshes(circle)) == 1
+
+
+def test_circle_opaque_token(circle):
+    """A user token that does not tell when it dies is refreshed first."""
+    circle.next_answers.append(Answer(200, {"data": {"userToken": "opaque", "refreshToken": "next"}}))
+    circle.next_answers.append(Answer(200, {"data": {}}))
+    auth = CircleAuth(
+        user_token="old", refresh_token="r", device_id="d", api_key=circle.api_key, base_url=circle.url
+    )
+    assert user(circle, auth).status_code == 200
+    assert circle.requests[1].headers["X-User-Token"] == "opaque"
+
+
+# As an object
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda auth: pickle.loads(pickle.dumps(auth))])
+@pytest.mark.parametrize("own", ["shared", "none", "file", "memory"])
+def test_pickled(kuzzle, circle, pair, root, own, again, tmp_path):
+    """A copy goes on from the last token, settings and cache the same; a memory that is copied is empty."""
+    saved = {"shared": SHARED_CACHE, "none": None, "memory": TokenCache(lease=5.0)}
+    cache = saved.get(own, TokenCache(FileStore(tmp_path / "store"), ahead=90))
+    kuzzle_auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), expires_in="2h", cache=cache)
+    auth_of_circle = circle_auth(circle, pair, cache=cache)
+    me(kuzzle, kuzzle_auth)
+    circle.fail_next(155104)
+    user(circle, auth_of_circle)
+    assert kuid(me(kuzzle, again(kuzzle_auth))) == "foo"
+    assert user(circle, again(auth_of_circle)).status_code == 200
+    assert again(kuzzle_auth).jwt == kuzzle_auth.jwt
+    assert len(refreshes(kuzzle)) == len(refreshes(circle)) == 1
+    if own == "shared":
+        assert again(kuzzle_auth)._cache is SHARED_CACHE
+    if own == "memory":
+        assert again(cache)._lease == 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("url", "planted"),
+        ("jwt", "planted token"),
+        ("jwt", ""),
+        ("expires_in", "planted"),
+        ("trigger_events", "planted"),
+        ("strategy", "plan\nted"),
+        ("queuable", "planted"),
+        ("timeout", "planted"),
+        ("cache", "planted"),
+        ("session", "planted"),
+        ("on_refresh", "planted"),
+    ],
+)
+def test_bad_arguments(name, value):
+    """What is wrong is named when the object is made, and its value is not told."""
+    with pytest.raises(InvalidArgumentError, match=f"^{name} ") as caught:
+        KuzzleAuth(**{"url": "http://kuzzle", "jwt": "kauth-e30", name: value})
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("user_token", "planted token"), ("base_url", "http://planted"), ("retry", 1)]
+)
+def test_bad_arguments_for_circle(name, value):
+    """The same for Circle."""
+    good = {"user_token": "u", "refresh_token": "r", "device_id": "d", "api_key": "k"}
+    with pytest.raises(InvalidArgumentError, match=f"^{name} "):
+        CircleAuth(**{**good, name: value})
+
+
+def test_setting_a_bad_token(kuzzle, root):
+    """A bad token is refused, and the one before stays."""
+    auth = KuzzleAuth(kuzzle.url, root)
+    with pytest.raises(InvalidArgumentError, match=r"^jwt "):
+        auth.jwt = "planted token"
+    assert auth.jwt == root
+
+
+@pytest.mark.parametrize(
+    "claims", [{"exp": 1e299, "iat": -1e299}, {"exp": 1e306}, {"exp": 10**400}, {"exp": -5}, {"exp": 2e10}]
+)
+def test_strange_claims(kuzzle, claims):
+    """A token that tells impossible times does no harm."""
+    auth = KuzzleAuth(kuzzle.url, f"kauth-{jwt_with(claims)}")
+    kuzzle.next_answers.append(Answer(200, {"result": {"_id": "someone"}}))
+    if claims["exp"] == -5:
+        with pytest.raises(RefreshError):
+            me(kuzzle, auth)
+    else:
+        assert kuid(me(kuzzle, auth)) == "someone"
+
+
+def test_no_secret_shows(kuzzle, circle, pair, root, caplog):
+    """Neither the objects nor the log tell a secret."""
+    caplog.set_level(logging.DEBUG, "refresher")
+    auths = [KuzzleAuth(kuzzle.url, root), circle_auth(circle, pair)]
+    kuzzle.fail_next("security.token.invalid")
+    circle.fail_next(155104)
+    me(kuzzle, auths[0])
+    user(circle, auths[1])
+    told = f"{auths} {caplog.text}"
+    for secret in (root, auths[0].jwt, pair.user_token, pair.refresh_token, circle.api_key):
+        assert secret not in told
+    assert caplog.text.count("ok, 1 attempt") == 2
+
+
+def test_contract(running_target):
+    """The same on each Kuzzle: a living token is used, a spent one leads on, or to the sign-in."""
+    jwt = running_target.login()
+    cache = TokenCache()
+    auths = [KuzzleAuth(running_target.url, jwt, cache=each) for each in (cache, None)]
+    assert [kuid(me(running_target, auth)) for auth in auths] == [running_target.kuid] * 2
+    token = refresh_kuzzle_token(running_target.url, jwt, cache=cache)
+    running_target.wait(1.2)
+    assert kuid(me(running_target, auths[0])) == running_target.kuid
+    assert auths[0].jwt == token.jwt
+    with pytest.raises(SignInRequiredError):
+        me(running_target, auths[1])
+
+
+def test_circle_and_kuzzle_do_not_mix(kuzzle, root):
+    """Each has its own headers."""
+    with FakeCircle() as circle:
+        auth = circle_auth(circle, circle.sign_in())
+        request = requests.Request("GET", kuzzle.url, auth=auth).prepare()
+    assert not {"Authorization", "X-User-Token"} & set(request.headers)
