@@ -328,7 +328,7 @@ def _links(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
     while link is not None:
         yield link
-        inner = (getattr(link, "reason", None), *link.args[:1], link.__cause__)
+        inner = (getattr(link, "reason", None), *link.args, link.__cause__)
         link = next((each for each in inner if isinstance(each, BaseException)), None)
 
 

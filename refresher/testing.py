@@ -27,10 +27,12 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import re
 import secrets
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -102,11 +104,22 @@ class Received:
 
 @attrs.frozen
 class Answer:
-    """An answer to send. A *body* that is not bytes is sent as JSON."""
+    """
+    An answer to send.
+
+    Args:
+        status: The HTTP status.
+        body: Bytes, or something to be sent as JSON.
+        headers: The headers.
+        pace: Seconds to wait before each byte.
+        reset: Whether to reset the connection instead.
+    """
 
     status: int = 200
     body: object = attrs.field(default=b"", repr=False)
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    pace: float = 0.0
+    reset: bool = False
 
 
 class _Refusal(Exception):
@@ -133,9 +146,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         received = Received(self.command, self.path, self.headers, self._body(), self.request_version)
         answer = self.server.fake.receive(received)
-        # HTTP/1.1 keeps connections open, whatever the answer says: so does Kuzzle.
-        self.close_connection = isinstance(answer, bytes)
-        self.wfile.write(answer if isinstance(answer, bytes) else _on_the_wire(answer))
+        if isinstance(answer, bytes):
+            self.close_connection = True
+            self.wfile.write(answer)
+        elif answer.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+            self.close_connection = True
+        else:
+            # HTTP/1.1 keeps connections open, whatever the answer says: so does Kuzzle.
+            data = _on_the_wire(answer, with_body=self.command != "HEAD")
+            step = 1 if answer.pace else len(data)
+            for start in range(0, len(data), step):
+                time.sleep(answer.pace)
+                self.wfile.write(data[start : start + step])
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -152,10 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _on_the_wire(answer: Answer) -> bytes:
+def _on_the_wire(answer: Answer, *, with_body: bool) -> bytes:
     body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
     head = [f"HTTP/1.1 {answer.status}", *(f"{name}: {value}" for name, value in answer.headers.items())]
-    return "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode("latin-1") + body
+    head += [f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(head).encode("latin-1") + (body if with_body else b"")
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -175,12 +200,16 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Fake(abc.ABC):
-    """A server on the loopback. It runs in a ``with`` statement, or from `start` to `stop`."""
+    """
+    A server on the loopback. It runs in a ``with`` statement, or from `start` to `stop`.
+
+    Its clock is the real one, until it is moved: ``fake.clock.advance(3600)``.
+    """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.requests: list[Received] = []
-        self.next_answers: deque[Answer | bytes | Callable[[Received], Answer]] = deque()
+        self.next_answers: deque[Answer | bytes | Callable[[Received], Answer | bytes]] = deque()
         self._lock = threading.Lock()
         self._server: _Server | None = None
         self._port = 0
@@ -224,6 +253,22 @@ class _Fake(abc.ABC):
             answer = self.next_answers.popleft()
         # Not under the lock: it may take its time.
         return answer(request) if callable(answer) else answer
+
+    def lose_next(self, times: int = 1) -> None:
+        """Do what the next requests ask for, and hang up without an answer."""
+        self.next_answers.extend([lambda request: self.truly(request) and b""] * times)
+
+    def reset_next(self, times: int = 1) -> None:
+        """Reset the connections of the next requests, and do nothing for them."""
+        self.next_answers.extend([Answer(reset=True)] * times)
+
+    def delay_next(self, seconds: float, times: int = 1) -> None:
+        """Answer the next requests *seconds* late."""
+        self.next_answers.extend([lambda request: self.truly(request, after=seconds)] * times)
+
+    def drip_next(self, seconds: float, times: int = 1) -> None:
+        """Answer the next requests byte by byte, *seconds* apart."""
+        self.next_answers.extend([lambda request: attrs.evolve(self.truly(request), pace=seconds)] * times)
 
     def truly(self, request: Received, *, after: float = 0.0) -> Answer:
         """Answer a request as the service would, *after* some seconds: for functions in *next_answers*."""
