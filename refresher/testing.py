@@ -146,15 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         received = Received(self.command, self.path, self.headers, self._body(), self.request_version)
         answer = self.server.fake.receive(received)
+        # HTTP/1.1 keeps connections open, whatever the answer says: so does Kuzzle.
+        self.close_connection = isinstance(answer, bytes) or answer.reset
         if isinstance(answer, bytes):
-            self.close_connection = True
             self.wfile.write(answer)
         elif answer.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
-            self.close_connection = True
         else:
-            # HTTP/1.1 keeps connections open, whatever the answer says: so does Kuzzle.
             data = _on_the_wire(answer, with_body=self.command != "HEAD")
             step = 1 if answer.pace else len(data)
             for start in range(0, len(data), step):

@@ -340,7 +340,9 @@ def raw_exchange(url, *requests_):
             peer.sendall(request)
             answer = b""
             while b"\r\n\r\n" not in answer or not answer.partition(b"\r\n\r\n")[2]:
-                answer += peer.recv(65536)
+                part = peer.recv(65536)
+                assert part, "the connection was closed"
+                answer += part
             answers.append(answer)
     return answers
 
