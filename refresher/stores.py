@@ -8,6 +8,8 @@ whoever can read the store can use them.
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib.util
 import math
 import os
 import secrets
@@ -141,9 +143,15 @@ class FileStore:
 
     Args:
         path: The folder. ``~`` is the home of the user.
+
+    Raises:
+        ModuleNotFoundError: ``filelock`` is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        # Found out now, not when a token has to be saved. It takes a while to import.
+        if importlib.util.find_spec("filelock") is None:
+            raise ModuleNotFoundError("FileStore needs filelock: pip install 'refresher[file]'")
         self._path = Path(path)
 
     def _folder(self) -> Path:
@@ -165,6 +173,24 @@ class FileStore:
             if os.fstat(handle).st_mtime <= time.time():
                 return None
             return file.read(_LARGEST_FILE)
+
+    def check(self) -> None:
+        """
+        Make sure that entries can be read and written.
+
+        Raises:
+            OSError: They can't.
+        """
+        folder = self._folder()
+        for entry in folder.iterdir():
+            # One that is gone by now was swept away, or renamed.
+            if not os.access(entry, os.R_OK | os.W_OK) and os.path.lexists(entry):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._path))
+        probe = folder / f".probe.{secrets.token_hex(8)}"
+        try:
+            probe.write_bytes(bytes(65536))
+        finally:
+            probe.unlink(missing_ok=True)
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
         """Write an entry."""
