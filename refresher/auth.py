@@ -21,6 +21,7 @@ from ._api import Seconds, cache_of, circle_credential, kuzzle_credential
 from ._cache import SHARED_CACHE, Credential, TokenCache
 from ._checks import Checks
 from ._http import instant_of
+from .errors import SignInRequiredError
 from .stores import mutex
 from .tokens import KuzzleToken, UserToken, claims, duration, instant, subject
 
@@ -56,6 +57,7 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         session: requests.Session | None,
         on_refresh: Callable[[_Token], object] | None,
     ) -> None:
+        self._check = check
         self._origin = _origin(url)
         self._call: _Call | None = call
         self._timeout = check.seconds("timeout", timeout)
@@ -81,8 +83,8 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         """Tell what is known of a token that was never refreshed here: see `Credential`."""
 
     @abc.abstractmethod
-    def _is_refusal(self, status: int, body: Mapping[str, object]) -> bool:
-        """Tell whether an answer may mean that the token is no good."""
+    def _refuses(self, status: int, body: Mapping[str, object]) -> bool | None:
+        """Tell whether an error means that the token is no good. None: it may."""
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if _origin(request.url) == self._origin and (call := self._current()) is not None:
@@ -134,34 +136,48 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         date = instant_of(response.headers.get("Date", ""))
         if date is not None:
             _behind[self._origin] = max(_behind.get(self._origin, 0.0), date - time.time())
-        if response.status_code >= 400:
-            body = _json(response)
-            if body is not None and self._is_refusal(response.status_code, body):
-                response = self._again(response, settings)
+        refused = self._is_refused(response)
+        if refused is not False:
+            response = self._again(response, settings, sure=refused is True)
         if response.is_redirect and _target(response) != self._origin:
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
             for name in self._names:
                 sent.headers.pop(name, None)
         return response
 
-    def _again(self, response: requests.Response, settings: Mapping[str, Any]) -> requests.Response:
+    def _is_refused(self, response: requests.Response) -> bool | None:
+        body = _json(response) if response.status_code >= 400 else None
+        return False if body is None else self._refuses(response.status_code, body)
+
+    def _again(
+        self, response: requests.Response, settings: Mapping[str, Any], *, sure: bool
+    ) -> requests.Response:
         """Send a request that was refused once more, if there is another token for it."""
         sent = response.request
         refused = {name: sent.headers.get(name) for name in self._names}
         call = self._current(refused)
-        if call is None or self._headers(call) == refused:
+        if call is None:
             return response
-        if not isinstance(sent.body, (bytes, str, type(None))):
-            try:
-                rewind_body(sent)
-            except UnrewindableBodyError:  # a generator, a pipe
-                return response
-        sent.headers.update(self._headers(call))
-        again = sent.copy()
-        response.close()
-        answer: requests.Response = response.connection.send(again, **settings)
-        answer.history.append(response)
-        return answer
+        if self._headers(call) != refused:
+            if not isinstance(sent.body, (bytes, str, type(None))):
+                try:
+                    rewind_body(sent)
+                except UnrewindableBodyError:  # a generator, a pipe
+                    return response
+            sent.headers.update(self._headers(call))
+            response.close()
+            answer: requests.Response = response.connection.send(sent.copy(), **settings)
+            answer.history.append(response)
+            response, sure = answer, self._is_refused(answer) is True
+        if sure:
+            response.close()
+            provider = self._check.provider
+            raise SignInRequiredError(
+                f"{provider.title()} refuses the newest token there is: sign in again ({response.status_code})",
+                provider=provider,
+                status=response.status_code,
+            )
+        return response
 
 
 def _json(response: requests.Response) -> dict[str, object] | None:
@@ -209,8 +225,9 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        RefreshError: Raised by requests that need a refresh, if that fails. `SignInRequiredError`: the session
-            has ended.
+        SignInRequiredError: Raised by requests: the session has ended. Its newest token was refused, or it can't
+            be refreshed any more.
+        RefreshError: Raised by requests that need a refresh, if that fails in another way.
 
     Example:
         >>> from refresher.testing import FakeKuzzle
@@ -288,10 +305,11 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
         ttl = duration(1000 * (known["exp"] - known.get("iat", now)))
         return KuzzleToken(kuid, call.jwt, instant(1000 * known["exp"]), ttl), left
 
-    def _is_refusal(self, status: int, body: Mapping[str, object]) -> bool:
+    def _refuses(self, status: int, body: Mapping[str, object]) -> bool | None:
         error = body.get("error")
-        # A 401 that Kuzzle itself did not write may mean the token too.
-        return status == 401 and (not isinstance(error, dict) or error.get("id") in _kuzzle.STALE)
+        if status == 401 and not isinstance(error, dict):
+            return None  # Kuzzle itself did not write this, or the request was a HEAD
+        return status == 401 and isinstance(error, dict) and error.get("id") in _kuzzle.STALE
 
 
 class CircleAuth(_Auth[_circle.Call, UserToken]):
@@ -320,8 +338,9 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        RefreshError: Raised by requests that need a refresh, if that fails. `SignInRequiredError`: the session
-            has ended.
+        SignInRequiredError: Raised by requests: the session has ended. Its newest token was refused, or it can't
+            be refreshed any more.
+        RefreshError: Raised by requests that need a refresh, if that fails in another way.
     """
 
     _names = ("Authorization", "X-User-Token")
@@ -370,5 +389,5 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
             return None
         return UserToken(call.user_token, None, None, call.refresh_token, instant(1000 * exp)), exp - now
 
-    def _is_refusal(self, status: int, body: Mapping[str, object]) -> bool:  # noqa: ARG002
+    def _refuses(self, status: int, body: Mapping[str, object]) -> bool:  # noqa: ARG002
         return body.get("code") in _circle.STALE
