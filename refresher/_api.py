@@ -267,7 +267,7 @@ def circle_credential(
 
     def refresh(last: UserToken | None, patience: Patience) -> UserToken:
         def tell(what: str, _: object) -> None:
-            patience.tell(what or "Circle has not answered yet")
+            patience.tell(what or "Circle is slow")
 
         step = call if last is None else call.following(last)
         if cache.is_marked(f"refused {step.idempotency_key}"):

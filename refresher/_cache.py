@@ -421,7 +421,7 @@ class TokenCache:
         _log.debug("%s %s: %s", provider, chain[:8], "being refreshed already" if joined else "to be refreshed")
         if joined:
             return flight
-        flight.tell(f"{provider.title()} has not answered yet")
+        flight.tell(f"another process is refreshing the {provider.title()} token")
 
         def fly() -> T:
             try:
@@ -455,6 +455,7 @@ class TokenCache:
                     f"Another process has been refreshing the {call.provider.title()} token for too long",
                     provider=call.provider,
                 )
+            tell(f"{call.provider.title()} is slow")
             last = call.key if link.token is None else call.keys(link.token)[0]
             self._raise_refusal(last)
             if call.is_young(link.token, self._clock()):

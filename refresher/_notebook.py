@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-# What each waiting thread shows, and since when.
-_shown: dict[int, tuple[Any, float]] = {}
+# What each waiting thread waits for, since when, and where it says so.
+_shown: dict[int, tuple[str, float, Any]] = {}
 
 
 class Printer(Protocol):
@@ -42,16 +42,14 @@ def show_wait(what: str, seconds: float | None) -> None:
     if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
         return
     thread = threading.get_ident()
-    handle, since = _shown.pop(thread, (None, time.monotonic() - 1))  # waits begin to show after a second
-    if what:
-        limit = "" if seconds is None else f", {seconds:.0f} s at most"
-        line = f"Waiting{limit}: {what}."
-    else:
-        line = f"Waited {time.monotonic() - since:.0f} s."
+    # Waits begin to show after a second.
+    last, since, handle = _shown.pop(thread, ("", time.monotonic() - 1, None))
+    limit = "" if seconds is None else f", {seconds:.0f} s at most"
+    line = f"Waiting{limit}: {what}." if what else f"Waited {time.monotonic() - since:.0f} s: {last}."
     if handle is None:
         handle = ipython.display.DisplayHandle()
         handle.display({"text/plain": line}, raw=True)
     else:
         handle.update({"text/plain": line}, raw=True)
     if what:
-        _shown[thread] = handle, since
+        _shown[thread] = what, since, handle

@@ -225,8 +225,7 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        SignInRequiredError: Raised by requests: the session has ended. Its newest token was refused, or it can't
-            be refreshed any more.
+        SignInRequiredError: Raised by requests: the session has ended, its newest token was refused.
         RefreshError: Raised by requests that need a refresh, if that fails in another way.
 
     Example:
@@ -338,8 +337,7 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        SignInRequiredError: Raised by requests: the session has ended. Its newest token was refused, or it can't
-            be refreshed any more.
+        SignInRequiredError: Raised by requests: the session has ended, its newest token was refused.
         RefreshError: Raised by requests that need a refresh, if that fails in another way.
     """
 

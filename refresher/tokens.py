@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import cast
 
 import attrs
 
@@ -94,32 +93,30 @@ def masked(secret: str | None) -> str:
     return "None" if secret is None else f"<secret {fingerprint(secret)}>"
 
 
-@attrs.frozen
-class _Shown:
-    """Shows a token in a notebook: the time it has left, and no secret."""
+def _rows(token: KuzzleToken | UserToken) -> dict[str, str]:
+    """List what a notebook shows of a token: the time it has left, and no secret."""
+    values = ((field, getattr(token, field.name)) for field in attrs.fields(type(token)))
+    rows = {field.name: (field.repr if callable(field.repr) else str)(value) for field, value in values}
+    if token.expires_at is None:
+        return {**rows, "expires_at": "never", "time left": "unlimited"}
+    left = max(token.expires_at - datetime.now(UTC), timedelta(0))
+    return {
+        **rows,
+        "expires_at": f"{token.expires_at:%Y-%m-%d %H:%M:%S} UTC",
+        "time left": str(left - left % timedelta(seconds=1)),
+    }
 
-    def _rows(self) -> dict[str, str]:
-        values = ((field, getattr(self, field.name)) for field in attrs.fields(type(self)))
-        rows = {field.name: (field.repr if callable(field.repr) else str)(value) for field, value in values}
-        expires_at = cast("KuzzleToken | UserToken", self).expires_at
-        if expires_at is None:
-            return {**rows, "expires_at": "never", "time left": "unlimited"}
-        left = max(expires_at - datetime.now(UTC), timedelta(0))
-        return {
-            **rows,
-            "expires_at": f"{expires_at:%Y-%m-%d %H:%M:%S} UTC",
-            "time left": str(left - left % timedelta(seconds=1)),
-        }
 
-    def _repr_html_(self) -> str:
-        return as_html(type(self).__name__, self._rows())
+def _html(token: KuzzleToken | UserToken) -> str:
+    return as_html(type(token).__name__, _rows(token))
 
-    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: ARG002
-        printer.text(as_text(type(self).__name__, self._rows()))
+
+def _pretty(token: KuzzleToken | UserToken, printer: Printer, cycle: bool) -> None:  # noqa: ARG001
+    printer.text(as_text(type(token).__name__, _rows(token)))
 
 
 @attrs.frozen
-class KuzzleToken(_Shown):
+class KuzzleToken:
     """
     A Kuzzle session token. *jwt* is masked in ``repr()`` and in notebooks.
 
@@ -141,6 +138,9 @@ class KuzzleToken(_Shown):
     jwt: str | None = attrs.field(repr=masked)
     expires_at: datetime | None
     ttl: timedelta | None
+
+    _repr_html_ = _html
+    _repr_pretty_ = _pretty
 
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Kuzzle does: ``_id``, ``expiresAt`` and ``ttl`` in ms, ``jwt``."""
@@ -180,7 +180,7 @@ class KuzzleToken(_Shown):
 
 
 @attrs.frozen
-class UserToken(_Shown):
+class UserToken:
     """
     A Circle user token, and the refresh token to use next. Secrets are masked in ``repr()`` and in notebooks.
 
@@ -202,6 +202,9 @@ class UserToken(_Shown):
     user_id: str | None
     refresh_token: str = attrs.field(repr=masked)
     expires_at: datetime
+
+    _repr_html_ = _html
+    _repr_pretty_ = _pretty
 
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Circle does, and ``expiresAt`` in ms, which Circle leaves out."""

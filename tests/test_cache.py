@@ -674,3 +674,97 @@ def test_keys_tell_nothing(kuzzle, circle, cache, store, root, caplog):
     ):
         pieces = [secret[start : start + 12] for start in range(len(secret) - 12)]
         assert [piece for piece in pieces if piece in told] == []
+
+
+def told(what):
+    """A cache that writes down what its callers wait for."""
+    return TokenCache(on_wait=lambda *told: what.append(told))
+
+
+def test_on_wait(kuzzle, root):
+    """A call that waits for more than a second tells what for, and how long. One that is quick says nothing."""
+    what = []
+    cache = told(what)
+    kuzzle.delay_next(0.1)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert what == []
+    cache.clear()
+    kuzzle.clock.advance(-1)
+    fresh = kuzzle.login("foo", "2h")
+    kuzzle.clock.advance(1)
+    kuzzle.fail_next("api.process.overloaded")
+    kuzzle.delay_next(1.5)
+    refresh_kuzzle_token(kuzzle.url, fresh, cache=cache, timeout=20)
+    *waits, end = what
+    assert [text for text, _ in waits] == ["Kuzzle is busy or down: try later (503, api.process.overloaded)"]
+    assert 18 < waits[0][1] < 20
+    assert end == ("", None)
+
+
+def test_on_wait_for_ever(kuzzle, root):
+    """Without a timeout there is no end to tell."""
+    what = []
+    kuzzle.delay_next(1.2)
+    refresh_kuzzle_token(kuzzle.url, root, cache=told(what), timeout=None)
+    assert what == [("Kuzzle is slow", None), ("", None)]
+
+
+def test_on_wait_for_the_exchange(circle):
+    """What the exchange before a refresh waits for is told in the same place, once."""
+    what = []
+    circle.fail_next(5)
+    circle.delay_next(1.3)
+    call = call_with(circle, circle.sign_in(), user_token=None, user_id="user-1")
+    refresh_user_token(**call, cache=told(what))
+    assert what[-1] == ("", None)
+    assert {text for text, _ in what[:-1]} <= {"Circle is busy or down: try later (429, 5)", "Circle is slow"}
+    assert 2 <= len(what) <= 3
+
+
+def test_on_wait_for_another(kuzzle, root, tmp_path):
+    """Who waits for the lock of another process says so."""
+    from refresher import FileStore
+
+    what = []
+    store = FileStore(tmp_path / "store")
+    cache = TokenCache(store, on_wait=lambda *told: what.append(told))
+    with store.lock(refresher._kuzzle.key(kuzzle.url, root), 5, 5) as got:
+        assert got
+        with pytest.raises(OutcomeUnknownError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1.2)
+    assert what[0][0] == "another process is refreshing the Kuzzle token"
+
+
+def test_ahead(kuzzle, clock, root, monkeypatch):
+    """A cache can refresh further ahead, but not before half the life of a token is over."""
+    steady_clock(monkeypatch, clock)
+    for ahead, early, late in ((900, HOUR - 905, 10), (1e9, HOUR / 2 - 5, 10)):
+        cache = TokenCache(ahead=ahead, clock=clock)
+        token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        clock.advance(early)
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+        clock.advance(late)
+        root = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+        assert root != token.jwt
+        clock.advance(1)
+
+
+def test_decisions_are_logged(kuzzle, clock, root, caplog, monkeypatch):
+    """At level DEBUG the log tells why a request was sent or not."""
+    steady_clock(monkeypatch, clock)
+    caplog.set_level(logging.DEBUG, "refresher")
+    cache = TokenCache(clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.fail_next("api.process.overloaded", 2)
+    for _ in range(2):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, queuable=False)
+    chain = refresher._kuzzle.key(kuzzle.url, root)[:8]
+    decisions = [record.message for record in caplog.records if record.levelno == logging.DEBUG]
+    assert [text for text in decisions if text.startswith("kuzzle ")] == [
+        f"kuzzle {chain}: to be refreshed",
+        f"kuzzle {chain}: fresh, 3599 s left",
+        f"kuzzle {chain}: to be refreshed",
+        f"kuzzle {chain}: 19 s left, and not now",
+    ]

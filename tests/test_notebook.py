@@ -1,0 +1,66 @@
+"""In a notebook, executed for real. What it saves, people share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+
+@pytest.fixture
+def environment(kuzzle, circle, monkeypatch, tmp_path):
+    """What the notebook reads, all of it secret."""
+    pair = circle.sign_in()
+    secrets = {
+        "CIRCLE_WEB3_API_KEY": circle.api_key,
+        "CIRCLE_USER_TOKEN": pair.user_token,
+        "CIRCLE_REFRESH_TOKEN": pair.refresh_token,
+        "KUZZLE_JWT": kuzzle.login(),
+        "KUZZLE_JWT_OF_ANOTHER": kuzzle.login("foo", "2h"),
+        "KUZZLE_JWT_OF_NOBODY": "kauth-planted.planted.planted",
+    }
+    kuzzle.clock.advance(1)
+    addresses = {"KUZZLE_URL": kuzzle.url, "CIRCLE_URL": circle.url, "JUPYTER_PLATFORM_DIRS": "1"}
+    for name, value in {**secrets, **addresses}.items():
+        monkeypatch.setenv(name, value)
+    return secrets
+
+
+@pytest.fixture
+def notebook(kuzzle, circle, environment):
+    """The notebook, executed."""
+    notebook = nbformat.read(Path(__file__).with_name("notebook.ipynb"), 4)
+    kuzzle.next_answers.append(kuzzle.truly)
+    kuzzle.delay_next(2.2)
+    NotebookClient(notebook, timeout=60).execute()
+    return notebook
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_notebook(notebook, kuzzle, circle, environment):
+    """Results are tables, errors are told, a wait says what for, and no secret is saved."""
+    _, kuzzle_table, printed, circle_table, slow, refused, wrong = (
+        cell.get("outputs") for cell in notebook.cells
+    )
+
+    (shown,) = kuzzle_table
+    assert "<table>" in shown.data["text/html"]
+    assert shown.data["text/plain"].startswith("KuzzleToken\n  kuid        foo\n  jwt         <secret ")
+    assert "time left" in shown.data["text/html"]
+    assert [each.output_type for each in printed] == ["stream", "execute_result"]
+    assert "UserToken\n" in circle_table[0].data["text/plain"]
+
+    waiting, result = slow
+    assert result.data["text/plain"] == "'foo'"
+    assert waiting.data["text/plain"] == "Waited 2 s: Kuzzle is slow."
+
+    assert refused[-1].ename == "SignInRequiredError"
+    assert wrong[-1].ename == "InvalidArgumentError"
+    assert wrong[-1].evalue.startswith("jwt must not")
+
+    saved = nbformat.writes(notebook)
+    secrets = [*environment.values(), *kuzzle._sessions, *circle._pairs, *circle._user_tokens]
+    assert len(secrets) > 10
+    assert not [secret for secret in secrets if secret in saved or secret[:40] in saved]
