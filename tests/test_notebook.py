@@ -29,12 +29,12 @@ def environment(kuzzle, circle, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def notebook(kuzzle, circle, environment):
-    """The notebook, executed."""
+def notebook(kuzzle, circle, environment, tmp_path):
+    """The notebook, executed: not here, where the kernel would import the source and not what is installed."""
     notebook = nbformat.read(Path(__file__).with_name("notebook.ipynb"), 4)
     kuzzle.next_answers.append(kuzzle.truly)
     kuzzle.delay_next(2.2)
-    NotebookClient(notebook, timeout=60).execute()
+    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     return notebook
 
 
