@@ -265,11 +265,9 @@ def _complaining(*, quiet: bool) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("refresher: %(message)s"))
     handler.addFilter(lambda record: not quiet and record.module != "_exchange")
     log.addHandler(handler)
-    log.propagate = False
     try:
         yield
     finally:
-        log.propagate = True
         log.removeHandler(handler)
 
 

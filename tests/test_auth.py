@@ -250,6 +250,17 @@ def test_on_refresh_raises(kuzzle):
     assert len(refreshes(kuzzle)) == 1
 
 
+def test_on_refresh_after_signing_out(kuzzle):
+    """What could not be saved is not handed over any more when the user has signed out."""
+    saved = []
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), on_refresh=lambda token: saved.append(1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        me(kuzzle, auth)
+    auth.jwt = kuzzle.login("foo", "2h")
+    assert kuzzle.knows(auth.jwt)
+    assert kuid(me(kuzzle, auth)) == "foo"
+
+
 # When a token is refused
 
 
@@ -324,6 +335,7 @@ def test_a_401_that_is_too_long(kuzzle, root, length):
     kuzzle.next_answers.append(f"HTTP/1.1 401\r\nContent-Length: {length}\r\n\r\n".encode() + b" " * 1048577)
     response = me(kuzzle, KuzzleAuth(kuzzle.url, root), stream=True)
     assert response.status_code == (401 if length == "1048577" else 200)
+    assert all(each.raw.closed for each in response.history)
     response.close()
 
 
@@ -448,7 +460,9 @@ def test_only_to_its_own_origin(kuzzle, circle, pair, root, stranger):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirect_elsewhere(kuzzle, circle, pair, root, stranger, status):
-    """A redirect to another origin is followed without the token, the API key too."""
+    """A redirect to another origin is followed without the token, the API key too, also if that asks for one."""
+    stranger.next_answers.appendleft(Answer(401, {"code": 155104}))
+    stranger.next_answers.appendleft(Answer(401))
     for fake, auth in ((kuzzle, KuzzleAuth(kuzzle.url, root)), (circle, circle_auth(circle, pair))):
         fake.next_answers.append(Answer(status, b"", {"Location": f"{stranger.url}/there"}))
         response = requests.post(f"{fake.url}/here", auth=auth, timeout=10)

@@ -200,6 +200,14 @@ def test_store_that_cannot_be_used(kuzzle, jwt, run, tmp_path, spoil):
     assert kuzzle.requests == []
 
 
+def test_store_that_is_being_swept(kuzzle, jwt, run, tmp_path, monkeypatch):
+    """What another run has just removed is no hindrance."""
+    FileStore(tmp_path / "mine").set("key", "value", 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda entry, mode: Path(entry).unlink())
+        assert run("kuzzle", kuzzle.url, "--store", tmp_path / "mine")[0] == 0
+
+
 def test_full_disk(kuzzle, jwt, run, tmp_path, monkeypatch):
     """Nor where the disk is full."""
     monkeypatch.setattr(Path, "write_bytes", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
@@ -433,6 +441,7 @@ def test_countdown(kuzzle, jwt):
     assert lines[0] == lines[-1] == ""
     assert len(lines) >= 4
     assert all("Kuzzle is busy or down" in line for line in lines[1:-1])
+    assert max(map(len, lines)) == 79
     assert "Waiting, 19 s left" in lines[1] or "Waiting, 18 s left" in lines[1]
 
 
