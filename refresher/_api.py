@@ -84,6 +84,11 @@ def refresh_kuzzle_token(
         >>> print(token.kuid, token.ttl)
         foo 2:00:00
     """
+    arguments = (url, jwt, expires_in, trigger_events, strategy, queuable, timeout, type(session))
+    if cookie_auth is False and isinstance(cache, TokenCache):
+        known: KuzzleToken | None = cache.answer(arguments)
+        if known is not None:
+            return known
     check = _kuzzle.check
     check.session("session", session)
     jar = session if check.flag("cookie_auth", cookie_auth) else None
@@ -104,7 +109,8 @@ def refresh_kuzzle_token(
         in_cookie=in_cookie,
     )
     credential = kuzzle_credential(call, session=session, queuable=check.flag("queuable", queuable))
-    token = cache_of(check, cache).last(credential, check.seconds("timeout", timeout))
+    seconds = check.seconds("timeout", timeout)
+    token = cache_of(check, cache).last(credential, seconds, arguments=None if jar else arguments)
     if jar is None:
         return token
     keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
@@ -228,6 +234,14 @@ def refresh_user_token(
         >>> new.user_id, new.refresh_token == old.refresh_token
         ('user-1', False)
     """
+    arguments = (
+        *(refresh_token, device_id, user_token, user_id, api_key, idempotency_key, request_id, base_url),
+        *(retry, timeout, type(session)),
+    )
+    if isinstance(cache, TokenCache):
+        known: UserToken | None = cache.answer(arguments)
+        if known is not None:
+            return known
     check = _circle.check
     check.session("session", session)
     call = _circle.prepare(
@@ -242,7 +256,7 @@ def refresh_user_token(
     )
     shared = cache_of(check, cache)
     credential = circle_credential(call, cache=shared, session=session, retry=check.flag("retry", retry))
-    return shared.last(credential, check.seconds("timeout", timeout))
+    return shared.last(credential, check.seconds("timeout", timeout), arguments=arguments)
 
 
 def circle_credential(

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
@@ -34,6 +34,8 @@ _FOREVER = 3650 * 86400.0
 # How long callers wait for a new token while the old one lives, and a failure then holds back the next try.
 _BRIEFLY = 2.0
 _HELD_BACK = 5
+# How many calls a cache remembers the answers to.
+_MOST_ANSWERS = 4096
 # How long a store that failed is left alone.
 _DOWN = 1.0
 # How much longer than its timeout a caller waits: the exchange may be about to tell what went wrong.
@@ -131,6 +133,7 @@ class _Link(Generic[T]):
         token: The last of them. None: there is none yet, or it was forgotten.
         left: How many seconds that lives on.
         ahead: How many seconds before its end it is refreshed.
+        text: What the store has of it. None: nothing, or the caller holds the token.
     """
 
     chain: str
@@ -138,11 +141,23 @@ class _Link(Generic[T]):
     token: T | None = None
     left: float = 0.0
     ahead: float = 0.0
+    text: str | bytes | None = attrs.field(default=None, repr=False)
 
     @property
     def fresh(self) -> T | None:
         """The token, if it need not be refreshed."""
         return self.token if self.left > self.ahead else None
+
+
+@attrs.frozen
+class _Answer:
+    """A fresh token that answers a call, as long as the store has the same *text* and it's not *until* yet."""
+
+    token: Any
+    chain: str
+    text: str | bytes | None = attrs.field(repr=False)
+    until: float
+    until_steady: float
 
 
 class _Shelf:
@@ -170,14 +185,24 @@ class _Shelf:
     def _warn(self, what: str, *details: str) -> None:
         _log.warning(f"%s {what}", type(self.store).__name__, *details)
 
-    def read(self, key: str) -> tuple[dict[str, Any], bool]:
-        """Read an entry, and tell whether only this process knows it. One that is not there is empty."""
-        mine = self._parse(key, self.memory.get(key))
+    def text(self, key: str) -> Any:
+        """Get an entry as it is in the store."""
         if self.store is self.memory:
-            return mine, False
-        theirs = self._parse(key, self._ask(lambda store: store.get(key)))
-        lost = not theirs or theirs.get("number", 0) < mine.get("number", 0)
-        return (mine, True) if lost else (theirs, False)
+            return self.memory.get(key)
+        return self._ask(lambda store: store.get(key))
+
+    def read(self, key: str) -> tuple[dict[str, Any], str | bytes | None]:
+        """
+        Read an entry, and its text in the store. One that is not there is empty; without a text, only this
+        process knows it.
+        """
+        text = self.text(key)
+        found = self._parse(key, text)
+        if self.store is self.memory:
+            return found, text
+        mine = self._parse(key, self.memory.get(key))
+        lost = not found or found.get("number", 0) < mine.get("number", 0)
+        return (mine, None) if lost else (found, text)
 
     def _parse(self, key: str, text: str | bytes | None) -> dict[str, Any]:
         """Read JSON, whatever it is. What is no entry is removed."""
@@ -262,12 +287,14 @@ def _wait(flight: _Flight, timeout: float | None, on_wait: OnWait) -> None:
     end = math.inf if timeout is None else time.monotonic() + timeout
     told = False
     try:
-        while wait([flight], min(1.0, max(0.0, end - time.monotonic()))).not_done:
-            left = end - time.monotonic()
-            if left <= 0:
+        while (left := end - time.monotonic()) > 0:
+            try:
+                flight.exception(min(1.0, left))
                 return
-            on_wait(flight.news, None if timeout is None else left)
-            told = True
+            except TimeoutError:
+                if left > 1:
+                    on_wait(flight.news, None if timeout is None else left - 1)
+                    told = True
     finally:
         if told:
             on_wait("", None)
@@ -321,13 +348,46 @@ class TokenCache:
         self._clock = clock
         self._ahead = ahead
         self._on_wait = on_wait or show_wait
+        self._answers: dict[object, _Answer] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_answers": {}}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return "SHARED_CACHE" if self is SHARED_CACHE else super().__reduce_ex__(protocol)
 
-    def last(self, credential: Credential[T], timeout: float | None, *, on_wait: OnWait | None = None) -> T:
+    def answer(self, arguments: tuple[object, ...]) -> Any:
+        """Get the answer to a call that was made before with the same arguments. None: it has to be found."""
+        try:
+            known = self._answers.get(arguments)
+        except TypeError:  # one of them can't be compared: it's a wrong one
+            return None
+        if (
+            known is None
+            or self._clock() >= known.until
+            or time.clock_gettime(_STEADY) >= known.until_steady
+            or self._shelf.text(known.chain) != known.text
+        ):
+            return None
+        _log.debug("%s: still fresh", known.chain[:8])
+        return known.token
+
+    def last(
+        self,
+        credential: Credential[T],
+        timeout: float | None,
+        *,
+        on_wait: OnWait | None = None,
+        arguments: tuple[object, ...] | None = None,
+    ) -> T:
         """
         Get the last successor of a credential, in *timeout* seconds, refreshed if it is about to expire.
+
+        Args:
+            credential: What the caller has.
+            timeout: How long to wait, in seconds; None: as long as it takes.
+            on_wait: What to tell about the wait, if not what all calls tell.
+            arguments: What the caller was called with: see `answer`.
 
         Raises:
             RefreshError: There is none that lives, and none could be had.
@@ -336,6 +396,8 @@ class TokenCache:
         link = self._find(credential)
         if link.fresh is not None:
             _log.debug("%s %s: fresh, %.0f s left", call.provider, link.chain[:8], link.left)
+            if arguments is not None and link.text is not None:
+                self._keep(arguments, link)
             return link.fresh
         living = link.token if link.left > 0 else None
         if living is not None and self.is_marked(f"held back {link.chain}"):
@@ -364,22 +426,29 @@ class TokenCache:
             return living
         raise failure
 
+    def _keep(self, arguments: tuple[object, ...], link: _Link[T]) -> None:
+        if len(self._answers) >= _MOST_ANSWERS:
+            self._answers.clear()  # it doesn't take long to find them again
+        seconds = link.left - link.ahead
+        until, until_steady = self._clock() + seconds, time.clock_gettime(_STEADY) + seconds
+        self._answers[arguments] = _Answer(link.fresh, link.chain, link.text, until, until_steady)
+
     def known(self, credential: Credential[T]) -> T | None:
         """Get the last known successor of a credential, if there is any, as it is."""
         return self._find(credential).token
 
-    def _follow(self, key: str) -> tuple[str, dict[str, Any], bool]:
+    def _follow(self, key: str) -> tuple[str, dict[str, Any], str | bytes | None]:
         """Find the chain that a credential belongs to, and read it: see `_Shelf.read`."""
-        values, lost = self._shelf.read(key)
+        values, text = self._shelf.read(key)
         if not _KEY.fullmatch(str(values.get("see"))):
-            return key, values, lost
+            return key, values, text
         chain: str = values["see"]
         return chain, *self._shelf.read(chain)
 
     def _find(self, credential: Credential[T]) -> _Link[T]:
         """Follow a credential's successors."""
         call = credential.call
-        chain, values, lost = self._follow(call.key)
+        chain, values, text = self._follow(call.key)
         number: int = values.get("number", 0)
         if not values or values.get("token", values) is None:
             token, left = credential.held or (None, 0.0)
@@ -391,7 +460,7 @@ class TokenCache:
             except (KeyError, TypeError, ValueError, AttributeError):
                 self._shelf.remove(chain)
                 return _Link(chain=chain, number=0)
-            if lost:
+            if text is None:
                 self._shelf.write(chain, values, None if useful is None else useful - age)
             left = math.inf if lifetime is None else lifetime - age
             if credential.refused(token) and age > _REFUSED:
@@ -401,7 +470,7 @@ class TokenCache:
             # Tokens of one birth do not all want to be refreshed at once: each has its own part of the window.
             part = 1 - 0.6 * int(call.keys(token)[0][:8], 16) / 2**32
             ahead = part * min(60.0, lifetime / 10) if self._ahead is None else min(self._ahead, lifetime / 2)
-        return _Link(chain=chain, number=number, token=token, left=left, ahead=ahead)
+        return _Link(chain=chain, number=number, token=token, left=left, ahead=ahead, text=text)
 
     def _now(self) -> dict[str, object]:
         return {"at": self._clock(), "steady": time.clock_gettime(_STEADY), "boot": _BOOT}
@@ -434,7 +503,7 @@ class TokenCache:
 
         # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the process
         # does not end before it.
-        in_thread(fly, flight, f"refresher {chain[:8]}", daemon=False)
+        in_thread(fly, flight, daemon=False)
         return flight
 
     def _refresh(

@@ -32,7 +32,7 @@ def is_uuid(value: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _url_flaw(url: str) -> str | None:
+def _url_flaw(url: str, https: bool) -> str | None:
     """Say what is wrong with a base URL."""
     if not _VISIBLE.fullmatch(url):
         return "must not be empty or have white space, control or non-ASCII characters in it"
@@ -46,6 +46,8 @@ def _url_flaw(url: str) -> str | None:
         return "must look like https://host, https://host:port or https://host/path"
     if "@" in parts.netloc or "?" in url or "#" in url:
         return "must have no user name, password, query or fragment"
+    if https and parts.scheme != "https" and not _is_loopback(parts.hostname):
+        return "must be https, unless it leads to this machine"
     return None
 
 
@@ -98,11 +100,8 @@ class Checks:
         """Accept a base URL and take off its trailing slashes."""
         if not isinstance(value, str):
             self.fail(name, "must be a string")
-        if flaw := _url_flaw(value):
+        if flaw := _url_flaw(value, https):
             self.fail(name, flaw)
-        parts = urlsplit(value)
-        if https and parts.scheme != "https" and not _is_loopback(parts.hostname or ""):
-            self.fail(name, "must be https, unless it leads to this machine")
         return value.rstrip("/")
 
     def seconds(self, name: str, value: object) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import attrs
@@ -15,6 +17,7 @@ import requests
 
 from ._http import Reply, Request, failure, send
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
+from .stores import mutex
 from .tokens import fingerprint
 
 _log = logging.getLogger("refresher")
@@ -23,6 +26,8 @@ _Answer = TypeVar("_Answer")
 # In seconds. The first pause is up to twice the shortest, each further one up to twice as long.
 _SHORTEST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
+# How long a thread waits for more to do, by whether it's a daemon. If not, a process that ends waits as long.
+_IDLE = {True: 5.0, False: 0.05}
 # How long an answer is waited for where asking again is safe.
 _SILENCE = 10.0
 
@@ -54,21 +59,60 @@ def left(instant: float | None) -> float | None:
     return None if instant is None else max(0.001, instant - time.monotonic())
 
 
-def in_thread(call: Callable[[], _Answer], future: Future[_Answer], name: str, *, daemon: bool) -> None:
-    """Call something in a thread of its own, and let *future* tell what came of it."""
+_Run = Callable[[Callable[[], None]], None]
 
-    def run() -> None:
+# Threads that have nothing to do at the moment, by whether they are daemons. A forked child has none of them.
+_idle: dict[bool, list[SimpleQueue[_Run]]] = {True: [], False: []}
+os.register_at_fork(after_in_child=lambda: _idle.update({True: [], False: []}))
+
+
+def _work(run: _Run | None, *, daemon: bool) -> None:
+    """Run what there is to run, until there has been nothing for a while."""
+    runs: SimpleQueue[_Run] = SimpleQueue()
+
+    def be_idle() -> None:
+        with mutex:
+            _idle[daemon].append(runs)
+
+    while run is not None:
+        run(be_idle)
+        run = None  # what it held is not needed any more
+        try:
+            run = runs.get(timeout=_IDLE[daemon])
+        except Empty:
+            with mutex:
+                is_idle = runs in _idle[daemon]
+                if is_idle:
+                    _idle[daemon].remove(runs)
+            if not is_idle:
+                run = runs.get()  # it's just being given
+
+
+def in_thread(call: Callable[[], _Answer], future: Future[_Answer], *, daemon: bool) -> None:
+    """Call something in another thread, and let *future* tell what came of it."""
+
+    def run(be_idle: Callable[[], None]) -> None:
+        # The thread is idle before it tells: who hears it may have more to do.
         try:
             answer = call()
         except BaseException as error:
+            be_idle()
             future.set_exception(error)
         else:
+            be_idle()
             future.set_result(answer)
 
+    with mutex:
+        runs = _idle[daemon].pop() if _idle[daemon] else None
+    if runs is not None:
+        runs.put(run)
+        return
     try:
-        threading.Thread(target=run, name=name, daemon=daemon).start()
+        threading.Thread(
+            target=_work, args=(run,), kwargs={"daemon": daemon}, name="refresher", daemon=daemon
+        ).start()
     except RuntimeError:  # too many threads, or the interpreter is about to end
-        run()
+        run(lambda: None)
 
 
 def exchange(
@@ -145,7 +189,7 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
         return send(request, session=session, connect=connect, timeout=timeout)
 
     reply: Future[Reply] = Future()
-    in_thread(call, reply, f"refresher {request.provider}", daemon=True)
+    in_thread(call, reply, daemon=True)
     try:
         # The socket's own timeout tells more, so it comes first.
         return reply.result(None if timeout is None else timeout + 0.02)

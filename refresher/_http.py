@@ -14,13 +14,11 @@ from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
-from importlib.metadata import version
 from typing import Any
 
 import attrs
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
-from requests.auth import AuthBase
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
 from urllib3 import Retry, Timeout
 from urllib3.exceptions import HTTPError, NewConnectionError
@@ -35,7 +33,7 @@ from .errors import (
     UnavailableError,
 )
 
-__version__ = version("refresher")
+__version__ = "0.1.0"
 
 _LARGEST_BODY = 1024 * 1024
 _NEVER_SENT = (
@@ -181,17 +179,6 @@ def instant_of(text: str) -> float | None:
         return None
 
 
-class _Bearer(AuthBase):
-    """Sets ``Authorization``. As a plain header it would lose to a matching ``.netrc`` entry."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
 @functools.lru_cache(maxsize=1)
 def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
     session = requests.Session()
@@ -209,6 +196,34 @@ def _own_session() -> requests.Session:
     used its parent's connections would read its parent's answers.
     """
     return _session_of(os.getpid(), int(time.monotonic() / 5))
+
+
+# What proxies and CA bundles are read from.
+_VARIABLES = [
+    *(
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "NO_PROXY",
+    ),
+    *("REQUEST_METHOD", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+]
+
+
+@functools.lru_cache(maxsize=64)
+def _own_settings(url: str, while_: int, *environment: str | None) -> Mapping[str, Any]:  # noqa: ARG001
+    return _own_session().merge_environment_settings(url, {}, True, None, None)
+
+
+def _settings(session: requests.Session | None, url: str) -> dict[str, Any]:
+    """Get proxies and TLS settings, of the environment too. Reading that takes as long as a request."""
+    if session is None:
+        return {**_own_settings(url, int(time.monotonic() / 5), *map(os.environ.get, _VARIABLES))}
+    return {**session.merge_environment_settings(url, {}, True, None, None)}
 
 
 def _adapter(session: requests.Session, url: str) -> BaseAdapter:
@@ -245,13 +260,13 @@ def send(
         UnavailableError: Nothing was sent.
         OutcomeUnknownError: Something was sent, and no complete answer came.
     """
-    session = session or _own_session()
+    lender = session or _own_session()
     never_sent, reason = False, ""
     sent_at = time.time()
     try:
-        prepared = _prepare(request, session)
-        settings: dict[str, Any] = {**session.merge_environment_settings(prepared.url, {}, True, None, None)}
-        adapter = _adapter(session, request.url)
+        prepared = _prepare(request, lender)
+        settings = _settings(session, request.url)
+        adapter = _adapter(lender, request.url)
         settings["timeout"] = Timeout(total=timeout, connect=connect)
         with adapter.send(prepared, **settings) as response:
             return Reply(
@@ -269,32 +284,35 @@ def send(
     raise failure(OutcomeUnknownError, request, spent=None, what=f"did not answer, or not to the end: {reason}")
 
 
+@functools.lru_cache(maxsize=64)
+def _prepared_url(url: str) -> str:
+    prepared = requests.PreparedRequest()
+    prepared.prepare_url(url, None)
+    return prepared.url or url
+
+
 def _prepare(request: Request, session: requests.Session) -> requests.PreparedRequest:
+    """Write down what is sent, step by step as requests does: as a whole it would take three times as long."""
+    headers = requests.structures.CaseInsensitiveDict(session.headers)
+    headers.pop("Authorization", None)
+    headers.update(request.headers)
+    headers["Accept"] = "application/json"
+    headers["Accept-Encoding"] = "identity"  # the answer is short; packed, it could be a bomb
+    headers["User-Agent"] = f"refresher/{__version__}"
+    if request.bearer is not None:
+        headers["Authorization"] = f"Bearer {request.bearer}"
+    prepared = requests.PreparedRequest()
+    prepared.prepare_method("POST")
+    prepared.url = _prepared_url(request.url)
+    if session.params:
+        prepared.prepare_url(prepared.url, session.params)
+    prepared.prepare_headers({name: value for name, value in headers.items() if value is not None})
     jar = RequestsCookieJar()
     for cookie in session.cookies:
         if cookie.name not in request.cookies:
             jar.set_cookie(cookie)
-    headers = requests.structures.CaseInsensitiveDict(session.headers)
-    headers.pop("Authorization", None)
-    headers.update(request.headers)
-    headers.update(
-        {
-            "Accept": "application/json",
-            # The answer is short. Packed, it could be a bomb.
-            "Accept-Encoding": "identity",
-            "User-Agent": f"refresher/{__version__}",
-        }
-    )
-    prepared = requests.PreparedRequest()
-    prepared.prepare(
-        method="POST",
-        url=request.url,
-        headers={name: value for name, value in headers.items() if value is not None},
-        params=session.params,
-        data=request.body,
-        auth=None if request.bearer is None else _Bearer(request.bearer),
-        cookies=jar,
-    )
+    prepared.prepare_cookies(jar)
+    prepared.prepare_body(request.body, None)
     cookies = [f"{name}={value}" for name, value in request.cookies.items() if value is not None]
     if cookies:
         prepared.headers["Cookie"] = "; ".join(filter(None, [prepared.headers.get("Cookie"), *cookies]))

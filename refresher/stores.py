@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import math
 import os
@@ -102,8 +103,10 @@ class MemoryStore:
     def get(self, key: str, /) -> str | None:
         """Read an entry."""
         with mutex:
-            value, _ = self._entries.get(key, (None, 0))
-        return value
+            try:
+                return self._entries[key][0]
+            except KeyError:
+                return None
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
         """Write an entry."""
@@ -152,10 +155,14 @@ class FileStore:
         # Found out now, not when a token has to be saved. It takes a while to import.
         if importlib.util.find_spec("filelock") is None:
             raise ModuleNotFoundError("FileStore needs filelock: pip install 'refresher[file]'")
-        self._path = Path(path)
+        self._given = Path(path)
+
+    @functools.cached_property
+    def _path(self) -> Path:
+        return self._given.expanduser()
 
     def _folder(self) -> Path:
-        folder = self._path.expanduser()
+        folder = self._path
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -165,14 +172,17 @@ class FileStore:
     def get(self, key: str, /) -> bytes | None:
         """Read an entry."""
         try:
-            handle = os.open(self._path.expanduser() / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = os.open(f"{self._path}/{key}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        with os.fdopen(handle, "rb") as file:
+        try:
+            status = os.fstat(handle)
             # A file's time is when it expires: what is in it is the entry and nothing else.
-            if os.fstat(handle).st_mtime <= time.time():
-                return None
-            return file.read(_LARGEST_FILE)
+            return (
+                os.read(handle, min(status.st_size, _LARGEST_FILE)) if status.st_mtime > time.time() else None
+            )
+        finally:
+            os.close(handle)
 
     def check(self) -> None:
         """
@@ -214,7 +224,7 @@ class FileStore:
 
     def delete(self, key: str, /) -> None:
         """Remove an entry."""
-        (self._path.expanduser() / key).unlink(missing_ok=True)
+        (self._path / key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, key: str, lease: float, wait: float, /) -> Iterator[bool]:  # noqa: ARG002

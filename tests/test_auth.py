@@ -460,7 +460,7 @@ def test_only_to_its_own_origin(kuzzle, circle, pair, root, stranger):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirect_elsewhere(kuzzle, circle, pair, root, stranger, status):
-    """A redirect to another origin is followed without the token, the API key too, also if that asks for one."""
+    """A redirect to another origin is followed without the token, the API key too, even if it's asked for."""
     stranger.next_answers.appendleft(Answer(401, {"code": 155104}))
     stranger.next_answers.appendleft(Answer(401))
     for fake, auth in ((kuzzle, KuzzleAuth(kuzzle.url, root)), (circle, circle_auth(circle, pair))):

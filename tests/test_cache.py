@@ -768,3 +768,89 @@ def test_decisions_are_logged(kuzzle, clock, root, caplog, monkeypatch):
         f"kuzzle {chain}: to be refreshed",
         f"kuzzle {chain}: 19 s left, and not now",
     ]
+
+
+def test_same_call_again(kuzzle, circle, cache, root):
+    """The same call gives the same object, and a call with other arguments an equal one."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) is first
+    with requests.Session() as session:
+        for other in ({"expires_in": "2h"}, {"timeout": 5}, {"queuable": False}, {"session": session}):
+            again = refresh_kuzzle_token(kuzzle.url, root, cache=cache, **other)
+            assert again == token
+            assert again is not first
+    call = call_with(circle, circle.sign_in(), cache=cache)
+    refresh_user_token(**call)
+    assert refresh_user_token(**call) is refresh_user_token(**call)
+    assert len(kuzzle.requests) == len(circle.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("expires_in", "planted"),
+        ("timeout", []),
+        ("strategy", ""),
+        ("session", 5),
+        ("cookie_auth", 1),
+        ("url", {}),
+    ],
+)
+def test_bad_arguments_after_a_good_call(kuzzle, cache, root, name, value):
+    """A fresh token in the cache is no excuse for a wrong argument."""
+    for _ in range(2):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    with pytest.raises(InvalidArgumentError, match=f"^{name} "):
+        refresh_kuzzle_token(**{"url": kuzzle.url, "jwt": root, "cache": cache, name: value})
+
+
+def test_same_call_after_others(kuzzle, clock, store, root, monkeypatch):
+    """What others have made of a token counts at once, also where the same call was made before."""
+    steady_clock(monkeypatch, clock)
+    mine, theirs = TokenCache(store, clock=clock), TokenCache(store, clock=clock, ahead=HOUR / 2)
+    for _ in range(2):
+        first = refresh_kuzzle_token(kuzzle.url, root, cache=mine)
+    clock.advance(HOUR / 2)
+    second = refresh_kuzzle_token(kuzzle.url, root, cache=theirs)
+    assert second != first
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=mine) == second
+    theirs.forget(kuzzle.url, root)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=mine)
+
+
+@pytest.mark.parametrize("which", ["wall clock", "steady clock"])
+def test_same_call_when_time_is_over(kuzzle, clock, cache, root, monkeypatch, which):
+    """Either clock ends it: one may have been set, the other may not be ours."""
+    moved = {"wall clock": 0.0, "steady clock": 0.0}
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 1e6 + moved["steady clock"])
+    cache = TokenCache(clock=lambda: clock() + moved["wall clock"])
+    for _ in range(2):
+        token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    moved[which] = HOUR - 5
+    kuzzle.clock.advance(HOUR - 5)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) != token
+
+
+def test_many_different_calls(kuzzle, cache, root, monkeypatch):
+    """However many different calls are made, the memory of them stays small."""
+    monkeypatch.setattr("refresher._cache._MOST_ANSWERS", 10)
+    for seconds in range(1, 100):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=seconds)
+    assert len(cache._answers) <= 10
+    assert len(kuzzle.requests) == 1
+
+
+def test_threads_are_used_again(kuzzle, clock, root):
+    """Refreshes in a row need two threads, which end when there is nothing to do; many at once need more."""
+    before = threading.active_count()
+    for _ in range(20):
+        cache = TokenCache()
+        root = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+        clock.advance(2)
+    assert threading.active_count() <= before + 4
+    deadline = time.monotonic() + 5
+    while any(thread.name == "refresher" and not thread.daemon for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

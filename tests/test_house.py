@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import doctest
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -96,11 +96,8 @@ def test_testing_without_pytest(monkeypatch):
 
 
 def test_version():
-    """There is one version."""
-    setup = Path(__file__).parent.parent / "setup.cfg"
-    config = configparser.ConfigParser()
-    config.read(setup)
-    assert refresher.__version__ == config["metadata"]["version"]
+    """There is one version, and it's the one that is installed."""
+    assert refresher.__version__ == importlib.metadata.version("refresher")
 
 
 def test_typing(tmp_path):
