@@ -276,6 +276,13 @@ class _Flight(Future[Any]):
         """Say what it is waiting for now."""
         self.news = news
 
+    def land(self, answer: object, error: BaseException | None) -> None:
+        """Say what came of it."""
+        if error is None:
+            self.set_result(answer)
+        else:
+            self.set_exception(error)
+
 
 # The exchanges under way in this process, by cache and chain. A forked child has none of their threads.
 _flights: dict[tuple[int, str], _Flight] = {}
@@ -503,7 +510,7 @@ class TokenCache:
 
         # An exchange that was sent is never abandoned: it goes on when its caller has given up, and the process
         # does not end before it.
-        in_thread(fly, flight, daemon=False)
+        in_thread(fly, flight.land, daemon=False)
         return flight
 
     def _refresh(

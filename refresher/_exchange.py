@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -88,19 +87,19 @@ def _work(run: _Run | None, *, daemon: bool) -> None:
                 run = runs.get()  # it's just being given
 
 
-def in_thread(call: Callable[[], _Answer], future: Future[_Answer], *, daemon: bool) -> None:
-    """Call something in another thread, and let *future* tell what came of it."""
+def in_thread(
+    call: Callable[[], _Answer], tell: Callable[[_Answer | None, BaseException | None], object], *, daemon: bool
+) -> None:
+    """Call something in another thread, and *tell* what came of it: an answer, or an error."""
 
     def run(be_idle: Callable[[], None]) -> None:
-        # The thread is idle before it tells: who hears it may have more to do.
+        answer, failed = None, None
         try:
             answer = call()
         except BaseException as error:
-            be_idle()
-            future.set_exception(error)
-        else:
-            be_idle()
-            future.set_result(answer)
+            failed = error
+        be_idle()  # now, because who is told may have more to do
+        tell(answer, failed)
 
     with mutex:
         runs = _idle[daemon].pop() if _idle[daemon] else None
@@ -188,14 +187,16 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
     def call() -> Reply:
         return send(request, session=session, connect=connect, timeout=timeout)
 
-    reply: Future[Reply] = Future()
-    in_thread(call, reply, daemon=True)
+    told: SimpleQueue[tuple[Reply | None, BaseException | None]] = SimpleQueue()
+    in_thread(call, lambda *outcome: told.put(outcome), daemon=True)
     try:
         # The socket's own timeout tells more, so it comes first.
-        return reply.result(None if timeout is None else timeout + 0.02)
-    except TimeoutError:
-        pass
-    raise failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
+        reply, error = told.get(timeout=None if timeout is None else timeout + 0.02)
+    except Empty:
+        reply, error = None, None
+    if reply is not None:
+        return reply
+    raise error or failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
 
 
 def _pause(error: RefreshError, request: Request, patience: Patience, attempts: int) -> float | None:

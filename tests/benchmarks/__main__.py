@@ -3,7 +3,7 @@ What a refresh and a cached call cost, against what one would use instead.
 
     pip install '.[bench]' && python tests/benchmarks
 
-Each figure is a ratio of medians. Both sides take turns in one run on one machine, to be slowed alike.
+Each figure is a ratio of medians. Both sides take turns in one run on one machine, so both are slowed alike.
 """
 
 from __future__ import annotations
