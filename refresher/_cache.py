@@ -21,7 +21,7 @@ import attrs
 from . import _circle, _kuzzle
 from ._exchange import Patience, in_thread
 from ._notebook import show_wait
-from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError
+from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
 from .tokens import key_of
 
@@ -329,6 +329,9 @@ class TokenCache:
             how many seconds at most (None: as long as it takes). In the end with ``""`` and None. None: a
             notebook shows it.
 
+    Raises:
+        InvalidArgumentError: *lease* or *ahead* is no number of seconds.
+
     Example:
         >>> from refresher import refresh_kuzzle_token
         >>> from refresher.testing import FakeKuzzle
@@ -350,6 +353,9 @@ class TokenCache:
         ahead: float | None = None,
         on_wait: OnWait | None = None,
     ) -> None:
+        for name, value in (("lease", lease), ("ahead", 0.0 if ahead is None else ahead)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise InvalidArgumentError(f"{name} must be a number of seconds, and not negative")
         self._shelf = _Shelf(MemoryStore() if store is None else store)
         self._lease = lease
         self._clock = clock

@@ -854,3 +854,11 @@ def test_threads_are_used_again(kuzzle, clock, root):
     while any(thread.name == "refresher" and not thread.daemon for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["lease", "ahead"])
+@pytest.mark.parametrize("value", ["planted", -1, float("nan"), True, timedelta(hours=1)], ids=repr)
+def test_bad_settings(name, value):
+    """What is no number of seconds is named when the cache is made."""
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be a number of seconds"):
+        TokenCache(**{name: value})
