@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import uuid
 from datetime import timedelta
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import attrs
-import requests
 
 from . import _circle, _kuzzle
 from ._cache import SHARED_CACHE, Credential, TokenCache
 from ._checks import Checks
 from ._exchange import Patience, exchange, left
-from ._http import find_cookie, keep_cookie
 from .errors import RequestRefusedError, SignInRequiredError
 from .tokens import KuzzleToken, UserToken
+
+if TYPE_CHECKING:
+    import requests
 
 Seconds = float | timedelta | None
 
@@ -96,6 +97,8 @@ def refresh_kuzzle_token(
     if cookie_auth and jar is None:
         check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
     if jar is not None and jwt is None:
+        from ._http import find_cookie  # noqa: PLC0415
+
         jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
     if jwt is None:
         check.fail("jwt", "is missing, and so is an authToken cookie" if in_cookie else "is missing")
@@ -113,6 +116,8 @@ def refresh_kuzzle_token(
     token = cache_of(check, cache).last(credential, seconds, arguments=None if jar else arguments)
     if jar is None:
         return token
+    from ._http import keep_cookie  # noqa: PLC0415
+
     keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
     return attrs.evolve(token, jwt=None)
 

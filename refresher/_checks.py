@@ -9,15 +9,19 @@ import re
 import threading
 import uuid
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 import attrs
-import requests
 
 from .errors import InvalidArgumentError
 
+if TYPE_CHECKING:
+    import requests
+
 _VISIBLE = re.compile(r"[!-~]+")
+# What requests has nothing against. About other hosts it's asked; it takes a while to import.
+_PLAIN_HOST = re.compile(r"(?!.*\.\.)[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII | re.IGNORECASE)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 
@@ -39,7 +43,10 @@ def _url_flaw(url: str, https: bool) -> str | None:
     try:
         parts = urlsplit(url)
         port = parts.port
-        requests.PreparedRequest().prepare_url(url, None)
+        if not _PLAIN_HOST.fullmatch(parts.hostname or ""):
+            from requests import PreparedRequest  # noqa: PLC0415
+
+            PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
         return "is not a URL"
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
@@ -118,6 +125,10 @@ class Checks:
 
     def session(self, name: str, value: object) -> requests.Session | None:
         """Accept a requests.Session, or None."""
-        if value is not None and not isinstance(value, requests.Session):
+        if value is None:
+            return None
+        from requests import Session  # noqa: PLC0415
+
+        if not isinstance(value, Session):
             self.fail(name, "must be a requests.Session")
         return value

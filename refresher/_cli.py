@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import getpass
 import json
 import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._api import refresh_kuzzle_token, refresh_user_token
 from ._cache import TokenCache
-from ._http import __version__
+from ._wire import __version__
 from .errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -231,7 +229,12 @@ def _secrets(*names: str) -> list[str]:
 
 def _from_input(name: str) -> dict[str, object]:
     """Read a JSON object, or a token on its own."""
-    text = getpass.getpass(f"{name}: ") if sys.stdin.isatty() else sys.stdin.read(_LARGEST_INPUT)
+    if sys.stdin.isatty():
+        import getpass  # noqa: PLC0415
+
+        text = getpass.getpass(f"{name}: ")
+    else:
+        text = sys.stdin.read(_LARGEST_INPUT)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -255,7 +258,8 @@ def _say_nothing(what: str, seconds: float | None) -> None:
 def _show_wait(what: str, seconds: float | None) -> None:
     """Say on one line of the terminal what is waited for, and wipe it out in the end."""
     line = f"Waiting, {seconds:.0f} s left: {what}" if seconds is not None else what
-    print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

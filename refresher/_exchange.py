@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
-import requests
 
-from ._http import Reply, Request, failure, send
+from ._wire import Reply, Request, failure
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
 from .stores import mutex
 from .tokens import fingerprint
+
+if TYPE_CHECKING:
+    import requests
 
 _log = logging.getLogger("refresher")
 _Answer = TypeVar("_Answer")
@@ -185,6 +187,9 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
         timeout = _SILENCE if timeout is None else min(timeout, _SILENCE)
 
     def call() -> Reply:
+        # requests takes longer to import than most calls take: it is when there is something to send.
+        from ._http import send  # noqa: PLC0415
+
         return send(request, session=session, connect=connect, timeout=timeout)
 
     told: SimpleQueue[tuple[Reply | None, BaseException | None]] = SimpleQueue()

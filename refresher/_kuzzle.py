@@ -12,7 +12,7 @@ from urllib.parse import quote
 import attrs
 
 from ._checks import Checks
-from ._http import Reply, Request, failure, unrecognized
+from ._wire import Reply, Request, failure, unrecognized
 from .errors import (
     InvalidArgumentError,
     OutcomeUnknownError,

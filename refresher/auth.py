@@ -20,7 +20,7 @@ from . import _circle, _kuzzle
 from ._api import Seconds, cache_of, circle_credential, kuzzle_credential
 from ._cache import SHARED_CACHE, Credential, TokenCache
 from ._checks import Checks
-from ._http import instant_of
+from ._wire import instant_of
 from .errors import SignInRequiredError
 from .stores import mutex
 from .tokens import KuzzleToken, UserToken, claims, duration, instant, subject

@@ -23,7 +23,8 @@ FLOORS = [
     ["_notebook", "errors"],
     ["_checks"],
     ["tokens"],
-    ["_http", "stores"],
+    ["_wire", "stores"],
+    ["_http"],
     ["_circle", "_kuzzle"],
     ["_exchange"],
     ["_cache"],
@@ -81,6 +82,33 @@ def test_import_does_nothing():
         print([name for name in extras if name in sys.modules])
     """)
     assert out == "1 [] []\n"
+
+
+def test_import_is_quick():
+    """What takes long to import is imported when it's needed: requests, when there is something to send."""
+    out = run("""
+        import sys
+        import refresher
+        print("refresher._api" in sys.modules, end=" ")
+        from refresher import TokenCache, refresh_kuzzle_token, _cli
+        print([name for name in ("requests", "refresher.testing") if name in sys.modules])
+    """)
+    assert out == "False []\n"
+
+
+def test_lazy_names():
+    """What is imported when it's asked for is all there is, and what is not there is told as usual."""
+    assert set(refresher.__all__) <= set(dir(refresher))
+    assert set(refresher._HOMES) == set(refresher.__all__)
+    out = run("""
+        import refresher
+        print(refresher.errors.RefreshError is refresher.RefreshError, end=" ")
+        print(refresher.auth.KuzzleAuth is refresher.KuzzleAuth, end=" ")
+        from refresher import *
+        print(KuzzleAuth is refresher.KuzzleAuth, __version__ == refresher.__version__, end=" ")
+        print(hasattr(refresher, "nonsense"))
+    """)
+    assert out == "True True True True False\n"
 
 
 def test_testing_without_pytest(monkeypatch):
