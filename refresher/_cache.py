@@ -19,7 +19,7 @@ from uuid import uuid4
 import attrs
 
 from . import _circle, _kuzzle
-from ._exchange import Patience, in_thread
+from ._exchange import Patience, get_ready, in_thread
 from ._notebook import show_wait
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
@@ -416,6 +416,7 @@ class TokenCache:
         if living is not None and self.is_marked(f"held back {link.chain}"):
             _log.debug("%s %s: %.0f s left, and not now", call.provider, link.chain[:8], link.left)
             return living
+        get_ready()
         flight = self._join(link.chain, credential, timeout)
         patience = timeout if living is None else min(_BRIEFLY, _BRIEFLY if timeout is None else timeout)
         _wait(flight, None if patience is None else patience + _GRACE, on_wait or self._on_wait)

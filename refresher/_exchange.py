@@ -116,6 +116,14 @@ def in_thread(
         run(lambda: None)
 
 
+def get_ready() -> None:
+    """
+    Import what sends, before any clock is running: requests takes a while to import. Calls that send nothing
+    don't need it.
+    """
+    from . import _http  # noqa: F401, PLC0415
+
+
 def exchange(
     request: Request,
     parse: Callable[[Reply, Request], _Answer],
@@ -186,10 +194,9 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
     if request.idempotency_key is not None or not request.spends:
         timeout = _SILENCE if timeout is None else min(timeout, _SILENCE)
 
-    def call() -> Reply:
-        # requests takes longer to import than most calls take: it is when there is something to send.
-        from ._http import send  # noqa: PLC0415
+    from ._http import send  # noqa: PLC0415
 
+    def call() -> Reply:
         return send(request, session=session, connect=connect, timeout=timeout)
 
     told: SimpleQueue[tuple[Reply | None, BaseException | None]] = SimpleQueue()

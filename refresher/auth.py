@@ -97,17 +97,20 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         call = self._call
         if call is None:
             return None
-        held = self._held(call, time.time() + _behind.get(self._origin, 0.0))
-        if held is not None and held[1] == math.inf:
-            return call
-        credential = self._credential(call)
-        if refused is None:
-            credential = attrs.evolve(credential, held=held)
-        else:
-            credential = attrs.evolve(
-                credential, refused=lambda token: self._headers(self._following(call, token)) == refused
-            )
-        token = self._cache.last(credential, self._timeout)
+        arguments = (type(self), call)
+        token: _Token | None = self._cache.answer(arguments) if refused is None else None
+        if token is None:
+            held = self._held(call, time.time() + _behind.get(self._origin, 0.0))
+            if held is not None and held[1] == math.inf:
+                return call
+            credential = self._credential(call)
+            if refused is None:
+                credential = attrs.evolve(credential, held=held)
+            else:
+                credential = attrs.evolve(
+                    credential, refused=lambda token: self._headers(self._following(call, token)) == refused
+                )
+            token = self._cache.last(credential, self._timeout, arguments=arguments)
         following = self._following(call, token)
         with mutex:
             # Is it news, and was no other set meanwhile?

@@ -244,7 +244,7 @@ def test_silence(silent):
 def test_silence_in_the_handshake(silent):
     """A handshake without an answer has sent nothing."""
     with pytest.raises(UnavailableError) as caught:
-        refresh_kuzzle_token(silent.replace("http:", "https:"), JWT, timeout=0.1)
+        refresh_kuzzle_token(silent.replace("http:", "https:"), JWT, timeout=0.5)
     assert caught.value.spent is False
 
 
