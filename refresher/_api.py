@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, overload
@@ -129,7 +130,7 @@ def kuzzle_credential(
 
     def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
         return exchange(
-            _kuzzle.build(call if last is None else call.following(last)),
+            _kuzzle.build(call if last is None else call.following(last), request_id=str(uuid.uuid4())),
             _kuzzle.parse,
             lambda token: token.jwt or "",
             session=session,
@@ -251,7 +252,7 @@ def refresh_user_token(
     check.session("session", session)
     call = _circle.prepare(
         base_url=base_url,
-        api_key=api_key,
+        api_key=api_key_or_default(api_key),
         user_token=user_token,
         user_id=user_id,
         refresh_token=refresh_token,
@@ -324,6 +325,11 @@ def circle_credential(
         return pair
 
     return Credential(call=call, refresh=refresh)
+
+
+def api_key_or_default(api_key: str | None) -> str | None:
+    """Take the caller's API key, or that of the environment."""
+    return os.environ.get("CIRCLE_WEB3_API_KEY") if api_key is None else api_key
 
 
 def cache_of(check: Checks, cache: object) -> TokenCache:

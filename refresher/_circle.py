@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from typing import ClassVar
@@ -151,7 +150,6 @@ def prepare(
     """
     if (user_token is None) == (user_id is None):
         check.fail("user_token or user_id", "must be given, and not both")
-    api_key = os.environ.get("CIRCLE_WEB3_API_KEY") if api_key is None else api_key
     if not api_key:
         check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
     who = check.token("user_token", user_token) if user_id is None else check.text("user_id", user_id, 5, 50)

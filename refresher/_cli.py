@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._api import refresh_kuzzle_token, refresh_user_token
 from ._cache import TokenCache
+from ._circle import BASE_URL
 from ._wire import __version__
 from .errors import (
     InvalidArgumentError,
@@ -125,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     circle.set_defaults(run=functools.partial(_refresh, _circle))
     circle.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
     circle.add_argument("--user-id", metavar="ID", help="begin with a user id in place of a user token")
-    circle.add_argument(
-        "--base-url", metavar="URL", default="https://api.circle.com", help="where Circle answers"
-    )
+    circle.add_argument("--base-url", metavar="URL", default=BASE_URL, help="where Circle answers")
 
     for command in (kuzzle, circle):
         command.add_argument("--output", choices=("json", "token", "env"), default="json", help="what to print")

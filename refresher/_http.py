@@ -33,6 +33,11 @@ _NEVER_SENT = (
 )
 
 
+def _while() -> int:
+    """Count the whiles of a few seconds: what is kept for one is made anew in the next."""
+    return int(time.monotonic() / 5)
+
+
 @functools.lru_cache(maxsize=1)
 def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
     session = requests.Session()
@@ -49,23 +54,12 @@ def _own_session() -> requests.Session:
     be lost, where a new one tells that nothing was sent. And there is one for each process: a forked child that
     used its parent's connections would read its parent's answers.
     """
-    return _session_of(os.getpid(), int(time.monotonic() / 5))
+    return _session_of(os.getpid(), _while())
 
 
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 # What proxies and CA bundles are read from.
-_VARIABLES = [
-    *(
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "no_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "NO_PROXY",
-    ),
-    *("REQUEST_METHOD", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
-]
+_VARIABLES = (*_PROXIES, *map(str.upper, _PROXIES), "REQUEST_METHOD", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,7 +70,7 @@ def _own_settings(url: str, while_: int, *environment: str | None) -> Mapping[st
 def _settings(session: requests.Session | None, url: str) -> dict[str, Any]:
     """Get proxies and TLS settings, of the environment too. Reading that takes as long as a request."""
     if session is None:
-        return {**_own_settings(url, int(time.monotonic() / 5), *map(os.environ.get, _VARIABLES))}
+        return {**_own_settings(url, _while(), *map(os.environ.get, _VARIABLES))}
     return {**session.merge_environment_settings(url, {}, True, None, None)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import uuid
 from datetime import timedelta
 from typing import ClassVar
 from urllib.parse import quote
@@ -212,9 +211,8 @@ def prepare(
     )
 
 
-def build(call: Call) -> Request:
+def build(call: Call, *, request_id: str) -> Request:
     """Write down the request."""
-    request_id = str(uuid.uuid4())
     return Request(
         provider="kuzzle",
         url=f"{call.url}/_refreshToken{call.query}",

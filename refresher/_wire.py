@@ -60,16 +60,21 @@ class Reply:
     sent_at: float
 
     def json(self) -> dict[str, object]:
-        """Read the body as a JSON object. Anything else reads as an empty one."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        """Read the body as a JSON object: see `json_object`."""
+        return json_object(self.body)
 
     def date(self) -> float | None:
         """Read when the service wrote it, in seconds since 1970 by the service's clock."""
         return instant_of(self.headers.get("Date", ""))
+
+
+def json_object(text: bytes) -> dict[str, object]:
+    """Read a JSON object. Anything else reads as an empty one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 _WHAT: dict[type[RefreshError], str] = {

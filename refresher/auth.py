@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import attrs
@@ -17,10 +17,10 @@ from requests.exceptions import UnrewindableBodyError
 from requests.utils import rewind_body
 
 from . import _circle, _kuzzle
-from ._api import Seconds, cache_of, circle_credential, kuzzle_credential
+from ._api import Seconds, api_key_or_default, cache_of, circle_credential, kuzzle_credential
 from ._cache import SHARED_CACHE, Credential, TokenCache
 from ._checks import Checks
-from ._wire import instant_of
+from ._wire import instant_of, json_object
 from .errors import SignInRequiredError
 from .stores import mutex
 from .tokens import KuzzleToken, UserToken, claims, duration, instant, subject
@@ -29,7 +29,20 @@ from .tokens import KuzzleToken, UserToken, claims, duration, instant, subject
 _LARGEST_BODY = 1024 * 1024
 
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
-_Call = TypeVar("_Call")
+
+
+class _Followed(Protocol):
+    """What we need of a call, whichever service's it is."""
+
+    @property
+    def provider(self) -> str:
+        """``"kuzzle"`` or ``"circle"``."""
+
+    def following(self, last: Any, /) -> Self:
+        """Say the same of a token that has come of this call."""
+
+
+_Call = TypeVar("_Call", bound=_Followed)
 
 # How many seconds our clock is behind an origin's, at least. If it is ahead, tokens are refreshed early.
 _behind: dict[tuple[str, str | None, int | None], float] = {}
@@ -57,7 +70,6 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         session: requests.Session | None,
         on_refresh: Callable[[_Token], object] | None,
     ) -> None:
-        self._check = check
         self._origin = _origin(url)
         self._call: _Call | None = call
         self._timeout = check.seconds("timeout", timeout)
@@ -70,9 +82,6 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
 
     @abc.abstractmethod
     def _credential(self, call: _Call) -> Credential[_Token]: ...
-
-    @abc.abstractmethod
-    def _following(self, call: _Call, token: _Token) -> _Call: ...
 
     @abc.abstractmethod
     def _headers(self, call: _Call) -> dict[str, str]:
@@ -108,10 +117,10 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
                 credential = attrs.evolve(credential, held=held)
             else:
                 credential = attrs.evolve(
-                    credential, refused=lambda token: self._headers(self._following(call, token)) == refused
+                    credential, refused=lambda token: self._headers(call.following(token)) == refused
                 )
             token = self._cache.last(credential, self._timeout, arguments=arguments)
-        following = self._following(call, token)
+        following = call.following(token)
         with mutex:
             # Is it news, and was no other set meanwhile?
             if self._headers(following) != self._headers(call) and self._call is call:
@@ -149,8 +158,9 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         return response
 
     def _is_refused(self, response: requests.Response) -> bool | None:
-        body = _json(response) if response.status_code >= 400 else None
-        return False if body is None else self._refuses(response.status_code, body)
+        if response.status_code < 400 or _is_too_long(response):
+            return False
+        return self._refuses(response.status_code, json_object(response.content))
 
     def _again(
         self, response: requests.Response, settings: Mapping[str, Any], *, sure: bool
@@ -174,24 +184,21 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
             response, sure = answer, self._is_refused(answer) is True
         if sure:
             response.close()
-            provider = self._check.provider
+            status, service = response.status_code, call.provider.title()
             raise SignInRequiredError(
-                f"{provider.title()} refuses the newest token there is: sign in again ({response.status_code})",
-                provider=provider,
-                status=response.status_code,
+                f"{service} refuses the newest token there is: sign in again ({status})",
+                provider=call.provider,
+                status=status,
             )
         return response
 
 
-def _json(response: requests.Response) -> dict[str, object] | None:
-    """Read an error as a JSON object. Anything else reads as an empty one, and one that is too long as None."""
+def _is_too_long(response: requests.Response) -> bool:
+    """Tell whether an answer says that it's longer than any error."""
     try:
-        if int(response.headers.get("Content-Length", 0)) > _LARGEST_BODY:
-            return None
-        body = response.json()
-    except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
+        return int(response.headers.get("Content-Length", 0)) > _LARGEST_BODY
+    except ValueError:
+        return False
 
 
 def _target(response: requests.Response) -> object:
@@ -292,9 +299,6 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
     def _credential(self, call: _kuzzle.Call) -> Credential[KuzzleToken]:
         return kuzzle_credential(call, session=self._session, queuable=self._queuable)
 
-    def _following(self, call: _kuzzle.Call, token: KuzzleToken) -> _kuzzle.Call:
-        return call.following(token)
-
     def _headers(self, call: _kuzzle.Call) -> dict[str, str]:
         return {"Authorization": f"Bearer {call.jwt}"}
 
@@ -365,7 +369,7 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
         self._retry = check.flag("retry", retry)
         call = _circle.prepare(
             base_url=base_url,
-            api_key=api_key,
+            api_key=api_key_or_default(api_key),
             user_token=user_token,
             user_id=user_id,
             refresh_token=refresh_token,
@@ -377,9 +381,6 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
 
     def _credential(self, call: _circle.Call) -> Credential[UserToken]:
         return circle_credential(call, cache=self._cache, session=self._session, retry=self._retry)
-
-    def _following(self, call: _circle.Call, token: UserToken) -> _circle.Call:
-        return call.following(token)
 
     def _headers(self, call: _circle.Call) -> dict[str, str]:
         return {"Authorization": f"Bearer {call.api_key}", "X-User-Token": call.who}

@@ -38,7 +38,7 @@ def request(**changes):
         "trigger_events": False,
         "strategy": None,
     }
-    return build(prepare(**{**arguments, **changes}))
+    return build(prepare(**{**arguments, **changes}), request_id="id")
 
 
 @pytest.mark.parametrize(
