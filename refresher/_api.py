@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, overload
 import attrs
 
 from . import _circle, _kuzzle
-from ._cache import SHARED_CACHE, Credential, TokenCache
+from ._cache import SHARED_CACHE, Credential, NoCache, TokenCache
 from ._checks import Checks
 from ._exchange import Patience, exchange, left
 from .errors import RequestRefusedError, SignInRequiredError
@@ -114,7 +114,8 @@ def refresh_kuzzle_token(
     )
     credential = kuzzle_credential(call, session=session, queuable=check.flag("queuable", queuable))
     seconds = check.seconds("timeout", timeout)
-    token = cache_of(check, cache).last(credential, seconds, arguments=None if jar else arguments)
+    shared = NoCache() if cache is None else cache_of(check, cache)
+    token = shared.last(credential, seconds, arguments=None if jar else arguments)
     if jar is None:
         return token
     from ._http import keep_cookie  # noqa: PLC0415
@@ -260,13 +261,13 @@ def refresh_user_token(
         idempotency_key=idempotency_key,
         request_id=request_id,
     )
-    shared = cache_of(check, cache)
+    shared = NoCache() if cache is None else cache_of(check, cache)
     credential = circle_credential(call, cache=shared, session=session, retry=check.flag("retry", retry))
     return shared.last(credential, check.seconds("timeout", timeout), arguments=arguments)
 
 
 def circle_credential(
-    call: _circle.Call, *, cache: TokenCache, session: requests.Session | None, retry: bool
+    call: _circle.Call, *, cache: TokenCache | NoCache, session: requests.Session | None, retry: bool
 ) -> Credential[UserToken]:
     """Put a call and the way to refresh it together."""
     fresh: list[str] = []
@@ -333,9 +334,7 @@ def api_key_or_default(api_key: str | None) -> str | None:
 
 
 def cache_of(check: Checks, cache: object) -> TokenCache:
-    """Take the caller's cache. None is one that nobody else has and that ends with the call."""
-    if cache is None:
-        return TokenCache(lease=0.0)
+    """Take the caller's cache."""
     if not isinstance(cache, TokenCache):
         check.fail("cache", "must be a TokenCache or None")
     return cache

@@ -19,8 +19,9 @@ from uuid import uuid4
 import attrs
 
 from . import _circle, _kuzzle
-from ._exchange import Patience, get_ready, in_thread
+from ._exchange import Patience, get_ready, left
 from ._notebook import show_wait
+from ._threads import in_thread
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
 from .tokens import key_of
@@ -263,8 +264,57 @@ def _see(key: str) -> float:
     return float(first)
 
 
-def _let_a_second_pass_since_first_seen(key: str) -> None:
-    time.sleep(max(0.0, _see(key) + 1.0 - time.monotonic()))
+def _let_it_age(call: Call[T], last: T | None, now: float) -> None:
+    """Let a second pass since the credential or its last successor was first seen, if it is that young."""
+    if call.is_young(last, now):
+        first_seen = _see(call.key if last is None else call.keys(last)[0])
+        time.sleep(max(0.0, first_seen + 1.0 - time.monotonic()))
+
+
+def _see_new(call: Call[T], token: T, now: float) -> None:
+    """Remember when a new token was first seen, if that will matter."""
+    if call.is_young(token, now):
+        _see(call.keys(token)[0])
+
+
+class NoCache:
+    """What there is without a cache: each call refreshes, in its own thread, as nobody else wants to know."""
+
+    def last(
+        self,
+        credential: Credential[T],
+        timeout: float | None,
+        *,
+        on_wait: OnWait = show_wait,
+        arguments: object = None,  # noqa: ARG002
+    ) -> T:
+        """Refresh a credential: see `TokenCache.last`."""
+        get_ready()
+        waits: list[str] = []
+
+        def tell(news: str) -> None:
+            waits.append(news)
+            on_wait(news, left(patience.until))
+
+        patience = Patience.starting(timeout, timeout, tell)
+        try:
+            _let_it_age(credential.call, None, time.time())
+            token = credential.refresh(None, patience)
+        finally:
+            if waits:
+                on_wait("", None)
+        _see_new(credential.call, token, time.time())
+        return token
+
+    def drop(self, chain: str) -> None:
+        """Forget nothing."""
+
+    def mark(self, name: str, seconds: int) -> None:
+        """Remember nothing."""
+
+    def is_marked(self, name: str) -> bool:  # noqa: ARG002
+        """Tell that nothing is."""
+        return False
 
 
 class _Flight(Future[Any]):
@@ -541,8 +591,7 @@ class TokenCache:
             tell(f"{call.provider.title()} is slow")
             last = call.key if link.token is None else call.keys(link.token)[0]
             self._raise_refusal(last)
-            if call.is_young(link.token, self._clock()):
-                _let_a_second_pass_since_first_seen(last)
+            _let_it_age(call, link.token, self._clock())
             asked = self._now()
             try:
                 token = credential.refresh(link.token, patience)
@@ -556,9 +605,9 @@ class TokenCache:
             except RefreshError:
                 self.mark(f"held back {chain}", _HELD_BACK)
                 raise
+            _see_new(call, token, self._clock())
             keys = call.keys(token)
-            _see(keys[0])
-            if self._find(credential).number == link.number:  # else it was forgotten meanwhile
+            if self._follow(call.key)[1].get("number", 0) == link.number:  # else it was forgotten meanwhile
                 entry = {"number": link.number + 1, "token": token.to_dict(), "asked": asked}
                 self._shelf.write(chain, entry, call.useful(token))
                 for key in keys:

@@ -67,6 +67,7 @@ class Call:
     idempotency_key: str
     key_is_final: bool
     request_id: str
+    key: str = attrs.field(init=False, eq=False)
 
     provider: ClassVar[str] = "circle"
     kind: ClassVar[str] = ""
@@ -77,10 +78,12 @@ class Call:
         """The user token, or the user id."""
         return self.user_token or self.user_id or ""
 
-    @property
-    def key(self) -> str:
-        """The credential's key."""
-        return key(self.base_url, self.who, self.refresh_token, self.device_id)
+    @key.default
+    def _own_key(self) -> str:
+        return self._key(self.who, self.refresh_token)
+
+    def _key(self, who: str, refresh_token: str) -> str:
+        return key_of("circle", self.base_url, who, refresh_token, self.device_id)
 
     def following(self, last: UserToken) -> Call:
         """Say the same of a pair that has come of this call."""
@@ -103,7 +106,7 @@ class Call:
     def keys(self, token: UserToken) -> list[str]:
         """List the keys of a pair that has come of this call: with its user token, and with the user id."""
         given = [token.user_token] if self.user_id is None else [token.user_token, self.user_id]
-        return [key(self.base_url, who, token.refresh_token, self.device_id) for who in given]
+        return [self._key(who, token.refresh_token) for who in given]
 
     def lifetime(self, token: UserToken) -> float:
         """Tell how many seconds a user token lives from its birth."""
@@ -291,18 +294,18 @@ def parse(reply: Reply, request: Request) -> tuple[UserToken, bool]:
         RefreshError: There is no user token in it.
     """
     data = _data(reply, request)
+    now = reply.date()
     values: dict[str, object] = {
         "refreshToken": request.credential,
         **{name: value for name, value in data.items() if value and isinstance(value, str)},
-        "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
+        "expiresAt": ((now or reply.sent_at) + _LIFETIME) * 1000,
     }
     try:
         token = UserToken.from_dict(values)
     except InvalidArgumentError:
         token = None
     if token is not None:
-        now = reply.date()
-        return token, now is not None and claims(token.user_token).get("exp", now) < now
+        return token, now is not None and token.expires_at.timestamp() < now
     raise failure(ReplyError, request, reply, spent=None, what="answered without a user token")
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-import threading
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from ._wire import Reply, Request, failure
+from ._wire import Reply, Request
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
-from .stores import mutex
 from .tokens import fingerprint
 
 if TYPE_CHECKING:
@@ -27,8 +23,6 @@ _Answer = TypeVar("_Answer")
 # In seconds. The first pause is up to twice the shortest, each further one up to twice as long.
 _SHORTEST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-# How long a thread waits for more to do, by whether it's a daemon. If not, a process that ends waits as long.
-_IDLE = {True: 5.0, False: 0.05}
 # How long an answer is waited for where asking again is safe.
 _SILENCE = 10.0
 
@@ -58,62 +52,6 @@ class Patience:
 def left(instant: float | None) -> float | None:
     """Count the seconds until an instant. It is never over: whoever asks can still be told that it's late."""
     return None if instant is None else max(0.001, instant - time.monotonic())
-
-
-_Run = Callable[[Callable[[], None]], None]
-
-# Threads that have nothing to do at the moment, by whether they are daemons. A forked child has none of them.
-_idle: dict[bool, list[SimpleQueue[_Run]]] = {True: [], False: []}
-os.register_at_fork(after_in_child=lambda: _idle.update({True: [], False: []}))
-
-
-def _work(run: _Run | None, *, daemon: bool) -> None:
-    """Run what there is to run, until there has been nothing for a while."""
-    runs: SimpleQueue[_Run] = SimpleQueue()
-
-    def be_idle() -> None:
-        with mutex:
-            _idle[daemon].append(runs)
-
-    while run is not None:
-        run(be_idle)
-        run = None  # what it held is not needed any more
-        try:
-            run = runs.get(timeout=_IDLE[daemon])
-        except Empty:
-            with mutex:
-                is_idle = runs in _idle[daemon]
-                if is_idle:
-                    _idle[daemon].remove(runs)
-            if not is_idle:
-                run = runs.get()  # it's just being given
-
-
-def in_thread(
-    call: Callable[[], _Answer], tell: Callable[[_Answer | None, BaseException | None], object], *, daemon: bool
-) -> None:
-    """Call something in another thread, and *tell* what came of it: an answer, or an error."""
-
-    def run(be_idle: Callable[[], None]) -> None:
-        answer, failed = None, None
-        try:
-            answer = call()
-        except BaseException as error:
-            failed = error
-        be_idle()  # now, because who is told may have more to do
-        tell(answer, failed)
-
-    with mutex:
-        runs = _idle[daemon].pop() if _idle[daemon] else None
-    if runs is not None:
-        runs.put(run)
-        return
-    try:
-        threading.Thread(
-            target=_work, args=(run,), kwargs={"daemon": daemon}, name="refresher", daemon=daemon
-        ).start()
-    except RuntimeError:  # too many threads, or the interpreter is about to end
-        run(lambda: None)
 
 
 def get_ready() -> None:
@@ -188,7 +126,7 @@ def exchange(
 
 
 def _attempt(request: Request, session: requests.Session | None, patience: Patience) -> Reply:
-    """Send once. Whatever the peer does, dripping bytes too, there is an end to it in time."""
+    """Send once."""
     connect, timeout = left(patience.until), left(patience.end)
     connect = None if connect is None else connect * 0.9  # then there is time to tell that nothing was sent
     if request.idempotency_key is not None or not request.spends:
@@ -196,19 +134,7 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
 
     from ._http import send  # noqa: PLC0415
 
-    def call() -> Reply:
-        return send(request, session=session, connect=connect, timeout=timeout)
-
-    told: SimpleQueue[tuple[Reply | None, BaseException | None]] = SimpleQueue()
-    in_thread(call, lambda *outcome: told.put(outcome), daemon=True)
-    try:
-        # The socket's own timeout tells more, so it comes first.
-        reply, error = told.get(timeout=None if timeout is None else timeout + 0.02)
-    except Empty:
-        reply, error = None, None
-    if reply is not None:
-        return reply
-    raise error or failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
+    return send(request, session=session, connect=connect, timeout=timeout)
 
 
 def _pause(error: RefreshError, request: Request, patience: Patience, attempts: int) -> float | None:

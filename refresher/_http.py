@@ -3,34 +3,120 @@
 from __future__ import annotations
 
 import functools
+import io
+import ipaddress
 import os
 import ssl
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from http.client import HTTPException, HTTPResponse
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
 from typing import Any
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
-from urllib3 import Retry, Timeout
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, Retry, Timeout
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
+from ._threads import within
 from ._wire import Reply, Request, __version__, failure
 from .errors import OutcomeUnknownError, UnavailableError
 
 _LARGEST_BODY = 1024 * 1024
 _NEVER_SENT = (
+    ConnectTimeoutError,
     NewConnectionError,
+    ProxyError,
     requests.ConnectTimeout,
     requests.exceptions.InvalidSchema,
     requests.exceptions.InvalidURL,
     requests.exceptions.ProxyError,
     ssl.SSLCertVerificationError,
 )
+# urllib3 may send a POST again after an error on the answer, and nobody would know.
+_ONCE = Retry(0, read=False)
+
+
+class _InTime(io.RawIOBase):
+    """What a socket receives, for as long as its timeout in all: however many pieces it comes in."""
+
+    def __init__(self, sock: Any, received: io.RawIOBase, timeout: float) -> None:
+        self._sock = sock
+        self._received = received
+        self._end = time.monotonic() + timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(0.001, self._end - time.monotonic()))
+        received: int = self._sock.recv_into(buffer)
+        return received
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+class _Response(HTTPResponse):
+    """A response that has to be there, to its last byte, within the timeout of its socket."""
+
+    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        if (timeout := sock.gettimeout()) is not None:
+            self.fp: Any = io.BufferedReader(_InTime(sock, self.fp.detach(), timeout))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+@functools.lru_cache
+def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
+    """Make a kind of connection that keeps to its timeouts, whatever the peer does."""
+
+    class InTime(kind):  # type: ignore[misc, valid-type]
+        response_class = _Response
+        _pieces: list[bytes] | None = None
+
+        def connect(self) -> None:
+            # Names are looked up without a timeout, and each address has one of its own, and so has TLS.
+            is_in_time = kind is HTTPConnection and _is_address(self.host)
+            is_late = False
+
+            def connect() -> None:
+                super(InTime, self).connect()
+                if is_late:
+                    self.close()
+
+            try:
+                within(None if is_in_time else self.timeout, connect)
+            except TimeoutError as error:
+                is_late = True
+                raise ConnectTimeoutError(self, "timed out") from error
+
+        def request(self, *arguments: Any, **options: Any) -> None:
+            # Head and body go out as one piece: that's one packet instead of two.
+            pieces = self._pieces = list[bytes]()
+            super().request(*arguments, **options)
+            self._pieces = None
+            self.send(b"".join(pieces))
+
+        def send(self, piece: Any) -> None:
+            if self._pieces is None:
+                super().send(piece)
+            else:
+                self._pieces.append(piece)
+
+    return InTime
 
 
 def _while() -> int:
@@ -40,6 +126,7 @@ def _while() -> int:
 
 @functools.lru_cache(maxsize=1)
 def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
+    _connections.cache_clear()
     session = requests.Session()
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=64))
@@ -63,28 +150,30 @@ _VARIABLES = (*_PROXIES, *map(str.upper, _PROXIES), "REQUEST_METHOD", "REQUESTS_
 
 
 @functools.lru_cache(maxsize=64)
-def _own_settings(url: str, while_: int, *environment: str | None) -> Mapping[str, Any]:  # noqa: ARG001
-    return _own_session().merge_environment_settings(url, {}, True, None, None)
-
-
-def _settings(session: requests.Session | None, url: str) -> dict[str, Any]:
-    """Get proxies and TLS settings, of the environment too. Reading that takes as long as a request."""
-    if session is None:
-        return {**_own_settings(url, _while(), *map(os.environ.get, _VARIABLES))}
-    return {**session.merge_environment_settings(url, {}, True, None, None)}
+def _connections(
+    session: requests.Session,
+    url: str,
+    *environment: str | None,  # noqa: ARG001
+) -> tuple[HTTPConnectionPool, str]:
+    """Find the connections that lead to *url*, and what is asked for on them. It takes as long as a request."""
+    request = requests.Request("POST", url).prepare()
+    settings: Any = session.merge_environment_settings(url, {}, True, None, None)
+    verify, proxies = settings["verify"], settings["proxies"]
+    adapter: Any = session.get_adapter(url)
+    pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies)
+    adapter.cert_verify(pool, url, verify, None)
+    if not issubclass(pool.ConnectionCls.response_class, _Response):
+        pool.ConnectionCls = _in_time(pool.ConnectionCls)
+    return pool, adapter.request_url(request, proxies)
 
 
 def _adapter(session: requests.Session, url: str) -> BaseAdapter:
-    """
-    Get the session's adapter, without the retries it may have.
-
-    urllib3 may send a POST again after an error on the answer, and nobody would know.
-    """
+    """Get the session's adapter, without the retries it may have."""
     adapter = session.get_adapter(url)
     if not isinstance(adapter, HTTPAdapter) or not adapter.max_retries.total:
         return adapter
     same: HTTPAdapter = object.__new__(type(adapter))
-    vars(same).update({**vars(adapter), "max_retries": Retry(0, read=False)})
+    vars(same).update({**vars(adapter), "max_retries": _ONCE})
     return same
 
 
@@ -92,7 +181,8 @@ def send(
     request: Request, *, session: requests.Session | None, connect: float | None, timeout: float | None
 ) -> Reply:
     """
-    Send *request* once and read the reply, whatever it is.
+    Send *request* once and read the reply, whatever it is. Whatever the peer does, dripping bytes too, there is
+    an end to it in time.
 
     The session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is
     not changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so it is
@@ -100,7 +190,7 @@ def send(
 
     Args:
         request: What to send.
-        session: The caller's session, or None for one of our own.
+        session: The caller's session, or None for connections of our own.
         connect: Seconds to wait for a connection, TLS and all; None for ever.
         timeout: Seconds to wait for the answer, connection included; None for ever.
 
@@ -108,17 +198,28 @@ def send(
         UnavailableError: Nothing was sent.
         OutcomeUnknownError: Something was sent, and no complete answer came.
     """
-    lender = session or _own_session()
+    limit = Timeout(total=timeout, connect=connect)
+    if session is None:
+        return _reply(request, lambda: _post(request, limit))
+    try:
+        # The socket's own timeout tells more, so it comes first.
+        return within(
+            None if timeout is None else timeout + 0.1,
+            lambda: _reply(request, lambda: _lent(request, session, limit)),
+        )
+    except TimeoutError:
+        pass
+    raise failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
+
+
+def _reply(request: Request, post: Callable[[], Any]) -> Reply:
+    """Read the reply to a request that is being sent."""
     never_sent, reason = False, ""
     sent_at = time.time()
     try:
-        prepared = _prepare(request, lender)
-        settings = _settings(session, request.url)
-        adapter = _adapter(lender, request.url)
-        settings["timeout"] = Timeout(total=timeout, connect=connect)
-        with adapter.send(prepared, **settings) as response:
+        with post() as response:
             return Reply(
-                status=response.status_code,
+                status=response.status,
                 headers=response.headers,
                 cookies=_set_cookies(response),
                 body=_body(response),
@@ -132,28 +233,55 @@ def send(
     raise failure(OutcomeUnknownError, request, spent=None, what=f"did not answer, or not to the end: {reason}")
 
 
-@functools.lru_cache(maxsize=64)
-def _prepared_url(url: str) -> str:
-    prepared = requests.PreparedRequest()
-    prepared.prepare_url(url, None)
-    return prepared.url or url
+def _post(request: Request, timeout: Timeout) -> BaseHTTPResponse:
+    """Send on a connection of our own, straight: a session and an adapter take twice as long."""
+    pool, target = _connections(_own_session(), request.url, *map(os.environ.get, _VARIABLES))
+    cookies = _cookies(request)
+    return pool.urlopen(
+        "POST",
+        target,
+        request.body,
+        {**_headers(request), **({"Cookie": cookies} if cookies else {})},
+        retries=_ONCE,
+        redirect=False,
+        assert_same_host=False,
+        timeout=timeout,
+        preload_content=False,
+        decode_content=False,
+    )
+
+
+def _lent(request: Request, session: requests.Session, timeout: Timeout) -> Any:
+    """Send on a connection of the caller's."""
+    settings: Any = session.merge_environment_settings(request.url, {}, True, None, None)
+    adapter = _adapter(session, request.url)
+    return adapter.send(_prepare(request, session), **{**settings, "timeout": timeout}).raw
+
+
+def _headers(request: Request) -> dict[str, str]:
+    headers = {
+        **request.headers,
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",  # the answer is short; packed, it could be a bomb
+        "User-Agent": f"refresher/{__version__}",
+    }
+    if request.bearer is not None:
+        headers["Authorization"] = f"Bearer {request.bearer}"
+    return headers
+
+
+def _cookies(request: Request) -> str:
+    return "; ".join(f"{name}={value}" for name, value in request.cookies.items() if value is not None)
 
 
 def _prepare(request: Request, session: requests.Session) -> requests.PreparedRequest:
-    """Write down what is sent, step by step as requests does: as a whole it would take three times as long."""
+    """Write down what is sent, step by step as requests does: as a whole it would read the ``.netrc``."""
     headers = requests.structures.CaseInsensitiveDict(session.headers)
     headers.pop("Authorization", None)
-    headers.update(request.headers)
-    headers["Accept"] = "application/json"
-    headers["Accept-Encoding"] = "identity"  # the answer is short; packed, it could be a bomb
-    headers["User-Agent"] = f"refresher/{__version__}"
-    if request.bearer is not None:
-        headers["Authorization"] = f"Bearer {request.bearer}"
+    headers.update(_headers(request))
     prepared = requests.PreparedRequest()
     prepared.prepare_method("POST")
-    prepared.url = _prepared_url(request.url)
-    if session.params:
-        prepared.prepare_url(prepared.url, session.params)
+    prepared.prepare_url(request.url, session.params)
     prepared.prepare_headers({name: value for name, value in headers.items() if value is not None})
     jar = RequestsCookieJar()
     for cookie in session.cookies:
@@ -161,16 +289,15 @@ def _prepare(request: Request, session: requests.Session) -> requests.PreparedRe
             jar.set_cookie(cookie)
     prepared.prepare_cookies(jar)
     prepared.prepare_body(request.body, None)
-    cookies = [f"{name}={value}" for name, value in request.cookies.items() if value is not None]
-    if cookies:
-        prepared.headers["Cookie"] = "; ".join(filter(None, [prepared.headers.get("Cookie"), *cookies]))
+    if cookies := _cookies(request):
+        prepared.headers["Cookie"] = "; ".join(filter(None, [prepared.headers.get("Cookie"), cookies]))
     return prepared
 
 
-def _body(response: requests.Response) -> bytes:
+def _body(response: Any) -> bytes:
     """Read the body. One of more than 1 MiB, or packed in an unknown way, is no answer and reads as empty."""
     body = b""
-    for chunk in response.raw.stream(65536, decode_content=False):
+    for chunk in response.stream(65536, decode_content=False):
         body += chunk
         if len(body) > _LARGEST_BODY:
             return b""
@@ -183,9 +310,9 @@ def _body(response: requests.Response) -> bytes:
     return body if len(body) <= _LARGEST_BODY else b""
 
 
-def _set_cookies(response: requests.Response) -> dict[str, str]:
+def _set_cookies(response: Any) -> dict[str, str]:
     """Read names and values of the cookies in the reply, without a jar that judges them by the local clock."""
-    pairs = (header.partition(";")[0].partition("=") for header in response.raw.headers.getlist("Set-Cookie"))
+    pairs = (header.partition(";")[0].partition("=") for header in response.headers.getlist("Set-Cookie"))
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 

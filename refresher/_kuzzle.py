@@ -141,20 +141,20 @@ class Call:
     query: str
     jwt: str = attrs.field(repr=False)
     in_cookie: bool
+    key: str = attrs.field(init=False, eq=False)
 
     provider: ClassVar[str] = "kuzzle"
     kind: ClassVar[str] = ""
     idempotency_key: ClassVar[None] = None
     read = staticmethod(KuzzleToken.from_dict)
 
-    @property
-    def key(self) -> str:
-        """The credential's key."""
-        return key(self.url, self.jwt)
+    @key.default
+    def _own_key(self) -> str:
+        return key_of("kuzzle", self.url, self.jwt)
 
     def keys(self, token: KuzzleToken) -> list[str]:
         """List the keys of a token that has come of this call."""
-        return [key(self.url, token.jwt)]
+        return [key_of("kuzzle", self.url, token.jwt or "")]
 
     def following(self, last: KuzzleToken) -> Call:
         """Say the same of a token that has come of this call."""

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 
 import pytest
 import requests
@@ -26,7 +27,8 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
-from refresher.testing import Answer, FakeCircle
+from refresher._threads import in_thread, within
+from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
 HOUR = 3600
 
@@ -158,8 +160,27 @@ def test_shared_by_default(kuzzle, root):
         refresh_kuzzle_token(kuzzle.url, root, cache=None)
 
 
+def test_no_cache(kuzzle, circle, root, monkeypatch):
+    """Without a cache the caller does all of it, retries and the exchange of a user id too."""
+    monkeypatch.setattr("refresher._exchange._SHORTEST_PAUSE", 0.001)
+    monkeypatch.setattr("refresher._cache.in_thread", lambda *_, **__: pytest.fail("nobody else is needed"))
+    kuzzle.fail_next("api.process.overloaded", 2)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=None)
+    assert kuzzle.knows(token.jwt)
+    with FakeKuzzle() as new:
+        token = refresh_kuzzle_token(new.url, new.login(), cache=None)
+        token = refresh_kuzzle_token(new.url, token.jwt, cache=None)
+        assert new.knows(token.jwt), "young tokens are held"
+    pair = circle.sign_in()
+    assert refresh_user_token(**by_id(circle, pair), cache=None).user_id == "user-1"
+    circle.fail_next(155104)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call_with(circle, circle.sign_in()), cache=None)
+    assert paths(circle) == ["token", "refresh", "refresh"]
+
+
 @pytest.mark.parametrize("cache", ["planted", MemoryStore(), {}])
-def test_no_cache(cache):
+def test_what_is_no_cache(cache):
     """What is no cache is refused."""
     with pytest.raises(InvalidArgumentError, match=r"^cache must be"):
         refresh_kuzzle_token("http://127.0.0.1:1", "jwt", cache=cache)
@@ -269,12 +290,32 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start_no_flight)
     with refresher.stores.mutex:
-        idle = [crew.pop() for crew in refresher._exchange._idle.values() for _ in range(len(crew))]
+        idle = [crew.pop() for crew in refresher._threads._idle.values() for _ in range(len(crew))]
     try:
         assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
     finally:
         for runs in idle:
             runs.put(lambda be_idle: be_idle())
+
+
+def test_thread_that_gets_work_as_it_ends(monkeypatch):
+    """A thread that is given work at the moment it would have ended does it."""
+    given = []
+
+    class Queue(SimpleQueue):
+        def get(self, block=True, timeout=None):
+            if threading.current_thread().name == "refresher" and not given:
+                in_thread(threading.get_ident, lambda answer, _: given.append(answer), daemon=True)
+                given.append("at the last moment")
+                raise Empty
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(refresher._threads, "_idle", {True: [], False: []})
+    monkeypatch.setattr(refresher._threads, "SimpleQueue", Queue)
+    one = within(5, threading.get_ident)
+    while len(given) < 2:
+        time.sleep(0.001)
+    assert given == ["at the last moment", one]
 
 
 # Before the end

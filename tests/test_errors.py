@@ -12,6 +12,7 @@ import types
 
 import pytest
 import requests
+import urllib3
 
 import refresher
 from refresher import (
@@ -207,7 +208,7 @@ def test_interrupted_exchange_is_logged(circle, caplog, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", interrupt)
+    monkeypatch.setattr(urllib3.HTTPConnectionPool, "urlopen", interrupt)
     with pytest.raises(KeyboardInterrupt):
         refresh_user_token(**CIRCLE, base_url=circle.url)
     assert f"circle {fingerprint('planted-refresh-token')}: interrupted" in caplog.text

@@ -108,35 +108,70 @@ PEERS = {
 }
 
 
+@pytest.mark.parametrize("given", ["cache", "session", "neither"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("name", PEERS)
-def test_deadline(name, scheme):
+def test_deadline(name, scheme, given):
     """Whatever the peer does, the caller has an error in time."""
-    with peer(PEERS[name]) as listener:
+    with peer(PEERS[name]) as listener, requests.Session() as session:
         url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises((OutcomeUnknownError, UnavailableError)) as caught:
-            refresh_kuzzle_token(url, JWT, timeout=0.5, cache=TokenCache())
+            refresh_kuzzle_token(
+                url,
+                JWT,
+                timeout=0.5,
+                cache=TokenCache() if given == "cache" else None,
+                session=session if given == "session" else None,
+            )
         assert time.monotonic() - started < 0.5 + 0.25 + 0.5, "with a margin for a slow machine"
         assert caught.value.spent in (None, False)
         if scheme == "https" and name != "silence":
             assert caught.value.spent is False
 
 
-def test_names_that_hang(monkeypatch):
-    """A name server that hangs ends in time as well."""
-    real = socket.getaddrinfo
+@pytest.mark.parametrize("cached", [True, False])
+def test_names_that_hang(monkeypatch, cached):
+    """A name server that hangs ends in time as well, and who it leads to in the end is sent nothing."""
+    real, found = socket.getaddrinfo, threading.Event()
 
     def hang(host, *arguments, **options):
         if host == "hanging.example":
-            time.sleep(2)
+            assert found.wait(10)
         return real("127.0.0.1", *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    started = time.monotonic()
-    with pytest.raises(RefreshError):
-        refresh_kuzzle_token("http://hanging.example:1", JWT, timeout=0.3, cache=TokenCache())
-    assert time.monotonic() - started < 1.5
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://hanging.example:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(RefreshError) as caught:
+            refresh_kuzzle_token(url, JWT, timeout=0.3, cache=TokenCache(lease=0.3) if cached else None)
+        assert time.monotonic() - started < 1.5
+        assert caught.value.spent is False
+        found.set()
+        client, _ = listener.accept()
+        with client:
+            assert client.recv(1) == b""
+
+
+def test_request_in_one_piece():
+    """Head and body are sent at once."""
+    pieces = []
+
+    def behave(client):
+        pieces.append(client.recv(65536))
+        client.sendall(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
+
+    with peer(behave) as listener, pytest.raises(UnavailableError):
+        refresh_user_token(
+            user_token="user-token",
+            refresh_token="refresh-token",
+            device_id="device-1",
+            api_key="key",
+            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+            retry=False,
+        )
+    assert b'"refreshToken": "refresh-token"' in pieces[0]
 
 
 WAITER = """

@@ -24,6 +24,7 @@ FLOORS = [
     ["_checks"],
     ["tokens"],
     ["_wire", "stores"],
+    ["_threads"],
     ["_http"],
     ["_circle", "_kuzzle"],
     ["_exchange"],
