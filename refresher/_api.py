@@ -13,6 +13,7 @@ from . import _circle, _kuzzle
 from ._cache import SHARED_CACHE, Credential, NoCache, TokenCache
 from ._checks import Checks
 from ._exchange import Patience, exchange, left
+from ._wire import new_id
 from .errors import RequestRefusedError, SignInRequiredError
 from .tokens import KuzzleToken, UserToken
 
@@ -58,7 +59,8 @@ def refresh_kuzzle_token(
         timeout: Seconds, or a timedelta; None or -1: as long as it takes. When it's over, the exchange goes
             on (for a minute, if that's longer), and the next call finds its result in the cache.
         cache: Remembers who succeeded whom. A call with a spent *jwt* gets its last successor, and without a
-            request while that is fresh, whatever *expires_in* says. None: each call refreshes its *jwt*.
+            request while that is fresh, whatever *expires_in* says. None: each call refreshes its *jwt*, in its
+            own thread, and an exchange that takes longer than *timeout*, or is interrupted, is given up.
         session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed but
             for the ``authToken`` cookie in cookie mode.
 
@@ -98,7 +100,7 @@ def refresh_kuzzle_token(
     if cookie_auth and jar is None:
         check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
     if jar is not None and jwt is None:
-        from ._http import find_cookie  # noqa: PLC0415
+        from ._http import find_cookie
 
         jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
     if jwt is None:
@@ -118,7 +120,7 @@ def refresh_kuzzle_token(
     token = shared.last(credential, seconds, arguments=None if jar else arguments)
     if jar is None:
         return token
-    from ._http import keep_cookie  # noqa: PLC0415
+    from ._http import keep_cookie
 
     keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
     return attrs.evolve(token, jwt=None)
@@ -131,7 +133,7 @@ def kuzzle_credential(
 
     def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
         return exchange(
-            _kuzzle.build(call if last is None else call.following(last), request_id=str(uuid.uuid4())),
+            _kuzzle.build(call if last is None else call.following(last), request_id=new_id()),
             _kuzzle.parse,
             lambda token: token.jwt or "",
             session=session,
@@ -214,7 +216,8 @@ def refresh_user_token(
         timeout: Seconds for it all, or a timedelta; None or -1: as long as it takes. When it's over, the
             exchange goes on (for a minute, if that's longer), and the next call finds its result in the cache.
         cache: Remembers who succeeded whom. A call with a spent pair gets its last successor, without a request
-            as long as that is fresh. None: every call refreshes the pair it is given.
+            as long as that is fresh. None: every call refreshes the pair it is given, in its own thread, and an
+            exchange that takes longer than *timeout*, or is interrupted, is given up.
         session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed.
 
     Returns:

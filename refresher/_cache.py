@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
-from uuid import uuid4
 
 import attrs
 
@@ -22,6 +21,7 @@ from . import _circle, _kuzzle
 from ._exchange import Patience, get_ready, left
 from ._notebook import show_wait
 from ._threads import in_thread
+from ._wire import new_id
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, SignInRequiredError
 from .stores import MemoryStore, Store, mutex
 from .tokens import key_of
@@ -115,7 +115,7 @@ def _read_boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return str(uuid4())
+        return new_id()
 
 
 # A clock that nobody sets, and what it counts from: only readings of one boot can be compared.

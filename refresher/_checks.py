@@ -12,8 +12,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
-import attrs
-
 from .errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 _VISIBLE = re.compile(r"[!-~]+")
 # What requests has nothing against. About other hosts it's asked; it takes a while to import.
 _PLAIN_HOST = re.compile(r"(?!.*\.\.)[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII | re.IGNORECASE)
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 
 def is_token(value: object) -> bool:
@@ -32,7 +29,7 @@ def is_token(value: object) -> bool:
 
 def is_uuid(value: str) -> bool:
     """Tell whether *value* is a UUID in its usual spelling."""
-    return _UUID.fullmatch(value) is not None
+    return re.fullmatch("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.ASCII) is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,7 +41,7 @@ def _url_flaw(url: str, https: bool) -> str | None:
         parts = urlsplit(url)
         port = parts.port
         if not _PLAIN_HOST.fullmatch(parts.hostname or ""):
-            from requests import PreparedRequest  # noqa: PLC0415
+            from requests import PreparedRequest
 
             PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
@@ -65,11 +62,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@attrs.frozen
 class Checks:
     """The checks of one provider's arguments. Each returns the value it accepts."""
 
-    provider: str
+    def __init__(self, provider: str) -> None:
+        self.provider = provider
 
     def fail(self, name: str, flaw: str) -> NoReturn:
         """Complain that the argument *name* has a *flaw*."""
@@ -127,7 +124,7 @@ class Checks:
         """Accept a requests.Session, or None."""
         if value is None:
             return None
-        from requests import Session  # noqa: PLC0415
+        from requests import Session
 
         if not isinstance(value, Session):
             self.fail(name, "must be a requests.Session")

@@ -11,7 +11,7 @@ from typing import ClassVar
 import attrs
 
 from ._checks import Checks
-from ._wire import Reply, Request, failure, unrecognized
+from ._wire import Reply, Request, failure, new_id, unrecognized
 from .errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -101,7 +101,7 @@ class Call:
         """Take another idempotency key, unless the caller gave this one, or it was drawn already."""
         if self.key_is_final:
             return self
-        return attrs.evolve(self, idempotency_key=str(uuid.uuid4()), key_is_final=True)
+        return attrs.evolve(self, idempotency_key=new_id(), key_is_final=True)
 
     def keys(self, token: UserToken) -> list[str]:
         """List the keys of a pair that has come of this call: with its user token, and with the user id."""
@@ -169,7 +169,7 @@ def prepare(
         if idempotency_key is None
         else check.uuid("idempotency_key", idempotency_key),
         key_is_final=idempotency_key is not None,
-        request_id=str(uuid.uuid4()) if request_id is None else check.uuid("request_id", request_id),
+        request_id=new_id() if request_id is None else check.uuid("request_id", request_id),
     )
 
 

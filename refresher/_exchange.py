@@ -59,7 +59,7 @@ def get_ready() -> None:
     Import what sends, before any clock is running: requests takes a while to import. Calls that send nothing
     don't need it.
     """
-    from . import _http  # noqa: F401, PLC0415
+    from . import _http  # noqa: F401
 
 
 def exchange(
@@ -132,7 +132,7 @@ def _attempt(request: Request, session: requests.Session | None, patience: Patie
     if request.idempotency_key is not None or not request.spends:
         timeout = _SILENCE if timeout is None else min(timeout, _SILENCE)
 
-    from ._http import send  # noqa: PLC0415
+    from ._http import send
 
     return send(request, session=session, connect=connect, timeout=timeout)
 

@@ -18,7 +18,7 @@ from typing import Any
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
-from urllib3 import BaseHTTPResponse, HTTPConnectionPool, Retry, Timeout
+from urllib3 import HTTPConnectionPool, Retry, Timeout
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
@@ -233,7 +233,7 @@ def _reply(request: Request, post: Callable[[], Any]) -> Reply:
     raise failure(OutcomeUnknownError, request, spent=None, what=f"did not answer, or not to the end: {reason}")
 
 
-def _post(request: Request, timeout: Timeout) -> BaseHTTPResponse:
+def _post(request: Request, timeout: Timeout) -> Any:
     """Send on a connection of our own, straight: a session and an adapter take twice as long."""
     pool, target = _connections(_own_session(), request.url, *map(os.environ.get, _VARIABLES))
     cookies = _cookies(request)
@@ -248,6 +248,7 @@ def _post(request: Request, timeout: Timeout) -> BaseHTTPResponse:
         timeout=timeout,
         preload_content=False,
         decode_content=False,
+        enforce_content_length=True,
     )
 
 

@@ -30,10 +30,9 @@ STALE = ("security.token.expired", "security.token.invalid")
 check = Checks("kuzzle")
 
 # The grammar of npm's `ms`, which Kuzzle reads durations with. ASCII, because JavaScript's \d and /i are.
-_TIMESPAN = re.compile(
+_TIMESPAN = (
     r"(?P<number>-?(?:\d+)?\.?\d+) *(?P<unit>milliseconds?|msecs?|ms|seconds?|secs?|s|minutes?|mins?|m"
-    r"|hours?|hrs?|h|days?|d|weeks?|w|years?|yrs?|y)?",
-    re.ASCII | re.IGNORECASE,
+    r"|hours?|hrs?|h|days?|d|weeks?|w|years?|yrs?|y)?"
 )
 _UNITS = {
     "ms": 1,
@@ -100,7 +99,7 @@ def milliseconds(timespan: str) -> float | None:
         >>> milliseconds("1.5 hrs"), milliseconds("-1"), milliseconds("1mo")
         (5400000.0, -1.0, None)
     """
-    match = _TIMESPAN.fullmatch(timespan) if len(timespan) <= 100 else None
+    match = re.fullmatch(_TIMESPAN, timespan, re.ASCII | re.IGNORECASE) if len(timespan) <= 100 else None
     if match is None:
         return None
     unit = (match["unit"] or "ms").lower()

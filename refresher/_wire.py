@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 from collections.abc import Mapping
 
 import attrs
@@ -75,6 +76,11 @@ def json_object(text: bytes) -> dict[str, object]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def new_id() -> str:
+    """Draw a UUID v4."""
+    return str(uuid.uuid4())
 
 
 _WHAT: dict[type[RefreshError], str] = {
@@ -154,7 +160,7 @@ def _retry_after(reply: Reply) -> float | None:
 
 def instant_of(text: str) -> float | None:
     """Read the date of a header, in seconds since 1970."""
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415
+    from email.utils import parsedate_to_datetime
 
     try:
         return parsedate_to_datetime(text).timestamp()

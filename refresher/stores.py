@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import math
 import os
-import secrets
 import stat
 import threading
 import time
@@ -45,6 +44,11 @@ def _after_fork_in_child() -> None:
 
 # No child is forked while a thread is in the middle of a change.
 os.register_at_fork(before=mutex.acquire, after_in_parent=mutex.release, after_in_child=_after_fork_in_child)
+
+
+def _drawn() -> str:
+    """Draw a name that nobody else has."""
+    return os.urandom(8).hex()
 
 
 class Store(Protocol):
@@ -196,7 +200,7 @@ class FileStore:
             # One that is gone by now was swept away, or renamed.
             if not os.access(entry, os.R_OK | os.W_OK) and os.path.lexists(entry):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._path))
-        probe = folder / f".probe.{secrets.token_hex(8)}"
+        probe = folder / f".probe.{_drawn()}"
         try:
             probe.write_bytes(bytes(65536))
         finally:
@@ -205,7 +209,7 @@ class FileStore:
     def set(self, key: str, value: str, seconds: int, /) -> None:
         """Write an entry."""
         folder = self._folder()
-        aside = folder / f".{key}.{secrets.token_hex(8)}"
+        aside = folder / f".{key}.{_drawn()}"
         handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -229,7 +233,7 @@ class FileStore:
     @contextlib.contextmanager
     def lock(self, key: str, lease: float, wait: float, /) -> Iterator[bool]:  # noqa: ARG002
         """Hold a lock among the processes of this machine. The system frees it when its holder dies."""
-        import filelock  # noqa: PLC0415
+        import filelock
 
         # A lock file cannot be removed safely. So there are 4096 of a kind at most, and keys rarely share one.
         lock = filelock.FileLock(self._folder() / f"{key[:-61]}.lock", mode=0o600, thread_local=False)
@@ -323,9 +327,9 @@ class DjangoStore:
     """
 
     def __init__(self, alias: str = "default", *, single_process: bool = False) -> None:
-        from django.core.cache.backends.dummy import DummyCache  # noqa: PLC0415
-        from django.core.cache.backends.locmem import LocMemCache  # noqa: PLC0415
-        from django.core.exceptions import ImproperlyConfigured  # noqa: PLC0415
+        from django.core.cache.backends.dummy import DummyCache
+        from django.core.cache.backends.locmem import LocMemCache
+        from django.core.exceptions import ImproperlyConfigured
 
         self._alias = alias
         if isinstance(self._cache, (DummyCache, LocMemCache)) and not single_process:
@@ -337,7 +341,7 @@ class DjangoStore:
 
     @property
     def _cache(self) -> Any:
-        from django.core.cache import caches  # noqa: PLC0415
+        from django.core.cache import caches
 
         return caches[self._alias]
 
@@ -357,7 +361,7 @@ class DjangoStore:
     @contextlib.contextmanager
     def lock(self, key: str, lease: float, wait: float, /) -> Iterator[bool]:
         """Hold a lock among all processes that share the cache."""
-        name, mine = f"refresher:1:{key}:lock", secrets.token_hex(8)
+        name, mine = f"refresher:1:{key}:lock", _drawn()
         deadline = time.monotonic() + wait
         while not (got := self._cache.add(name, mine, math.ceil(lease))) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -371,8 +375,8 @@ class DjangoStore:
     @staticmethod
     def close() -> None:
         """Give back what this thread holds of caches and databases."""
-        from django.core.cache import close_caches  # noqa: PLC0415
-        from django.db import connections  # noqa: PLC0415
+        from django.core.cache import close_caches
+        from django.db import connections
 
         close_caches()
         connections.close_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -55,7 +56,9 @@ def subject(token: str) -> str | None:
     return kuid if isinstance(kuid, str) else None
 
 
-def _payload(token: str) -> dict[str, object]:
+@functools.lru_cache(maxsize=16)
+def _payload(token: str) -> Mapping[str, object]:
+    """Read what a JWT says. For one refresh the same two are read several times."""
     try:
         payload = token.split(".")[1]
         values = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))

@@ -110,20 +110,20 @@ def circle_refresh():
     headers = {"Authorization": f"Bearer {API_KEY}", "X-User-Token": old}
     path = "/v1/w3s/users/token/refresh"
     with serving(json.dumps({"data": data}).encode()) as url, requests.Session() as session:
-        ours = functools.partial(
-            refresh_user_token,
-            user_token=old,
-            refresh_token=body["refreshToken"],
-            device_id=body["deviceId"],
-            api_key=API_KEY,
-            base_url=url,
-            cache=None,
+        refresh = functools.partial(
+            refresh_user_token, user_token=old, device_id=body["deviceId"], api_key=API_KEY, base_url=url
         )
+        ours = functools.partial(refresh, refresh_token=body["refreshToken"], cache=None)
+        cache, tokens = TokenCache(), (f"{number:064}" for number in itertools.count())
+
+        def into_a_cache():
+            return refresh(refresh_token=next(tokens), cache=cache)
 
         def post():
             return session.post(url + path, json=body, headers=headers).json()
 
         compare("Circle refresh / Session.post().json()", ours, post, number=20, bound=0.8)
+        compare("Circle refresh into a cache / Session.post().json()", into_a_cache, post, number=20)
 
         from circle.web3 import user_controlled_wallets
 
@@ -136,6 +136,7 @@ def circle_refresh():
             return api.refresh_user_token(old, request)
 
         compare("Circle refresh / the official client", ours, official, number=20, bound=0.95)
+        compare("Circle refresh into a cache / the official client", into_a_cache, official, number=20)
 
         connection = http.client.HTTPConnection(url.removeprefix("http://"))
         sent = json.dumps(body).encode()
@@ -160,6 +161,8 @@ def kuzzle_refresh():
         "volatile": None,
     }
     headers = {"Authorization": f"Bearer {old}"}
+    others = iter(["kauth-" + jwt(_id="foo", iat=NOW - 1800, exp=NOW + 1800, no=no) for no in range(1000)])
+    cache = TokenCache()
     with serving(json.dumps(answer).encode(), "Connection: close") as url:
 
         def post():
@@ -167,6 +170,11 @@ def kuzzle_refresh():
 
         ours = functools.partial(refresh_kuzzle_token, url, old, cache=None)
         compare("Kuzzle refresh / requests.post().json()", ours, post, number=20, bound=0.6)
+
+        def into_a_cache():
+            return refresh_kuzzle_token(url, next(others), cache=cache)
+
+        compare("Kuzzle refresh into a cache / requests.post().json()", into_a_cache, post, number=20)
 
 
 def cached():
@@ -313,8 +321,13 @@ def size():
 
 
 def growth():
-    """A cached call as work grows: a chain's length, the sessions in the cache."""
+    """A cached call as work grows: threads, a chain's length, the sessions in the cache."""
     with FakeKuzzle() as kuzzle:
+        call = cached_call(kuzzle, TokenCache())
+        for count in (1, 4, 16, 64):
+            taken = statistics.median(in_threads(call, count, 6400 // count) for _ in range(15))
+            tell_one(f"cached call, {count} threads", taken * 1e6)
+
         cache = TokenCache(ahead=1e9, clock=kuzzle.clock)
         first = token = kuzzle.login("foo", ago=1800)
         for length in range(1, 1001):
