@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
 
 import attrs
+from cachetools import TTLCache
 
 from . import _circle, _kuzzle
 from ._exchange import Patience, get_ready, left
@@ -254,14 +255,13 @@ class _Shelf:
 
 
 # When credentials were first seen, by ``time.monotonic()``.
-_seen = MemoryStore()
+_seen: TTLCache[str, float] = TTLCache(65536, ttl=120)
 
 
 def _see(key: str) -> float:
     """Tell when a credential was first seen: now, if it is new."""
-    first = _seen.get(key) or str(time.monotonic())
-    _seen.set(key, first, 120)
-    return float(first)
+    with mutex:
+        return _seen.setdefault(key, time.monotonic())
 
 
 def _let_it_age(call: Call[T], last: T | None, now: float) -> None:
