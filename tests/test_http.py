@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import socket
@@ -191,6 +192,54 @@ def test_authority_from_the_environment(tls_server, authority, tmp_path, monkeyp
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     fake.next_answers.append(Answer(200, GOOD))
     assert refresh_kuzzle_token(url, JWT).kuid == "foo"
+
+
+class Tunnel(Proxy):
+    """Opens tunnels."""
+
+    def do_CONNECT(self):
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as inside:
+            self.send_response(200)
+            self.end_headers()
+            self.server.asked.append(self.requestline)
+            back = threading.Thread(target=self.relay, args=(inside, self.connection))
+            back.start()
+            self.relay(self.connection, inside)
+            back.join()
+
+    def relay(self, one, other):
+        with contextlib.suppress(ConnectionError):  # who does not trust the certificate resets
+            while data := one.recv(65536):
+                other.sendall(data)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_WR)
+
+
+def test_tunnel(proxy, tls_server, authority, tmp_path, monkeypatch):
+    """A proxy opens a tunnel, and in it there is TLS as ever."""
+    fake, url = tls_server("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    proxy.RequestHandlerClass = Tunnel
+    for name, value in {"no_proxy": "", "NO_PROXY": "", "https_proxy": proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UnavailableError, match=r"self-signed|local issuer"):
+        refresh_kuzzle_token(url, fake.login(ago=1800), queuable=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    assert refresh_kuzzle_token(url, fake.login(ago=1800)).kuid == "foo"
+    assert len(proxy.asked) == 2
+
+
+def test_deadline_within_tls(tls_server, authority, tmp_path, monkeypatch):
+    """An answer that comes byte by byte through TLS ends in time too."""
+    fake, url = tls_server("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    fake.drip_next(0.05)
+    started = time.monotonic()
+    with pytest.raises(OutcomeUnknownError, match="TimeoutError"):
+        refresh_kuzzle_token(url, fake.login(ago=1800), timeout=0.7, cache=None, queuable=False)
+    assert 0.4 < time.monotonic() - started < 1.5
 
 
 @pytest.mark.parametrize("flaw", ["unknown authority", "another name", "expired"])
