@@ -294,18 +294,18 @@ def parse(reply: Reply, request: Request) -> tuple[UserToken, bool]:
         RefreshError: There is no user token in it.
     """
     data = _data(reply, request)
-    now = reply.date()
     values: dict[str, object] = {
         "refreshToken": request.credential,
         **{name: value for name, value in data.items() if value and isinstance(value, str)},
-        "expiresAt": ((now or reply.sent_at) + _LIFETIME) * 1000,
+        "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
     }
     try:
         token = UserToken.from_dict(values)
     except InvalidArgumentError:
         token = None
     if token is not None:
-        return token, now is not None and token.expires_at.timestamp() < now
+        now = reply.date()
+        return token, now is not None and claims(token.user_token).get("exp", now) < now
     raise failure(ReplyError, request, reply, spent=None, what="answered without a user token")
 
 

@@ -248,7 +248,6 @@ def _post(request: Request, timeout: Timeout) -> Any:
         timeout=timeout,
         preload_content=False,
         decode_content=False,
-        enforce_content_length=True,
     )
 
 

@@ -27,6 +27,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._cache import NoCache
 from refresher._threads import in_thread, within
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
@@ -177,6 +178,17 @@ def test_no_cache(kuzzle, circle, root, monkeypatch):
     with pytest.raises(SignInRequiredError):
         refresh_user_token(**call_with(circle, circle.sign_in()), cache=None)
     assert paths(circle) == ["token", "refresh", "refresh"]
+
+
+@pytest.mark.parametrize("fresh_cache", [TokenCache, lambda: None])
+def test_new_tokens_are_seen(fresh_cache):
+    """A token counts as seen from when it was answered: a second later it is not held."""
+    with FakeKuzzle() as kuzzle:
+        token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=fresh_cache())
+        time.sleep(1)
+        started = time.monotonic()
+        refresh_kuzzle_token(kuzzle.url, token.jwt, cache=fresh_cache())
+        assert time.monotonic() - started < 0.9
 
 
 @pytest.mark.parametrize("cache", ["planted", MemoryStore(), {}])
@@ -766,6 +778,21 @@ def test_on_wait_for_the_exchange(circle):
     assert what[-1] == ("", None)
     assert {text for text, _ in what[:-1]} <= {"Circle is busy or down: try later (429, 5)", "Circle is slow"}
     assert 2 <= len(what) <= 3
+
+
+def test_on_wait_without_a_cache(kuzzle, root):
+    """Without a cache a call tells what it tries again for."""
+    what = []
+    call = refresher._kuzzle.prepare(
+        url=kuzzle.url, jwt=root, expires_in=None, cookie_auth=False, trigger_events=False, strategy=None
+    )
+    credential = refresher._api.kuzzle_credential(call, session=None, queuable=True)
+    kuzzle.fail_next("api.process.overloaded")
+    NoCache().last(credential, 20, on_wait=lambda *told: what.append(told))
+    (busy, left), end = what
+    assert busy == "Kuzzle is busy or down: try later (503, api.process.overloaded)"
+    assert 19 < left < 20
+    assert end == ("", None)
 
 
 def test_on_wait_for_another(kuzzle, root, tmp_path):

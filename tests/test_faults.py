@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -151,6 +153,7 @@ def test_names_that_hang(monkeypatch, cached):
         found.set()
         client, _ = listener.accept()
         with client:
+            client.settimeout(5)
             assert client.recv(1) == b""
 
 
@@ -608,8 +611,14 @@ def test_idle_connections_are_not_used(monkeypatch):
     monkeypatch.setattr(refresher._http.time, "monotonic", lambda: now[0])
     first = refresher._http._own_session()
     assert refresher._http._own_session() is first
+    pool, _ = refresher._http._connections(first, "http://127.0.0.1/")
+    left = weakref.ref(pool)
+    del pool
     now[0] += 5
     assert refresher._http._own_session() is not first
+    del first
+    gc.collect()
+    assert left() is None
 
 
 @pytest.mark.parametrize(
