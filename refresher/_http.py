@@ -1,27 +1,24 @@
-"""One request and its reply: the only place that touches the network."""
+"""One request and its reply, on a connection of our own or of the caller's."""
 
 from __future__ import annotations
 
-import functools
-import io
-import ipaddress
 import os
 import ssl
 import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
 from typing import Any
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
-from urllib3 import HTTPConnectionPool, Retry, Timeout
-from urllib3.connection import HTTPConnection
+from urllib3 import Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
+from ._connections import pool_of
 from ._threads import within
 from ._wire import Reply, Request, __version__, failure
 from .errors import OutcomeUnknownError, UnavailableError
@@ -39,132 +36,6 @@ _NEVER_SENT = (
 )
 # urllib3 may send a POST again after an error on the answer, and nobody would know.
 _ONCE = Retry(0, read=False)
-
-
-class _InTime(io.RawIOBase):
-    """What a socket receives, for as long as its timeout in all: however many pieces it comes in."""
-
-    def __init__(self, sock: Any, received: io.RawIOBase, timeout: float) -> None:
-        self._sock = sock
-        self._received = received
-        self._end = time.monotonic() + timeout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(max(0.001, self._end - time.monotonic()))
-        received: int = self._sock.recv_into(buffer)
-        return received
-
-    def close(self) -> None:
-        self._received.close()
-        super().close()
-
-
-class _Response(HTTPResponse):
-    """A response that has to be there, to its last byte, within the timeout of its socket."""
-
-    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        if (timeout := sock.gettimeout()) is not None:
-            self.fp: Any = io.BufferedReader(_InTime(sock, self.fp.detach(), timeout))
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-@functools.lru_cache
-def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
-    """Make a kind of connection that keeps to its timeouts, whatever the peer does."""
-
-    class InTime(kind):  # type: ignore[misc, valid-type]
-        response_class = _Response
-        _pieces: list[bytes] | None = None
-
-        def connect(self) -> None:
-            # Names are looked up without a timeout, and each address has one of its own, and so has TLS.
-            is_in_time = kind is HTTPConnection and _is_address(self.host)
-            is_late = False
-
-            def connect() -> None:
-                super(InTime, self).connect()
-                if is_late:
-                    self.close()
-
-            try:
-                within(None if is_in_time else self.timeout, connect)
-            except TimeoutError as error:
-                is_late = True
-                raise ConnectTimeoutError(self, "timed out") from error
-
-        def request(self, *arguments: Any, **options: Any) -> None:
-            # Head and body go out as one piece: that's one packet instead of two.
-            pieces = self._pieces = list[bytes]()
-            super().request(*arguments, **options)
-            self._pieces = None
-            self.send(b"".join(pieces))
-
-        def send(self, piece: Any) -> None:
-            if self._pieces is None:
-                super().send(piece)
-            else:
-                self._pieces.append(piece)
-
-    return InTime
-
-
-def _while() -> int:
-    """Count the whiles of a few seconds: what is kept for one is made anew in the next."""
-    return int(time.monotonic() / 5)
-
-
-@functools.lru_cache(maxsize=1)
-def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
-    _connections.cache_clear()
-    session = requests.Session()
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=64))
-    return session
-
-
-def _own_session() -> requests.Session:
-    """
-    Get the session of callers who have none.
-
-    There is a new one every few seconds: a connection that was idle for longer may be dead, and a request on it
-    be lost, where a new one tells that nothing was sent. And there is one for each process: a forked child that
-    used its parent's connections would read its parent's answers.
-    """
-    return _session_of(os.getpid(), _while())
-
-
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-# What proxies and CA bundles are read from.
-_VARIABLES = (*_PROXIES, *map(str.upper, _PROXIES), "REQUEST_METHOD", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-
-
-@functools.lru_cache(maxsize=64)
-def _connections(
-    session: requests.Session,
-    url: str,
-    *environment: str | None,  # noqa: ARG001
-) -> tuple[HTTPConnectionPool, str]:
-    """Find the connections that lead to *url*, and what is asked for on them. It takes as long as a request."""
-    request = requests.Request("POST", url).prepare()
-    settings: Any = session.merge_environment_settings(url, {}, True, None, None)
-    verify, proxies = settings["verify"], settings["proxies"]
-    adapter: Any = session.get_adapter(url)
-    pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies)
-    adapter.cert_verify(pool, url, verify, None)
-    if not issubclass(pool.ConnectionCls.response_class, _Response):
-        pool.ConnectionCls = _in_time(pool.ConnectionCls)
-    return pool, adapter.request_url(request, proxies)
 
 
 def _adapter(session: requests.Session, url: str) -> BaseAdapter:
@@ -235,7 +106,7 @@ def _reply(request: Request, post: Callable[[], Any]) -> Reply:
 
 def _post(request: Request, timeout: Timeout) -> Any:
     """Send on a connection of our own, straight: a session and an adapter take twice as long."""
-    pool, target = _connections(_own_session(), request.url, *map(os.environ.get, _VARIABLES))
+    pool, target = pool_of(request.url)
     cookies = _cookies(request)
     return pool.urlopen(
         "POST",

@@ -28,7 +28,7 @@ from proxy import FaultProxy
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-import refresher._http
+import refresher._connections
 from refresher import (
     FileStore,
     MemoryStore,
@@ -608,14 +608,14 @@ def test_retries_below_are_off(kuzzle, root):
 def test_idle_connections_are_not_used(monkeypatch):
     """A connection that was idle for a few seconds is left behind."""
     now = [1000.0]
-    monkeypatch.setattr(refresher._http.time, "monotonic", lambda: now[0])
-    first = refresher._http._own_session()
-    assert refresher._http._own_session() is first
-    pool, _ = refresher._http._connections(first, "http://127.0.0.1/")
+    monkeypatch.setattr(refresher._connections.time, "monotonic", lambda: now[0])
+    first = refresher._connections._session()
+    assert refresher._connections._session() is first
+    pool, _ = refresher._connections._pool_of(first, "http://127.0.0.1/")
     left = weakref.ref(pool)
     del pool
     now[0] += 5
-    assert refresher._http._own_session() is not first
+    assert refresher._connections._session() is not first
     del first
     gc.collect()
     assert left() is None

@@ -25,6 +25,7 @@ FLOORS = [
     ["tokens"],
     ["_wire", "stores"],
     ["_threads"],
+    ["_connections"],
     ["_http"],
     ["_circle", "_kuzzle"],
     ["_exchange"],

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 
-import refresher._http
+import refresher._connections
 from refresher import (
     KuzzleToken,
     OutcomeUnknownError,
@@ -520,12 +520,12 @@ def test_any_json(fake_kuzzle, fake_circle, status, body):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_own_session_is_made_anew_in_a_child():
     """A forked child does not share its parent's connections."""
-    mine = refresher._http._own_session()
-    assert refresher._http._own_session() is mine
+    mine = refresher._connections._session()
+    assert refresher._connections._session() is mine
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        same = refresher._http._own_session() is mine
+        same = refresher._connections._session() is mine
         os.write(write, b"same" if same else b"another")
         os._exit(0)
     os.waitpid(pid, 0)
