@@ -514,7 +514,7 @@ class TokenCache:
         call = credential.call
         chain, values, text = self._follow(call.key)
         number: int = values.get("number", 0)
-        if not values or values.get("token", values) is None:
+        if values.get("token") is None:
             token, left = credential.held or (None, 0.0)
             lifetime = None if token is None else call.lifetime(token)
         else:
@@ -664,6 +664,7 @@ class TokenCache:
         """Forget a chain by its key."""
         with mutex:
             _flights.pop((id(self), chain), None)
+        self._answers.clear()
         values, _ = self._shelf.read(chain)
         # Not just removed: what other processes remember of the chain, and what is under way, must not count.
         self._shelf.write(chain, {"number": values.get("number", 0) + 1, "token": None}, _SPENT)

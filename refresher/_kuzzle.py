@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import ClassVar
 from urllib.parse import quote
@@ -145,7 +146,11 @@ class Call:
     provider: ClassVar[str] = "kuzzle"
     kind: ClassVar[str] = ""
     idempotency_key: ClassVar[None] = None
-    read = staticmethod(KuzzleToken.from_dict)
+
+    @staticmethod
+    def read(values: Mapping[str, object]) -> KuzzleToken:
+        """Read a token's JSON, its jwt too."""
+        return KuzzleToken.from_dict({**values, "jwt": check.token("jwt", values.get("jwt"))})
 
     @key.default
     def _own_key(self) -> str:

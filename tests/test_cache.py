@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -586,6 +588,18 @@ def test_forget(kuzzle, cache, clock, root):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     clock.advance(1)
     assert refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt != token.jwt
+
+
+@pytest.mark.parametrize("how", ["forget", "clear"])
+def test_forgotten_tokens_are_gone(kuzzle, cache, root, how):
+    """A cache holds no token that it has forgotten."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    left = weakref.ref(refresh_kuzzle_token(kuzzle.url, root, cache=cache))
+    assert left() is not None
+    cache.forget(kuzzle.url, root) if how == "forget" else cache.clear()
+    gc.collect()
+    assert left() is None
 
 
 def test_forget_circle(circle, cache):

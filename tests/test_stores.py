@@ -151,6 +151,11 @@ def test_lock(store):
         ),
         pytest.param('{"see": "../../../../etc/passwd"}', id="a way out"),
         pytest.param('{"see": ["planted"]}', id="a pointer that is none"),
+        pytest.param(
+            '{"number": 1, "asked": {"at": 1e99, "steady": 0, "boot": ""},'
+            ' "token": {"_id": "foo", "expiresAt": -1, "ttl": -1}}',
+            id="a token without its jwt",
+        ),
         pytest.param('{"see": "' + "f" * 64 + '"}', id="a pointer into the void"),
     ],
 )
