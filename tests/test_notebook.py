@@ -8,6 +8,13 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+# A kernel is interrupted as it ends, and what it has measured may be lost.
+SAVE_COVERAGE = """\
+import coverage
+if (measured := coverage.Coverage.current()) is not None:
+    measured.save()
+"""
+
 
 @pytest.fixture
 def environment(kuzzle, circle, monkeypatch, tmp_path):
@@ -32,6 +39,7 @@ def environment(kuzzle, circle, monkeypatch, tmp_path):
 def notebook(kuzzle, circle, environment, tmp_path):
     """The notebook, executed: not here, where the kernel would import the source and not what is installed."""
     notebook = nbformat.read(Path(__file__).with_name("notebook.ipynb"), 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(SAVE_COVERAGE))
     kuzzle.next_answers.append(kuzzle.truly)
     kuzzle.delay_next(2.2)
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
@@ -41,7 +49,7 @@ def notebook(kuzzle, circle, environment, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebook(notebook, kuzzle, circle, environment):
     """Results are tables, errors are told, a wait says what for, and no secret is saved."""
-    _, kuzzle_table, printed, circle_table, slow, refused, wrong = (
+    _, kuzzle_table, printed, circle_table, slow, refused, wrong, _ = (
         cell.get("outputs") for cell in notebook.cells
     )
 
