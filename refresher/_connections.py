@@ -106,7 +106,7 @@ def _session_of(process: int, while_: int) -> requests.Session:  # noqa: ARG001
     return session
 
 
-def _session() -> requests.Session:
+def own_session() -> requests.Session:
     """
     Get the session that lends its connections to callers who have none.
 
@@ -135,11 +135,13 @@ def _pool_of(
     adapter: Any = session.get_adapter(url)
     pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies)
     adapter.cert_verify(pool, url, verify, None)
-    if not issubclass(pool.ConnectionCls.response_class, _Response):
-        pool.ConnectionCls = _in_time(pool.ConnectionCls)
+    kind = pool.ConnectionCls
+    # What stands in for it in tests is left as it is.
+    if issubclass(kind, HTTPConnection) and not issubclass(kind.response_class, _Response):
+        pool.ConnectionCls = _in_time(kind)
     return pool, adapter.request_url(request, proxies)
 
 
 def pool_of(url: str) -> tuple[HTTPConnectionPool, str]:
     """Find the connections that lead to *url*, and what is asked for on them."""
-    return _pool_of(_session(), url, *map(os.environ.get, _VARIABLES))
+    return _pool_of(own_session(), url, *map(os.environ.get, _VARIABLES))

@@ -609,13 +609,13 @@ def test_idle_connections_are_not_used(monkeypatch):
     """A connection that was idle for a few seconds is left behind."""
     now = [1000.0]
     monkeypatch.setattr(refresher._connections.time, "monotonic", lambda: now[0])
-    first = refresher._connections._session()
-    assert refresher._connections._session() is first
+    first = refresher._connections.own_session()
+    assert refresher._connections.own_session() is first
     pool, _ = refresher._connections._pool_of(first, "http://127.0.0.1/")
     left = weakref.ref(pool)
     del pool
     now[0] += 5
-    assert refresher._connections._session() is not first
+    assert refresher._connections.own_session() is not first
     del first
     gc.collect()
     assert left() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import os
 import socket
 import ssl
@@ -21,6 +22,7 @@ import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPResponse
 
 import refresher._connections
 from refresher import (
@@ -57,6 +59,47 @@ def test_redirects_are_not_followed(kuzzle, strangers_server, status):
     assert (caught.value.status, caught.value.spent) == (status, False)
     assert "planted" not in str(caught.value)
     assert strangers_server.requests == []
+
+
+class StandIn(HTTPAdapter):
+    """Answers in place of Kuzzle."""
+
+    def send(self, request, *args, **options):
+        answer = requests.Response()
+        answer.status_code = 429
+        answer.raw = HTTPResponse(io.BytesIO(b""), status=429, preload_content=False)
+        return answer
+
+
+@pytest.mark.parametrize("what", ["send", "get_adapter"])
+def test_stand_ins_for_requests(kuzzle, monkeypatch, what):
+    """What stands in for requests in a test, as `responses` and `requests-mock` do, gets our requests."""
+    if what == "send":
+        monkeypatch.setattr(HTTPAdapter, "send", lambda adapter, request, **_: StandIn().send(request))
+    else:
+        monkeypatch.setattr(requests.Session, "get_adapter", lambda session, url: StandIn())
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, JWT, queuable=False)
+    assert kuzzle.requests == []
+
+
+def test_stand_ins_for_connections(kuzzle, monkeypatch):
+    """So does what stands in for urllib3's connections, as `vcrpy` does."""
+    real = HTTPConnectionPool.ConnectionCls
+    made = []
+
+    class Recorder:
+        def __init__(self, *args, **options):
+            made.append(self)
+            self.real = real(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    refresher._connections._session_of.cache_clear()
+    monkeypatch.setattr(HTTPConnectionPool, "ConnectionCls", Recorder)
+    assert refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800)).kuid == "foo"
+    assert made
 
 
 def test_netrc_does_not_replace_the_token(kuzzle, tmp_path):
@@ -520,12 +563,12 @@ def test_any_json(fake_kuzzle, fake_circle, status, body):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_own_session_is_made_anew_in_a_child():
     """A forked child does not share its parent's connections."""
-    mine = refresher._connections._session()
-    assert refresher._connections._session() is mine
+    mine = refresher._connections.own_session()
+    assert refresher._connections.own_session() is mine
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        same = refresher._connections._session() is mine
+        same = refresher._connections.own_session() is mine
         os.write(write, b"same" if same else b"another")
         os._exit(0)
     os.waitpid(pid, 0)
