@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import attrs
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import requests
 
 Seconds = float | timedelta | None
+_Cache = TypeVar("_Cache")
 
 # How many requests one refresh at Circle may take: a stale exchange, a new key, answers that came too late.
 _MOST_STEPS = 5
@@ -116,7 +117,7 @@ def refresh_kuzzle_token(
     )
     credential = kuzzle_credential(call, session=session, queuable=check.flag("queuable", queuable))
     seconds = check.seconds("timeout", timeout)
-    shared = NoCache() if cache is None else cache_of(check, cache)
+    shared = cache_of(check, cache, NoCache())
     token = shared.last(credential, seconds, arguments=None if jar else arguments)
     if jar is None:
         return token
@@ -264,7 +265,7 @@ def refresh_user_token(
         idempotency_key=idempotency_key,
         request_id=request_id,
     )
-    shared = NoCache() if cache is None else cache_of(check, cache)
+    shared = cache_of(check, cache, NoCache())
     credential = circle_credential(call, cache=shared, session=session, retry=check.flag("retry", retry))
     return shared.last(credential, check.seconds("timeout", timeout), arguments=arguments)
 
@@ -336,8 +337,10 @@ def api_key_or_default(api_key: str | None) -> str | None:
     return os.environ.get("CIRCLE_WEB3_API_KEY") if api_key is None else api_key
 
 
-def cache_of(check: Checks, cache: object) -> TokenCache:
-    """Take the caller's cache."""
+def cache_of(check: Checks, cache: object, otherwise: _Cache) -> TokenCache | _Cache:
+    """Take the caller's cache, or what stands in for None."""
+    if cache is None:
+        return otherwise
     if not isinstance(cache, TokenCache):
         check.fail("cache", "must be a TokenCache or None")
     return cache

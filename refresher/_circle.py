@@ -80,10 +80,7 @@ class Call:
 
     @key.default
     def _own_key(self) -> str:
-        return self._key(self.who, self.refresh_token)
-
-    def _key(self, who: str, refresh_token: str) -> str:
-        return key_of("circle", self.base_url, who, refresh_token, self.device_id)
+        return _key(self.base_url, self.who, self.refresh_token, self.device_id)
 
     def following(self, last: UserToken) -> Call:
         """Say the same of a pair that has come of this call."""
@@ -106,7 +103,7 @@ class Call:
     def keys(self, token: UserToken) -> list[str]:
         """List the keys of a pair that has come of this call: with its user token, and with the user id."""
         given = [token.user_token] if self.user_id is None else [token.user_token, self.user_id]
-        return [self._key(who, token.refresh_token) for who in given]
+        return [_key(self.base_url, who, token.refresh_token, self.device_id) for who in given]
 
     def lifetime(self, token: UserToken) -> float:
         """Tell how many seconds a user token lives from its birth."""
@@ -173,10 +170,13 @@ def prepare(
     )
 
 
+def _key(base_url: str, who: str, refresh_token: str, device_id: str) -> str:
+    return key_of("circle", base_url, who, refresh_token, device_id)
+
+
 def key(base_url: object, who: object, refresh_token: object, device_id: object) -> str:
     """Make the key of a credential. *who* is the user token or the user id."""
-    return key_of(
-        "circle",
+    return _key(
         check.url("base_url", base_url, https=True),
         check.text("user_token or user_id", who, longest=100_000),
         check.token("refresh_token", refresh_token),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import ipaddress
 import os
 import time
 from http.client import HTTPResponse
@@ -16,6 +15,7 @@ from urllib3 import HTTPConnectionPool
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import ConnectTimeoutError
 
+from ._checks import address_of
 from ._threads import within
 
 
@@ -49,14 +49,6 @@ class _Response(HTTPResponse):
             self.fp: Any = io.BufferedReader(_Received(sock, self.fp.detach(), timeout))
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
 @functools.lru_cache
 def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     """Make a kind of connection that keeps to its timeouts, whatever the peer does."""
@@ -67,7 +59,7 @@ def _in_time(kind: type[HTTPConnection]) -> type[HTTPConnection]:
 
         def connect(self) -> None:
             # Names are looked up without a timeout, and each address has one of its own, and so has TLS.
-            is_in_time = kind is HTTPConnection and _is_address(self.host)
+            is_in_time = kind is HTTPConnection and address_of(self.host) is not None
             is_late = False
 
             def connect() -> None:

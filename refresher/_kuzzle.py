@@ -128,9 +128,13 @@ def _expires_in(value: object, *, cookie_auth: bool) -> str:
     return value
 
 
+def _key(url: str, jwt: str) -> str:
+    return key_of("kuzzle", url, jwt)
+
+
 def key(url: object, jwt: object) -> str:
     """Make the key of a credential."""
-    return key_of("kuzzle", check.url("url", url, https=False), check.token("jwt", jwt))
+    return _key(check.url("url", url, https=False), check.token("jwt", jwt))
 
 
 @attrs.frozen(kw_only=True)
@@ -154,11 +158,11 @@ class Call:
 
     @key.default
     def _own_key(self) -> str:
-        return key_of("kuzzle", self.url, self.jwt)
+        return _key(self.url, self.jwt)
 
     def keys(self, token: KuzzleToken) -> list[str]:
         """List the keys of a token that has come of this call."""
-        return [key_of("kuzzle", self.url, token.jwt or "")]
+        return [_key(self.url, token.jwt or "")]
 
     def following(self, last: KuzzleToken) -> Call:
         """Say the same of a token that has come of this call."""

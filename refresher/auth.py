@@ -73,7 +73,7 @@ class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
         self._origin = _origin(url)
         self._call: _Call | None = call
         self._timeout = check.seconds("timeout", timeout)
-        self._cache = TokenCache() if cache is None else cache_of(check, cache)
+        self._cache = cache_of(check, cache, TokenCache())
         self._session = check.session("session", session)
         if on_refresh is not None and not callable(on_refresh):
             check.fail("on_refresh", "must be a function, or None")
