@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import stat
 import threading
 import time
@@ -24,12 +25,16 @@ from weakref import WeakValueDictionary
 
 from cachetools import TLRUCache
 
+from .errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     import redis
 
 _LARGEST_FILE = 1024 * 1024
 # How long a file that is written aside may be there before it counts as left by a crash, in seconds.
 _ABANDONED = 3600.0
+# The names of files that expire. No other file is ours to remove.
+_OURS = re.compile(r"refresher-[\w-]+\.(entry|[0-9a-f]{16}\.(?P<aside>tmp))", re.ASCII)
 
 # Guards what the threads of this process share. It is held to look at a dictionary, never during I/O.
 mutex = threading.Lock()
@@ -144,14 +149,16 @@ class FileStore:
     """
     Entries in files of one folder, for programs on one machine: what one run has refreshed, the next finds.
 
-    The folder is made with mode 0700, files have mode 0600 from their first byte. A file is written aside,
-    synced and renamed, so that a crash leaves the old entry or the new one. Expired files are removed on
-    the next write. Needs ``refresher[file]``.
+    Everything is in a subfolder, ``refresher``, which is made with mode 0700; files have mode 0600 from their
+    first byte. A file is written aside, synced and renamed, so that a crash leaves the old entry or the new
+    one. Expired entries are removed on the next write. Files that a FileStore did not name are never touched.
+    Needs ``refresher[file]``.
 
     Args:
         path: The folder. ``~`` is the home of the user.
 
     Raises:
+        InvalidArgumentError: *path* is empty.
         ModuleNotFoundError: ``filelock`` is not installed.
     """
 
@@ -159,11 +166,16 @@ class FileStore:
         # Found out now, not when a token has to be saved. It takes a while to import.
         if importlib.util.find_spec("filelock") is None:
             raise ModuleNotFoundError("FileStore needs filelock: pip install 'refresher[file]'")
+        if not os.fspath(path):
+            raise InvalidArgumentError("path must not be empty")
         self._given = Path(path)
 
     @functools.cached_property
     def _path(self) -> Path:
-        return self._given.expanduser()
+        return self._given.expanduser() / "refresher"
+
+    def _file(self, key: str) -> Path:
+        return self._path / f"refresher-{key}.entry"
 
     def _folder(self) -> Path:
         folder = self._path
@@ -176,7 +188,7 @@ class FileStore:
     def get(self, key: str, /) -> bytes | None:
         """Read an entry."""
         try:
-            handle = os.open(f"{self._path}/{key}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = os.open(self._file(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
@@ -198,9 +210,13 @@ class FileStore:
         folder = self._folder()
         for entry in folder.iterdir():
             # One that is gone by now was swept away, or renamed.
-            if not os.access(entry, os.R_OK | os.W_OK) and os.path.lexists(entry):
+            if (
+                _OURS.fullmatch(entry.name)
+                and not os.access(entry, os.R_OK | os.W_OK)
+                and os.path.lexists(entry)
+            ):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._path))
-        probe = folder / f".probe.{_drawn()}"
+        probe = folder / f"refresher-probe.{_drawn()}.tmp"
         try:
             probe.write_bytes(bytes(65536))
         finally:
@@ -209,7 +225,7 @@ class FileStore:
     def set(self, key: str, value: str, seconds: int, /) -> None:
         """Write an entry."""
         folder = self._folder()
-        aside = folder / f".{key}.{_drawn()}"
+        aside = folder / f"refresher-{key}.{_drawn()}.tmp"
         handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -219,7 +235,7 @@ class FileStore:
                 expires = time.time() + seconds
                 os.utime(handle, (expires, expires))
                 os.fsync(handle)
-            aside.replace(folder / key)
+            aside.replace(self._file(key))
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -228,7 +244,7 @@ class FileStore:
 
     def delete(self, key: str, /) -> None:
         """Remove an entry."""
-        (self._path / key).unlink(missing_ok=True)
+        self._file(key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, key: str, lease: float, wait: float, /) -> Iterator[bool]:  # noqa: ARG002
@@ -236,7 +252,7 @@ class FileStore:
         import filelock
 
         # A lock file cannot be removed safely. So there are 4096 of a kind at most, and keys rarely share one.
-        lock = filelock.FileLock(self._folder() / f"{key[:-61]}.lock", mode=0o600, thread_local=False)
+        lock = filelock.FileLock(self._folder() / f"refresher-{key[:-61]}.lock", mode=0o600, thread_local=False)
         try:
             lock.acquire(timeout=wait)
         except filelock.Timeout:
@@ -260,11 +276,11 @@ class FileStore:
         """Remove what has expired, and what a crash has left half written."""
         now = time.time()
         for entry in os.scandir(folder):
-            if entry.name.endswith(".lock"):
+            if not (named := _OURS.fullmatch(entry.name)):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process sweeps too
                 status = entry.stat(follow_symlinks=False)
-                patience = _ABANDONED if entry.name.startswith(".") else 0
+                patience = _ABANDONED if named["aside"] else 0
                 if stat.S_ISREG(status.st_mode) and status.st_mtime + patience < now:
                     Path(entry).unlink()
 

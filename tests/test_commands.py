@@ -169,7 +169,7 @@ def test_default_store(kuzzle, jwt, run, monkeypatch, tmp_path, platform, enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(home=tmp_path))
     assert run("kuzzle", kuzzle.url)[0] == 0
-    assert list((tmp_path / folder).glob("?" * 64))
+    assert list((tmp_path / folder / "refresher").glob("refresher-*.entry"))
 
 
 def test_store(kuzzle, jwt, run, tmp_path):
@@ -186,7 +186,7 @@ def spoil_folder(folder):
 
 def spoil_entry(folder):
     FileStore(folder).set("key", "value", 60)
-    (folder / "broken").symlink_to(folder / "nowhere")
+    (folder / "refresher" / "refresher-broken.entry").symlink_to(folder / "nowhere")
 
 
 @pytest.mark.parametrize("spoil", [spoil_folder, spoil_entry])
@@ -213,7 +213,7 @@ def test_full_disk(kuzzle, jwt, run, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
     assert run("kuzzle", kuzzle.url)[0] == 2
     assert kuzzle.requests == []
-    assert list((tmp_path / STATE).iterdir()) == []
+    assert [path.name for path in (tmp_path / STATE).rglob("*")] == ["refresher"]
 
 
 def test_without_filelock(kuzzle, jwt, run, monkeypatch):
@@ -393,7 +393,7 @@ def test_killed_before_it_is_sent(kuzzle, jwt, run):
     """Nor is one that is killed before it has sent anything, while it holds the lock."""
     kuzzle.stop()
     process = start("kuzzle", kuzzle.url)
-    while not list((Path.home() / STATE).glob("*.lock")):
+    while not list((Path.home() / STATE).rglob("*.lock")):
         time.sleep(0.01)
     process.kill()
     finish(process)

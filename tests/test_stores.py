@@ -24,6 +24,7 @@ import refresher.tokens
 from refresher import (
     DjangoStore,
     FileStore,
+    InvalidArgumentError,
     MemoryStore,
     RedisStore,
     SignInRequiredError,
@@ -243,8 +244,8 @@ def test_modes(folder, umask):
             assert got
     finally:
         os.umask(before)
-    assert mode(folder) == 0o700
-    assert {mode(path) for path in folder.iterdir()} == {0o600}
+    assert mode(folder / "refresher") == 0o700
+    assert {mode(path) for path in (folder / "refresher").iterdir()} == {0o600}
     assert store.get(KEY) == b"value"
 
 
@@ -270,7 +271,8 @@ def test_files_expire(folder, monkeypatch):
     """An expired file is a miss, and the next write removes it; so it does with what a crash left, in time."""
     store = FileStore(folder)
     store.set("old", "value", 60)
-    left = folder / ".left.0123"
+    own = folder / "refresher"
+    left = own / f"refresher-{KEY}.{'0' * 16}.tmp"
     left.write_text("half")
     store.set("new", "value", 3600)
     assert left.exists()
@@ -278,9 +280,68 @@ def test_files_expire(folder, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now + 61)
     assert store.get("old") is None
     os.utime(left, (now - 3600, now - 3600))
-    (folder / "sub").mkdir()
+    (own / "sub").mkdir()
     store.set("newer", "value", 3600)
-    assert sorted(path.name for path in folder.iterdir()) == ["new", "newer", "sub"]
+    assert sorted(path.name for path in own.iterdir()) == [
+        "refresher-new.entry",
+        "refresher-newer.entry",
+        "sub",
+    ]
+
+
+def plant(folder):
+    """Put files of other programs into a folder, all of them old, some with names like ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [
+        *(
+            "notes.txt",
+            ".profile",
+            "refresher",
+            "refresher.lock",
+            "refresher-.entry",
+            "x.entry",
+            "refresher-a.tmp",
+        ),
+        *(KEY, f"{KEY}.entry", f".{KEY}.0123456789abcdef", "refresher-a b.entry", "refresher-key.entry.bak"),
+    ]
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).write_text("theirs")
+    (folder / "their-folder").mkdir()
+    (folder / "their-folder" / "file").write_text("theirs")
+    (folder / "link").symlink_to("notes.txt")
+    os.mkfifo(folder / "fifo")
+    for path in folder.rglob("*"):
+        if path.name not in ("refresher", "their-folder"):
+            os.utime(path, (1, 1), follow_symlinks=False)
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def test_foreign_files_stay(folder, fake_kuzzle, root):
+    """What a FileStore did not name stays, in and around its folder, whatever is done with it."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    theirs = {path: plant(path) for path in (folder, folder / "refresher")}
+    store.set(KEY, "other", 60)
+    store.check()
+    cache = TokenCache(store)
+    refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(fake_kuzzle.url, "kauth-unknown", cache=cache)
+    store.delete("another")
+    for place, before in theirs.items():
+        after = {path.relative_to(place) for path in place.rglob("*")}
+        assert before <= after
+        for path in before:
+            if (place / path).is_file() and not (place / path).match("refresher/refresher-*"):
+                assert (place / path).read_text() in ("theirs", "other"), path
+
+
+@pytest.mark.parametrize("path", ["", b""])
+def test_no_folder_is_not_the_current_one(path):
+    """An empty path is a mistake, and not the current folder."""
+    with pytest.raises(InvalidArgumentError, match="path must not be empty"):
+        FileStore(path)
 
 
 def test_sweeping_together(folder, monkeypatch):
@@ -292,7 +353,7 @@ def test_sweeping_together(folder, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
     store.set("new", "value", 60)
-    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in (folder / "refresher").iterdir()] == ["refresher-new.entry"]
 
 
 def test_links_are_not_followed(folder, tmp_path):
@@ -300,7 +361,7 @@ def test_links_are_not_followed(folder, tmp_path):
     store = FileStore(folder)
     store.set("other", "value", 60)
     (tmp_path / "secret").write_text("planted")
-    (folder / KEY).symlink_to(tmp_path / "secret")
+    (folder / "refresher" / f"refresher-{KEY}.entry").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match="symbolic links"):
         store.get(KEY)
 
@@ -334,7 +395,9 @@ def test_killed_while_writing(folder):
         [sys.executable, "-P", "-c", KILLER, folder], check=True, capture_output=True, text=True
     ).stdout
     assert int(out) > 100, "too few writes came to anything"
-    assert any(path.name.startswith(".") for path in folder.iterdir()), "nobody was killed in mid-write"
+    assert any(path.suffix == ".tmp" for path in (folder / "refresher").iterdir()), (
+        "nobody was killed in mid-write"
+    )
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit of file sizes here")
@@ -352,7 +415,7 @@ def test_full_disk(folder, fake_kuzzle, root, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert "FileStore is down (OSError)" in caplog.text
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert list(folder.rglob("*.tmp")) == []
     assert len(fake_kuzzle.requests) == 1
 
 
@@ -370,7 +433,7 @@ def test_home(monkeypatch, tmp_path):
     """A tilde is the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     FileStore("~/shelf").set(KEY, "value", 60)
-    assert (tmp_path / "shelf" / KEY).read_text() == "value"
+    assert (tmp_path / "shelf" / "refresher" / f"refresher-{KEY}.entry").read_text() == "value"
 
 
 # Redis
