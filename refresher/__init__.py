@@ -1,14 +1,65 @@
 """
-Refresh Kuzzle and Circle session tokens, and lose no session over it.
+Keep Kuzzle and Circle sessions alive: always a valid token, refreshed once for everyone.
+
+`refresh_kuzzle_token` trades a Kuzzle token for a new one, `refresh_user_token` a Circle refresh token for a new user
+token. Pass the token that the sign-in gave you, or any later one, as often as you like: the first call sends a request,
+and later calls do when the newest token is about to expire. `KuzzleAuth` and `CircleAuth` put the newest token on the
+requests that you send with `requests`.
 
 Example:
     >>> import refresher
-    >>> from refresher.testing import FakeKuzzle  # a Kuzzle of our own, on the loopback
+    >>> from refresher.testing import FakeKuzzle  # a Kuzzle on this machine, to try things on
     >>> with FakeKuzzle() as kuzzle:
     ...     old = kuzzle.login("foo", ago=1800)
     ...     new = refresher.refresh_kuzzle_token(kuzzle.url, old, expires_in="2h")
-    >>> new.kuid, new.jwt == old
-    ('foo', False)
+    >>> print(new.kuid, new.ttl, new.jwt == old)
+    foo 2:00:00 False
+
+More: ``help(refresher.errors)`` says what to do when something goes wrong, ``help(refresher.stores)`` how processes and
+machines share tokens, ``help(refresher.testing)`` how to test your own code.
+
+Words:
+    A refresh *spends* a token and yields its *successor*. A *chain* is all that one sign-in leads to: a token, its
+    successor, the successor's successor and so on. Calls with any token of a chain get the newest one.
+
+Coming from the JavaScript SDKs:
+    ``kuzzle.auth.refreshToken(options)`` is ``refresh_kuzzle_token(url, jwt, ...)``.
+
+    ===================================  ===============================================================================
+    ``expiresIn``                        ``expires_in``: the same strings, or a timedelta. A bare number is refused: it
+                                         could be seconds or milliseconds. So is a lifetime that would end the session,
+                                         such as ``"-2h"``. ``"-1"`` means for ever.
+    ``queuable``, true                   ``queuable=True``: there is no connection to queue for, so a call waits until
+                                         Kuzzle can be reached, and asks again if the response was lost.
+    ``timeout``, -1                      ``timeout=30.0``: seconds for the whole call, not milliseconds. None, -1:
+                                         no limit. When the SDK's timeout ends, the new token is lost. Here the refresh
+                                         goes on, and the next call gets its result.
+    ``triggerEvents``, false             ``trigger_events=False``
+    ``strategy``                         ``strategy=None``
+    ``cookieAuth`` of the protocol       ``cookie_auth=False``: not only in browsers, but with the cookie jar of any
+                                         ``requests.Session``.
+    ``_id``, ``jwt``                     ``kuid``, ``jwt``. ``to_dict()`` has the SDK's names and units.
+    ``expiresAt``, ``ttl``               ``expires_at``, ``ttl``: a datetime and a timedelta. ``expires_at`` is when the
+                                         token really expires, up to two seconds before ``expiresAt``.
+    ``kuzzle.jwt``                       ``KuzzleAuth.jwt``, which is refreshed before it expires.
+    two calls at once                    one request.
+    a call in the second of the sign-in  waits until that second is over. The SDK gets the old token back, which then
+                                         expires.
+    ===================================  ===============================================================================
+
+    ``client.refreshUserToken(input)`` of Circle is ``refresh_user_token(...)``.
+
+    ===================================  ===============================================================================
+    ``userToken``, ``userId``            ``user_token`` or ``user_id``: exactly one. In the SDK one wins silently.
+    ``deviceId``, ``refreshToken``       ``device_id``, ``refresh_token``
+    ``idempotencyKey``, a new UUID       ``idempotency_key=None``: derived from the tokens and the device, so that the
+                                         same call gets a lost response back, also from another process.
+    ``xRequestId``                       ``request_id=None``
+    no timeout                           ``timeout=30.0``: as above.
+    one attempt                          ``retry=True``: with the same key, sending it again is safe.
+    ``userToken``, ``encryptionKey``,    ``user_token``, ``encryption_key``, ``user_id``, ``refresh_token`` and
+    ``userID``, ``refreshToken``         ``expires_at``. ``refresh_token`` is always the one to use next.
+    ===================================  ===============================================================================
 """
 
 from __future__ import annotations
@@ -16,9 +67,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 from ._api import refresh_kuzzle_token, refresh_user_token
 from ._cache import SHARED_CACHE, TokenCache
-from ._wire import __version__
 from .errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -28,15 +80,17 @@ from .errors import (
     SignInRequiredError,
     UnavailableError,
 )
-from .stores import DjangoStore, FileStore, MemoryStore, RedisStore, Store
+from .stores import MemoryStore, Store
 from .tokens import KuzzleToken, UserToken
 
 if TYPE_CHECKING:
     from .auth import CircleAuth, KuzzleAuth
+    from .stores import DjangoStore, EncryptedStore, FileStore, RedisStore
 
 __all__ = [
     "CircleAuth",
     "DjangoStore",
+    "EncryptedStore",
     "FileStore",
     "InvalidArgumentError",
     "KuzzleAuth",
@@ -59,11 +113,18 @@ __all__ = [
 ]
 
 
+# What takes long to import is imported when it is asked for.
+_LATER = {
+    **dict.fromkeys(("CircleAuth", "KuzzleAuth"), "auth"),
+    **dict.fromkeys(("DjangoStore", "EncryptedStore", "FileStore", "RedisStore"), "stores"),
+}
+
+
 def __getattr__(name: str) -> object:
-    # This needs requests at once, which takes longer to import than all the rest.
-    if name in ("auth", "CircleAuth", "KuzzleAuth"):
-        auth = importlib.import_module(".auth", __name__)
-        return auth if name == "auth" else getattr(auth, name)
+    if name == "auth":
+        return importlib.import_module(".auth", __name__)
+    if name in _LATER:
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
-from . import _circle, _kuzzle
-from ._cache import SHARED_CACHE, Credential, NoCache, TokenCache
-from ._checks import Checks
-from ._exchange import Patience, exchange, left
-from ._wire import new_id
-from .errors import RequestRefusedError, SignInRequiredError
+from ._cache import SHARED_CACHE, TokenCache, current
+from ._checks import Checks, Seconds
+from ._ledger import Call
+from ._text import Secret, hide, hide_all
+from .services import circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
 if TYPE_CHECKING:
     import requests
 
-Seconds = float | timedelta | None
-_Cache = TypeVar("_Cache")
 
-# How many requests one refresh at Circle may take: a stale exchange, a new key, answers that came too late.
-_MOST_STEPS = 5
+# The same call is often made again. Types count: 1 is not True. Keywords would take a third longer.
+@functools.lru_cache(maxsize=4096, typed=True)
+def _call(service: Any, retry_name: str, retry: Any, timeout: Any, *arguments: Any) -> Call[Any]:
+    check: Checks = service.check
+    credential = service.credential(*arguments)
+    return Call(credential=credential, retry=check.flag(retry_name, retry), timeout=check.seconds("timeout", timeout))
+
+
+def _answer(cache: TokenCache | None, session: object, service: Any, *arguments: Any) -> Any:
+    """Check the arguments of a call, unless they were the same before, and return its answer."""
+    try:
+        call = _call(service, *arguments)
+    except TypeError:  # one of them can't be hashed, so it's wrong
+        call = None
+    if call is None:
+        call = _call.__wrapped__(service, *arguments)
+    service.check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
+    if session is not None:
+        call = attrs.evolve(call, session=service.check.session("session", session))
+    return current(call, cache)
 
 
 def refresh_kuzzle_token(
@@ -41,45 +56,43 @@ def refresh_kuzzle_token(
     session: requests.Session | None = None,
 ) -> KuzzleToken:
     """
-    Trade a Kuzzle token for a new one.
+    Trade a Kuzzle token for a new one, or get the new one that the cache knows.
 
-    This spends *jwt*: Kuzzle lets it live for one more second, and refuses to refresh it again.
+    A refresh spends *jwt*: Kuzzle accepts it for one more second, and never refreshes it again.
 
     Args:
         url: Where Kuzzle answers, with the path prefix if there is one: ``"http://localhost:7512"``.
-        jwt: The token to trade, with its prefix ``kauth-``. It has to be valid still, and neither an API key
-            nor infinite. In cookie mode it may be left out: then it's the ``authToken`` cookie of *session*.
-        expires_in: How long the new token lives, at least one second: a string as npm's ``ms`` reads it
-            (``"2h"``, ``"1.5 days"``, ``"500000ms"``), or a timedelta. ``"-1"`` means for ever, and that the
-            new token cannot be refreshed. None: as long as the server says, whatever the old one had.
-        cookie_auth: Cookie mode: the new token goes into the cookie jar of *session* and is None in the result.
-        trigger_events: Sent as the JavaScript SDK does; Kuzzle 2 triggers its events either way.
+        jwt: The token of a sign-in, or any successor of it, with its prefix ``kauth-``. If no successor is known, it
+            has to be valid, and neither an API key nor infinite. In cookie mode you may leave it out: then it is the
+            ``authToken`` cookie of *session*.
+        expires_in: How long the new token is valid, at least one second: a string as npm's ``ms`` reads it (``"2h"``,
+            ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token that was asked to be valid for less is
+            refreshed. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides.
+        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, and is None in the result.
+        trigger_events: Sent as the JavaScript SDK does. Kuzzle 2 triggers its events in any case.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
-        queuable: Whether to wait out Kuzzle's downtime, overload, rate limit and lost answers, as long as
-            *timeout* allows. If not, there is one attempt.
-        timeout: Seconds, or a timedelta; None or -1: as long as it takes. When it's over, the exchange goes
-            on (for a minute, if that's longer), and the next call finds its result in the cache.
-        cache: Remembers who succeeded whom. A call with a spent *jwt* gets its last successor, and without a
-            request while that is fresh, whatever *expires_in* says. None: each call refreshes its *jwt*, in its
-            own thread, and an exchange that takes longer than *timeout*, or is interrupted, is given up.
-        session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed but
-            for the ``authToken`` cookie in cookie mode.
+        queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
+            allows. If False, there is one attempt.
+        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
+            was sent goes on for up to a minute, and the next call finds its result in the cache.
+        cache: Remembers the newest token of each chain. If it is not about to expire, it is returned without a request.
+            With None each call refreshes its *jwt*, and gives up when *timeout* is over.
+        session: Connections, proxies, TLS settings, headers and cookies to use. It is not changed, except for the
+            ``authToken`` cookie in cookie mode.
 
     Returns:
-        The new token. It's the only one that is good: save it before anything else, or let a cache's store.
+        The newest token. Save it before anything else, or use a cache with a store.
 
     Raises:
         InvalidArgumentError: An argument is wrong. Nothing was sent.
-        SignInRequiredError: Kuzzle does not accept the token: it is expired, logged out, or refreshed before,
-            which Kuzzle does not tell apart. Or it gave the same token back, as it does within the clock second
-            of the token's birth: that one dies a second later (``spent`` is True).
-        UnavailableError: Kuzzle is unreachable, busy or starting, or its token store is down. Nothing was
-            spent.
-        OutcomeUnknownError: The request was sent and no answer came. Kuzzle goes on with a request whose client
-            has gone, so the token may be spent.
-        RequestRefusedError: The lifetime is over the server's limit, the user may not refresh, the token is an
-            API key or infinite, the strategy said no. Nothing was spent.
-        ReplyError: Something that is not Kuzzle answered.
+        SignInRequiredError: Kuzzle refused the newest token. It has expired, was logged out or was refreshed before:
+            Kuzzle does not say which. Or Kuzzle returned the same token, which then expires (``spent`` is True).
+        UnavailableError: Kuzzle, its token store or the cache's store is down or busy. Nothing was spent.
+        OutcomeUnknownError: The request was sent, but no usable response came in time. The token may be spent, since
+            Kuzzle finishes requests whose client has gone.
+        RequestRefusedError: The lifetime exceeds the server's limit, the user has no right to refresh, the token is an
+            API key or infinite, or the strategy refused. Nothing was spent.
+        ReplyError: Something other than Kuzzle answered.
 
     Example:
         >>> from refresher.testing import FakeKuzzle
@@ -89,60 +102,32 @@ def refresh_kuzzle_token(
         >>> print(token.kuid, token.ttl)
         foo 2:00:00
     """
-    arguments = (url, jwt, expires_in, trigger_events, strategy, queuable, timeout, type(session))
-    if cookie_auth is False and isinstance(cache, TokenCache):
-        known: KuzzleToken | None = cache.answer(arguments)
-        if known is not None:
-            return known
-    check = _kuzzle.check
-    check.session("session", session)
-    jar = session if check.flag("cookie_auth", cookie_auth) else None
-    in_cookie = jar is not None and jwt is None
-    if cookie_auth and jar is None:
-        check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
-    if jar is not None and jwt is None:
-        from ._http import find_cookie
+    url, jwt, expires_in, strategy = hide_all(url, jwt, expires_in, strategy)
+    attempts, options = ("queuable", queuable, timeout), (expires_in, trigger_events, strategy)
+    if cookie_auth is not False and kuzzle.check.flag("cookie_auth", cookie_auth):
+        return _in_cookie_mode(cache, session, attempts, url, jwt, options)
+    token: KuzzleToken = _answer(cache, session, kuzzle, *attempts, url, jwt, *options)
+    return token
 
-        jwt = find_cookie(jar, check.url("url", url, https=False), _kuzzle.COOKIE)
-    if jwt is None:
-        check.fail("jwt", "is missing, and so is an authToken cookie" if in_cookie else "is missing")
-    call = _kuzzle.prepare(
-        url=url,
-        jwt=jwt,
-        expires_in=expires_in,
-        cookie_auth=cookie_auth,
-        trigger_events=trigger_events,
-        strategy=strategy,
-        in_cookie=in_cookie,
-    )
-    credential = kuzzle_credential(call, session=session, queuable=check.flag("queuable", queuable))
-    seconds = check.seconds("timeout", timeout)
-    shared = cache_of(check, cache, NoCache())
-    token = shared.last(credential, seconds, arguments=None if jar else arguments)
+
+def _in_cookie_mode(
+    cache: TokenCache | None, session: object, attempts: tuple[Any, ...], url: Any, jwt: Any, options: tuple[Any, ...]
+) -> KuzzleToken:
+    """Take the token from the session's cookie jar, and put the new one there."""
+    check = kuzzle.check
+    jar = check.session("session", session)
     if jar is None:
-        return token
-    from ._http import keep_cookie
+        check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
+    from ._http import find_cookie, keep_cookie
 
-    keep_cookie(jar, url, _kuzzle.COOKIE, token.jwt or "")
+    base = check.url("url", url, https=False)
+    found = hide(find_cookie(jar, base, kuzzle.COOKIE)) if jwt is None else jwt
+    if found is None:
+        check.fail("jwt", "is missing, and so is an authToken cookie")
+    in_cookie_mode, in_cookie = True, jwt is None
+    token: KuzzleToken = _answer(cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)
+    keep_cookie(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
     return attrs.evolve(token, jwt=None)
-
-
-def kuzzle_credential(
-    call: _kuzzle.Call, *, session: requests.Session | None, queuable: bool
-) -> Credential[KuzzleToken]:
-    """Put a call and the way to refresh it together."""
-
-    def refresh(last: KuzzleToken | None, patience: Patience) -> KuzzleToken:
-        return exchange(
-            _kuzzle.build(call if last is None else call.following(last), request_id=new_id()),
-            _kuzzle.parse,
-            lambda token: token.jwt or "",
-            session=session,
-            patience=patience,
-            retry=queuable,
-        )
-
-    return Credential(call=call, refresh=refresh)
 
 
 @overload
@@ -155,7 +140,7 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = _circle.BASE_URL,
+    base_url: str = circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
     cache: TokenCache | None = SHARED_CACHE,
@@ -171,7 +156,7 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = _circle.BASE_URL,
+    base_url: str = circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
     cache: TokenCache | None = SHARED_CACHE,
@@ -186,53 +171,52 @@ def refresh_user_token(
     api_key: str | None = None,
     idempotency_key: str | uuid.UUID | None = None,
     request_id: str | uuid.UUID | None = None,
-    base_url: str = _circle.BASE_URL,
+    base_url: str = circle.BASE_URL,
     retry: bool = True,
     timeout: Seconds = 30.0,
     cache: TokenCache | None = SHARED_CACHE,
     session: requests.Session | None = None,
 ) -> UserToken:
     """
-    Trade a Circle refresh token for a new user token.
+    Trade a Circle refresh token for a new user token, or get the new one that the cache knows.
 
-    This spends *refresh_token*: the result brings the one to use next. Give exactly one of *user_token* and
+    A refresh spends *refresh_token*. The result contains the one to use next. Give exactly one of *user_token* and
     *user_id*.
 
     Args:
-        refresh_token: The one that came with the last user token, or with the sign-in.
+        refresh_token: The one that came with *user_token*, or with the sign-in.
         device_id: The device that the user signed in on.
-        user_token: The last user token of the pair, expired or not.
-        user_id: The user's id at Circle, 5 to 50 characters. It is exchanged for a user token first. That's the
-            way of users with a PIN, and refresh tokens are for those who sign in by e-mail or a social account,
-            so Circle may refuse either half: prefer *user_token*. Never take it from a request of an end user:
-            with your API key, anybody's id is as good as their password.
-        api_key: Your API key. None: the environment variable ``CIRCLE_WEB3_API_KEY``.
-        idempotency_key: A UUID v4 that makes a repeated call the same request, which Circle answers as it did
-            the first time. None: made of the tokens and the device id, so that it's the same in every process
-            that makes this call, also after a crash.
-        request_id: A UUID that names the request in Circle's logs. None: a new one.
-        base_url: Where Circle answers. Only a loopback address may do without https.
-        retry: Whether to try again after failures and lost answers, as long as *timeout* allows. If not, there
-            is one attempt.
-        timeout: Seconds for it all, or a timedelta; None or -1: as long as it takes. When it's over, the
-            exchange goes on (for a minute, if that's longer), and the next call finds its result in the cache.
-        cache: Remembers who succeeded whom. A call with a spent pair gets its last successor, without a request
-            as long as that is fresh. None: every call refreshes the pair it is given, in its own thread, and an
-            exchange that takes longer than *timeout*, or is interrupted, is given up.
-        session: Connections, proxies, TLS settings, headers and cookies to use. It's yours, and not changed.
+        user_token: The user token that came with *refresh_token*, expired or not.
+        user_id: The user's id at Circle, 5 to 50 characters. It is exchanged for a user token first. That works for
+            users with a PIN, while refresh tokens are for users who sign in by e-mail or with a social account, so
+            Circle may refuse the combination: prefer *user_token*. Never take it from a request of an end user: with
+            your API key, it is as good as a password.
+        api_key: Your API key. None means the environment variable ``CIRCLE_WEB3_API_KEY``.
+        idempotency_key: A UUID v4. Circle takes two requests with the same key for one, and answers the second as it
+            did the first. None means that it is derived from the tokens and the device id, so that every process that
+            makes this call has the same one, also after a crash.
+        request_id: A UUID that names the request in Circle's logs. None means a new one.
+        base_url: Where Circle answers. It must use https, except for a loopback address.
+        retry: Whether to try again after failures and lost responses, as long as *timeout* allows. If False, there is
+            one attempt.
+        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
+            was sent goes on for up to a minute, and the next call finds its result in the cache.
+        cache: Remembers the newest pair of each chain. If it is not about to expire, it is returned without a request.
+            With None each call refreshes the pair it is given, and gives up when *timeout* is over.
+        session: Connections, proxies, TLS settings, headers and cookies to use. It is not changed.
 
     Returns:
-        The new pair. Save it before anything else.
+        The newest pair. Save it before anything else, or use a cache with a store.
 
     Raises:
         InvalidArgumentError: An argument is wrong. Nothing was sent.
-        SignInRequiredError: Circle knows no such user, or does not accept the tokens any more.
-        UnavailableError: Circle is unreachable, busy or throttling. Nothing was spent.
-        OutcomeUnknownError: The request was sent and no answer came, or Circle failed. Call again: with the
-            same ``idempotency_key`` the lost answer comes back.
-        RequestRefusedError: The API key is wrong or may not do this, or Circle finds fault with an argument.
-            Nothing was spent.
-        ReplyError: Something that is not Circle answered.
+        SignInRequiredError: Circle knows no such user, or refused the newest tokens.
+        UnavailableError: Circle or the cache's store is down or busy. Nothing was spent.
+        OutcomeUnknownError: The request was sent, but no usable response came in time, or Circle failed. Call again:
+            the same ``idempotency_key`` brings a lost response back.
+        RequestRefusedError: The API key is wrong or has no right to this, or an argument is wrong for Circle. Nothing
+            was spent.
+        ReplyError: Something other than Circle answered.
 
     Example:
         >>> from refresher.testing import FakeCircle
@@ -245,102 +229,11 @@ def refresh_user_token(
         >>> new.user_id, new.refresh_token == old.refresh_token
         ('user-1', False)
     """
-    arguments = (
-        *(refresh_token, device_id, user_token, user_id, api_key, idempotency_key, request_id, base_url),
-        *(retry, timeout, type(session)),
+    refresh_token, device_id, user_token, user_id, api_key = hide_all(
+        refresh_token, device_id, user_token, user_id, api_key
     )
-    if isinstance(cache, TokenCache):
-        known: UserToken | None = cache.answer(arguments)
-        if known is not None:
-            return known
-    check = _circle.check
-    check.session("session", session)
-    call = _circle.prepare(
-        base_url=base_url,
-        api_key=api_key_or_default(api_key),
-        user_token=user_token,
-        user_id=user_id,
-        refresh_token=refresh_token,
-        device_id=device_id,
-        idempotency_key=idempotency_key,
-        request_id=request_id,
-    )
-    shared = cache_of(check, cache, NoCache())
-    credential = circle_credential(call, cache=shared, session=session, retry=check.flag("retry", retry))
-    return shared.last(credential, check.seconds("timeout", timeout), arguments=arguments)
-
-
-def circle_credential(
-    call: _circle.Call, *, cache: TokenCache | NoCache, session: requests.Session | None, retry: bool
-) -> Credential[UserToken]:
-    """Put a call and the way to refresh it together."""
-    fresh: list[str] = []
-
-    def swap(_: object, patience: Patience) -> _circle.Exchanged:
-        swapped = exchange(
-            _circle.build_exchange(call),
-            _circle.parse_exchange,
-            lambda swapped: swapped.user_token,
-            session=session,
-            patience=patience,
-            retry=retry,
-        )
-        fresh.append(swapped.user_token)
-        return swapped
-
-    swapping = Credential(call=_circle.Exchange(call), refresh=swap)
-
-    def refresh(last: UserToken | None, patience: Patience) -> UserToken:
-        def tell(what: str, _: object) -> None:
-            patience.tell(what or "Circle is slow")
-
-        step = call if last is None else call.following(last)
-        if cache.is_marked(f"refused {step.idempotency_key}"):
-            step = step.with_drawn_key()  # the derived one could bring the refusal back
-        for _ in range(_MOST_STEPS):
-            user_token = step.user_token
-            if user_token is None:
-                user_token = cache.last(swapping, left(patience.until), on_wait=tell).user_token
-            try:
-                pair, is_dead = exchange(
-                    _circle.build(step, user_token),
-                    _circle.parse,
-                    lambda answer: answer[0].refresh_token,
-                    session=session,
-                    patience=patience,
-                    retry=retry,
-                )
-            except RequestRefusedError as error:
-                if error.code != _circle.NEW_KEY or step.key_is_final or not retry:
-                    raise
-                step = step.with_drawn_key()
-            except SignInRequiredError as error:
-                cache.mark(f"refused {step.idempotency_key}", 86400)
-                if step.user_token is not None or error.code not in _circle.STALE:
-                    raise
-                cache.drop(swapping.call.key)
-                if user_token in fresh or not retry:
-                    raise
-                step = step.with_drawn_key()
-            else:
-                if not is_dead:
-                    break
-                # The answer to an earlier run of this call, which nobody took: it has had its time.
-                step = call.following(pair)
-        return pair
-
-    return Credential(call=call, refresh=refresh)
-
-
-def api_key_or_default(api_key: str | None) -> str | None:
-    """Take the caller's API key, or that of the environment."""
-    return os.environ.get("CIRCLE_WEB3_API_KEY") if api_key is None else api_key
-
-
-def cache_of(check: Checks, cache: object, otherwise: _Cache) -> TokenCache | _Cache:
-    """Take the caller's cache, or what stands in for None."""
-    if cache is None:
-        return otherwise
-    if not isinstance(cache, TokenCache):
-        check.fail("cache", "must be a TokenCache or None")
-    return cache
+    idempotency_key, request_id, base_url = hide_all(idempotency_key, request_id, base_url)
+    credential = refresh_token, device_id, circle.default_api_key(api_key), user_token, user_id
+    options = base_url, idempotency_key, request_id
+    pair: UserToken = _answer(cache, session, circle, "retry", retry, timeout, *credential, *options)
+    return pair

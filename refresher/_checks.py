@@ -1,4 +1,9 @@
-"""What an argument has to be. Complaints name the argument and never show its value."""
+"""
+What an argument has to be. Complaints name the argument and never show its value.
+
+Each check takes a value as it is or wrapped in a `Secret`, and returns it unwrapped, but for tokens. The frames of a
+complaint hold no value: it might be a secret in the wrong place.
+"""
 
 from __future__ import annotations
 
@@ -8,64 +13,69 @@ import math
 import re
 import threading
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from ._text import Secret, hide, is_uuid, number, reveal
 from .errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import requests
 
+#: A number of seconds, or as long as it takes.
+Seconds = float | timedelta | None
+
 _VISIBLE = re.compile(r"[!-~]+")
-# What requests has nothing against. About other hosts it's asked; it takes a while to import.
-_PLAIN_HOST = re.compile(r"(?!.*\.\.)[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII | re.IGNORECASE)
+# Parsers agree about such a URL. About other hosts requests is asked; it takes a while to import.
+_URL = re.compile(r"(?i)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{0,5})?(/[^\\?#]*)?", re.ASCII)
+_PLAIN_HOST = re.compile(r"(?i)(?!.*\.\.)[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
+_INVISIBLE = "must not be empty or have white space, control or non-ASCII characters in it"
+_PORTS = {"http": 80, "https": 443}
 
 
 def is_token(value: object) -> bool:
-    """Tell whether *value* can travel in a header: visible ASCII characters, at least one."""
+    """Whether *value* can travel in a header: visible ASCII characters, at least one."""
     return isinstance(value, str) and _VISIBLE.fullmatch(value) is not None
 
 
-def is_uuid(value: str) -> bool:
-    """Tell whether *value* is a UUID in its usual spelling."""
-    return re.fullmatch("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.ASCII) is not None
+def origin_of(url: str) -> tuple[str, str | None, int | None]:
+    """Return what has to be the same for a token to be sent: scheme, host and port."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, _PORTS.get(parts.scheme) if parts.port is None else parts.port
 
 
 @functools.lru_cache(maxsize=64)
-def _url_flaw(url: str, https: bool) -> str | None:
-    """Say what is wrong with a base URL."""
+def _base_url(url: str, https: bool) -> tuple[str, str]:
+    """Return a base URL in one spelling, and what is wrong with it, if anything."""
     if not _VISIBLE.fullmatch(url):
-        return "must not be empty or have white space, control or non-ASCII characters in it"
+        return "", _INVISIBLE
+    if "@" in url.partition("//")[2].partition("/")[0] or "?" in url or "#" in url:
+        return "", "must have no user name, password, query or fragment"
     try:
-        parts = urlsplit(url)
-        port = parts.port
-        if not _PLAIN_HOST.fullmatch(parts.hostname or ""):
+        scheme, host, port = origin_of(url)
+        if _URL.fullmatch(url) and not _PLAIN_HOST.fullmatch(host or ""):
             from requests import PreparedRequest
 
             PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
-        return "is not a URL"
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        return "must look like https://host, https://host:port or https://host/path"
-    if "@" in parts.netloc or "?" in url or "#" in url:
-        return "must have no user name, password, query or fragment"
-    if https and parts.scheme != "https" and not _is_loopback(parts.hostname):
-        return "must be https, unless it leads to this machine"
-    return None
+        return "", "is not a URL"
+    if not _URL.fullmatch(url) or not host or port == 0:
+        return "", "must look like https://host, https://host:port or https://host/path"
+    if https and scheme != "https" and not is_loopback(host):
+        return "", "must use https, except for a loopback address"
+    name = f"[{host}]" if ":" in host else host
+    where = name if port == _PORTS[scheme] else f"{name}:{port}"
+    return f"{scheme}://{where}{urlsplit(url).path}".rstrip("/"), ""
 
 
-def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Read an address. None: it's a name."""
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
     try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
-def _is_loopback(host: str) -> bool:
-    address = address_of(host)
-    return host == "localhost" if address is None else address.is_loopback
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 class Checks:
@@ -78,60 +88,97 @@ class Checks:
         """Complain that the argument *name* has a *flaw*."""
         raise InvalidArgumentError(f"{name} {flaw}", provider=self.provider, spent=False)
 
-    def token(self, name: str, value: object) -> str:
-        """Accept a secret that fits into a header."""
-        if not isinstance(value, str):
-            self.fail(name, "must be a string")
-        if not is_token(value):
-            self.fail(name, "must not be empty or have white space, control or non-ASCII characters in it")
-        return value
-
-    def text(self, name: str, value: object, shortest: int = 1, longest: int = 1000) -> str:
-        """Accept a text of printable characters."""
-        if not isinstance(value, str):
-            self.fail(name, "must be a string")
-        if not shortest <= len(value) <= longest or not value.isprintable():
-            self.fail(name, f"must be {shortest} to {longest} printable characters")
-        return value
-
-    def flag(self, name: str, value: object) -> bool:
-        """Accept True and False, but none of their look-alikes."""
-        if not isinstance(value, bool):
-            self.fail(name, "must be True or False")
-        return value
-
-    def uuid(self, name: str, value: object) -> str:
-        """Accept a UUID, or a string that spells one the usual way."""
-        if not isinstance(value, (str, uuid.UUID)) or not is_uuid(str(value)):
-            self.fail(name, "must be a UUID")
-        return str(value)
-
-    def url(self, name: str, value: object, *, https: bool) -> str:
-        """Accept a base URL and take off its trailing slashes."""
-        if not isinstance(value, str):
-            self.fail(name, "must be a string")
-        if flaw := _url_flaw(value, https):
+    def need(self, is_right: bool, name: str, flaw: str) -> None:
+        """Complain that the argument *name* has a *flaw*, unless it is right."""
+        if not is_right:
             self.fail(name, flaw)
-        return value.rstrip("/")
 
-    def seconds(self, name: str, value: object) -> float | None:
+    def token(self, name: str, value: Any) -> Secret[str]:
+        """Accept a secret that fits into a header."""
+        value = hide(value)
+        self.need(isinstance(reveal(value), str), name, "must be a string")
+        self.need(is_token(reveal(value)), name, _INVISIBLE)
+        return Secret(reveal(value))
+
+    def text(self, name: str, value: Any, shortest: int = 1, longest: int = 1000) -> str:
+        """Accept a text of printable characters."""
+        value = hide(value)
+        self.need(isinstance(reveal(value), str), name, "must be a string")
+        is_right = shortest <= len(reveal(value)) <= longest and reveal(value).isprintable()
+        self.need(is_right, name, f"must be {shortest} to {longest} printable characters")
+        return str(reveal(value))
+
+    def flag(self, name: str, value: Any) -> bool:
+        """Accept True and False, but none of their look-alikes."""
+        value = hide(value)
+        self.need(isinstance(reveal(value), bool), name, "must be True or False")
+        return bool(reveal(value))
+
+    def uuid(self, name: str, value: Any) -> str:
+        """Accept a UUID, or a string that spells one the usual way."""
+        value = hide(value)
+        is_right = isinstance(reveal(value), (str, uuid.UUID)) and is_uuid(str(reveal(value)))
+        self.need(is_right, name, "must be a UUID")
+        return str(reveal(value))
+
+    def url(self, name: str, value: Any, *, https: bool) -> str:
+        """Accept a base URL, and return it in one spelling, without trailing slashes."""
+        value = hide(value)
+        self.need(isinstance(reveal(value), str), name, "must be a string")
+        url, flaw = _base_url(reveal(value), https)
+        self.need(not flaw, name, flaw)
+        return url
+
+    def seconds(self, name: str, value: Any) -> float | None:
         """Accept a number of seconds or a timedelta; None and -1 mean as long as it takes."""
-        if value is None or (value == -1 and not isinstance(value, bool)):
+        value = hide(value.total_seconds() if isinstance(value, timedelta) else value)
+        if value is None or (reveal(value) == -1 and not isinstance(reveal(value), bool)):
             return None
-        if isinstance(value, timedelta):
-            value = value.total_seconds()
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.fail(name, "must be a number of seconds, a timedelta, or None")
-        if not 0 < value <= threading.TIMEOUT_MAX or math.isnan(value):
-            self.fail(name, "must be more than zero seconds and less than 292 years; None waits forever")
-        return float(value)
+        is_number = number(reveal(value)) is not None or reveal(value) == math.inf
+        self.need(is_number, name, "must be a number of seconds, a timedelta, or None")
+        is_right = 0 < float(str(reveal(value))) <= threading.TIMEOUT_MAX
+        self.need(is_right, name, "must be more than zero seconds and less than 292 years; None waits forever")
+        return float(reveal(value))
 
-    def session(self, name: str, value: object) -> requests.Session | None:
+    def session(self, name: str, value: Any) -> requests.Session | None:
         """Accept a requests.Session, or None."""
+        value = hide(value)
         if value is None:
             return None
         from requests import Session
 
-        if not isinstance(value, Session):
-            self.fail(name, "must be a requests.Session")
-        return value
+        self.need(isinstance(reveal(value), Session), name, "must be a requests.Session")
+        session: Session = reveal(value)
+        return session
+
+
+class Fields:
+    """The members of a JSON object, each checked as it is taken out."""
+
+    def __init__(self, provider: str, values: Any) -> None:
+        self._check = Checks(provider)
+        self._values: Secret[Any] = Secret(reveal(values))
+        is_right = isinstance(self._values.reveal(), Mapping)
+        self._check.need(is_right, "values", "must be a mapping, as to_dict() returns it")
+
+    def _get(self, name: str) -> Secret[Any]:
+        return Secret(self._values.reveal().get(name))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a member, and it is not empty."""
+        return self._get(name).reveal() not in (None, "")
+
+    def token(self, name: str) -> Secret[str]:
+        """Take out a secret."""
+        return self._check.token(name, self._get(name))
+
+    def text(self, name: str) -> str:
+        """Take out a text."""
+        return self._check.text(name, self._get(name))
+
+    def milliseconds(self, name: str) -> float:
+        """Take out a number of milliseconds."""
+        found = number(self._get(name).reveal())
+        if found is None:
+            self._check.fail(name, "must be a number of milliseconds")
+        return found

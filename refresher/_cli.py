@@ -1,100 +1,163 @@
-"""The command line."""
+"""
+Print a valid Kuzzle or Circle token, or one line that says why there is none.
+
+exit status:
+  0   done: the token is on standard output
+  2   the command line, the environment, an API key or a right is wrong: fix it
+  69  something other than the service answered: check the URL and any proxy
+  75  the service is down or busy, or the run was ended: try again later
+  77  the session has ended: sign in again
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
+import inspect
+import io
 import json
 import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+from urllib.parse import urlsplit
 
-from ._api import refresh_kuzzle_token, refresh_user_token
-from ._cache import TokenCache
-from ._circle import BASE_URL
-from ._wire import __version__
-from .errors import (
-    InvalidArgumentError,
-    OutcomeUnknownError,
-    RefreshError,
-    ReplyError,
-    RequestRefusedError,
-    SignInRequiredError,
-    UnavailableError,
-)
-from .stores import FileStore
-from .tokens import KuzzleToken, UserToken, masked
+from . import __version__, errors
+from ._cache import TokenCache, current
+from ._checks import Checks
+from ._ledger import Call
+from ._text import Secret, fingerprint, json_object, reveal
+from .errors import InvalidArgumentError, RefreshError, UnavailableError
+from .services import Token, circle, kuzzle
+from .stores import EncryptedStore, FileStore, Store
 
-if TYPE_CHECKING:
-    from .testing import Received
+Credential = kuzzle.KuzzleCredential | circle.CircleCredential
 
 # As sysexits.h has them; 2 is what argparse ends with.
+_TRY_LATER = 75
 _STATUSES: dict[type[RefreshError], int] = {
-    RequestRefusedError: 2,
-    ReplyError: 69,
-    UnavailableError: 75,
-    OutcomeUnknownError: 75,
-    SignInRequiredError: 77,
+    errors.RequestRefusedError: 2,
+    errors.ReplyError: 69,
+    errors.SignInRequiredError: 77,
+    RefreshError: _TRY_LATER,
 }
 _LARGEST_INPUT = 1024 * 1024
-# What the services call a secret, and where it's looked for.
+# What the services call a secret, and the variable that has it.
 _VARIABLES = {
     "jwt": "KUZZLE_JWT",
     "userToken": "CIRCLE_USER_TOKEN",
     "refreshToken": "CIRCLE_REFRESH_TOKEN",
     "encryptionKey": "CIRCLE_ENCRYPTION_KEY",
 }
+_KEY = "REFRESHER_KEY"
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# Windows has no SIGHUP, and only Windows has SIGBREAK.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
-_ABOUT = "Refresh Kuzzle and Circle session tokens, and lose no session over it."
-_EXIT = """\
-exit status:
-  0   the token is on standard output
-  2   the command line, the environment, an API key or a right is wrong: mend it
-  69  something that is not the service answered: look at the URL, the proxy
-  75  the service is down, busy or did not answer: try later
-  77  the session has ended: sign in again
-"""
-_KUZZLE = f"""\
-Print a token that lives, refreshed if need be.
 
-The token to begin with is read from the environment variable KUZZLE_JWT or, if that
-is not set, from standard input: bare, or as JSON with a member "jwt". What became of
-it is kept in the store, so each run may begin with the same token: it's refreshed
-when it is about to expire, and printed as it is until then.
+class _EndedError(BaseException):
+    """A signal ended the run."""
 
-{_EXIT}
-example:
-  refresher kuzzle https://kuzzle.example.com --output token <first-token
-"""
-_CIRCLE = f"""\
-Print a user token that lives, refreshed if need be.
 
-The API key is read from the environment variable CIRCLE_WEB3_API_KEY, the tokens to
-begin with from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN or, if those are not set,
-from standard input: JSON with members "userToken" and "refreshToken", such as this
-command prints. What became of them is kept in the store, so each run may begin with
-the same tokens.
+class _Run(logging.Handler):
+    """
+    One run of a command: what it says on standard error, and how a signal ends it.
 
-{_EXIT}
-example:
-  refresher circle --device-id "$DEVICE" --output env <first-pair.json
-"""
+    The first signal ends a wait, and then the run is over: further signals do nothing. GNU ``timeout`` sends two, and
+    a terminal that closes sends several.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.is_quiet = self.is_over = False
+        self.ended_by = ""
+        self.about: list[str] = []  # the service, its host, the session
+
+    def end(self, number: int, _: FrameType | None) -> None:
+        """Handle a signal."""
+        if not self.is_over:
+            self.is_over, self.ended_by = True, signal.Signals(number).name
+            raise _EndedError
+
+    @contextlib.contextmanager
+    def watched(self, *, for_good: bool) -> Iterator[None]:
+        """Handle signals and print warnings. *for_good*: no signal hits the process on its way to its end either."""
+        is_main = threading.current_thread() is threading.main_thread()
+        # What is ignored stays ignored: in the background, and under nohup.
+        numbers = [each for each in _SIGNALS if is_main and signal.getsignal(each) not in (signal.SIG_IGN, None)]
+        handlers = {each: signal.signal(each, self.end) for each in numbers}
+        log = logging.getLogger("refresher")
+        log.addHandler(self)
+        try:
+            yield
+        finally:
+            self.is_over = True
+            for each, handler in handlers.items():
+                signal.signal(each, signal.SIG_IGN if for_good else handler)
+            if not for_good:
+                log.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning, unless it is about a single attempt: how those end is told anyway."""
+        if not self.is_quiet and not self.ended_by and record.name != "refresher.attempts":
+            self.complain(record.getMessage())
+
+    def complain(self, complaint: str) -> None:
+        """Print one line: when, about what, and what the matter is."""
+        about = " ".join([f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", *self.about])
+        line = f"refresher: {about}: {complaint}"
+        _write(sys.stderr, "".join(each if each.isprintable() else "?" for each in line) + "\n")
+
+    def show_wait(self, what: str, seconds: float | None) -> None:
+        """Say on one line of a terminal what is waited for, and wipe it out in the end."""
+        if not self.is_quiet and sys.stderr is not None and sys.stderr.isatty():
+            line = what if seconds is None else f"Waiting, {seconds:.0f} s left: {what}"
+            _write(sys.stderr, f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}")
+
+
+def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
+    """Write to a standard stream, whatever state it is in. Return what went wrong."""
+    if stream is None:
+        return "it is closed"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(reveal(text).encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):  # or Python tries again at its end, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return getattr(error, "strerror", None) or type(error).__name__
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):
+    """Complains in one line. What argparse quotes is left out: it may be a token in the wrong place."""
+
     def error(self, message: str) -> NoReturn:
-        # argparse quotes what it was given, and that may be a token in the wrong place.
-        told = re.split(r"(?<=unrecognized arguments): |:? ['\"]", message)[0]
+        told = re.sub(r"(?s)invalid choice: .* \(choose from (.*)\)", lambda found: f"must be {found[1]}", message)
+        if told == message:
+            told = re.split(r"(?<=unrecognized arguments): |:? ['\"]", message)[0]
         hint = "; secrets go into the environment, or standard input" if told.startswith("unrec") else ""
-        super().error(f"{told}{hint} (see --help)")
+        _write(sys.stderr, f"refresher: {told}{hint} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+    def _print_message(self, message: str, _: Any = None) -> None:
+        if trouble := _write(sys.stdout, message):
+            _write(sys.stderr, f"refresher: standard output: {trouble}\n")
+            raise SystemExit(_TRY_LATER)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,241 +165,280 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     Args:
-        argv: The arguments. None: those of this process.
+        argv: The arguments. None: those of this process, which is about to end.
 
     Returns:
         The exit status.
     """
     if argv is None:
         gc.freeze()  # what is imported is no garbage: not to search it in the end saves a tenth of a short run
-    parser = _Parser("refresher", description=_ABOUT, allow_abbrev=False)
+    run = _Run()
+    with run.watched(for_good=argv is None):
+        try:
+            arguments = _parser().parse_args(argv)
+            text = arguments.command(arguments, run)
+        except (Exception, _EndedError) as error:
+            run.is_over = True
+            status, complaint = _judge(error, run)
+            run.complain(complaint)
+            return status
+        run.is_over = True
+        if text and (trouble := _write(sys.stdout, text)):
+            run.complain(f"standard output: {trouble}. The token is kept: run this again")
+            return _TRY_LATER
+    return 0
+
+
+def _judge(error: BaseException, run: _Run) -> tuple[int, str]:
+    """Return the exit status for an error, and what to say of it."""
+    if run.ended_by:
+        return _TRY_LATER, f"ended by {run.ended_by}"
+    for kind, status in _STATUSES.items():
+        if isinstance(error, kind):
+            return status, str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return _TRY_LATER, f"unexpected {type(error).__name__} in {Path(where.filename).name}, line {where.lineno}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    """List the commands and their options."""
+    shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = _Parser("refresher", description=__doc__, **shape)
     parser.add_argument("--version", action="version", version=f"refresher {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    add = functools.partial(
-        commands.add_parser, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
 
-    kuzzle = add("kuzzle", help="print a Kuzzle token that lives, refreshed if need be", description=_KUZZLE)
-    kuzzle.set_defaults(run=functools.partial(_refresh, _kuzzle))
-    kuzzle.add_argument("url", metavar="URL", help="where Kuzzle answers")
-    kuzzle.add_argument("--expires-in", metavar="TIME", help='how long new tokens live, such as "2h"')
-    kuzzle.add_argument("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
-    kuzzle.add_argument("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
+    def add(group: Any, name: str, command: Callable[..., object], about: object, title: str) -> Any:
+        added = group.add_parser(name, help=title, description=inspect.getdoc(about), epilog=exits, **shape)
+        added.set_defaults(command=command, forgets=group is not commands)
+        return added
 
-    circle = add(
-        "circle", help="print a Circle user token that lives, refreshed if need be", description=_CIRCLE
-    )
-    circle.set_defaults(run=functools.partial(_refresh, _circle))
-    circle.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
-    circle.add_argument("--user-id", metavar="ID", help="begin with a user id in place of a user token")
-    circle.add_argument("--base-url", metavar="URL", default=BASE_URL, help="where Circle answers")
+    exits = (__doc__ or "").strip().partition("\n\n")[2]
+    print_kuzzle = add(commands, "kuzzle", functools.partial(_refresh, _kuzzle), _kuzzle, "print a valid Kuzzle token")
+    print_circle = add(commands, "circle", functools.partial(_refresh, _circle), _circle, "print a valid Circle token")
+    forget = add(commands, "forget", _forget, _forget, "forget a session")
+    forget = forget.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
+    forget_kuzzle = add(forget, "kuzzle", functools.partial(_forget, _kuzzle), _forget, "a Kuzzle session")
+    forget_circle = add(forget, "circle", functools.partial(_forget, _circle), _forget, "a Circle session")
+    add(commands, "demo", _demo, _demo, "show a refresh of each service, on servers of our own")
 
-    for command in (kuzzle, circle):
-        command.add_argument("--output", choices=("json", "token", "env"), default="json", help="what to print")
-        command.add_argument("--store", metavar="FOLDER", help=f"where tokens are kept (default: {_folder()})")
-        command.add_argument(
-            "--ahead",
-            metavar="SECONDS",
-            type=float,
-            default=360.0,
-            help="refresh a token that has less time left, at most half its life (default: 360). Make it more "
-            "than what lies between two runs: a Kuzzle token that dies between them is lost",
-        )
-        command.add_argument(
-            "--timeout", metavar="SECONDS", type=float, default=30.0, help="wait no longer (default: 30)"
-        )
-        command.add_argument("--no-retry", action="store_true", help="try once, and don't wait out downtime")
-        command.add_argument("--quiet", action="store_true", help="complain of nothing but failure")
+    for each in (print_kuzzle, forget_kuzzle):
+        each.add_argument("url", metavar="URL", help="where Kuzzle answers")
+    for each in (print_circle, forget_circle):
+        each.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
+        each.add_argument("--user-id", metavar="ID", help="the user's id, in place of a user token")
+        each.add_argument("--base-url", metavar="URL", default=circle.BASE_URL, help="where Circle answers")
+    forget_kuzzle.set_defaults(expires_in=None, strategy=None, trigger_events=False)
+    option = print_kuzzle.add_argument
+    option("--expires-in", metavar="TIME", help='how long new tokens live, such as "2h"')
+    option("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
+    option("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
+    for option in (print_kuzzle.add_argument, print_circle.add_argument):
+        outputs = ("json", "token", "env", "headers")
+        option("--output", choices=outputs, default="json", help="what to print (default: json)")
+        about = "refresh a token with less time left (default: 6m); make it more than what lies between two runs"
+        option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
+        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait no longer (default: 30s)")
+        option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
+        option("--quiet", action="store_true", help="print nothing on standard error but failures")
+    for each in (print_kuzzle, print_circle, forget_kuzzle, forget_circle):
+        about = f"where tokens are kept, encrypted if {_KEY} is set (default: ~/.local/state/refresher or its like)"
+        each.add_argument("--store", metavar="FOLDER", help=about)
+    return parser
 
-    add("demo", help="refresh a token of each service, on servers of our own").set_defaults(run=_demo)
-    arguments = parser.parse_args(argv)
+
+def _duration(text: str) -> float:
+    """Read a duration, in seconds."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError("must be like 30, 30s, 15m or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+# The commands. Their docstrings are the help.
+
+
+def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> Secret[str]:
+    """Return what to print of a session's newest token, refreshed if it is about to expire."""
+    run.is_quiet = arguments.quiet
+    if sys.stdout is None:
+        raise InvalidArgumentError("standard output is closed: a token could not be printed")
+    credential = find(arguments, run)
+    cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
+    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=timeout)
+    token: Token | None = None
+    failure: BaseException | None = None
+    before = cache._peek(credential).token
     try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever was reading has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    return status
+        token = current(call, cache)
+    except (RefreshError, _EndedError) as error:
+        failure = error
+    run.is_over = True
+    _wait_for_answer(cache, run)
+    newest = cache._peek(credential).token
+    token = newest if newest not in (None, before) else token
+    if token is None:
+        raise failure or AssertionError
+    return _written(credential, token, arguments.output)
+
+
+def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
+    """Wait for the answer to what was sent. Python would do so anyway, at its end: now it can be printed."""
+    polls = 0
+    while any(flight.is_running for flight in list(cache._flights.values())):
+        time.sleep(0.05)
+        polls += 1
+        if polls % 20 == 0:
+            run.show_wait("A request was sent. Its answer is awaited, for a minute at most", None)
+    if polls >= 20:
+        run.show_wait("", None)
+
+
+def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> None:
+    """
+    Forget a session: remove its tokens from the store.
+
+    Give any token of the session, as you would to print one. The service is not
+    told: there, the session lives on until it expires.
+    """
+    credential: Any = find(arguments, run)
+    names = ["refresh_token", "device_id", "user_token", "user_id", "base_url"]
+    names = ["url", "jwt"] if credential.service == "kuzzle" else names
+    TokenCache(_store(arguments)).forget(**{name: getattr(credential, name) for name in names})
+
+
+def _demo(_: argparse.Namespace, __: _Run) -> str:
+    """Show a refresh of each service, on servers of our own."""
+    from .testing.demo import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main()
+    return shown.getvalue()
+
+
+def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
+    """
+    Print a valid Kuzzle token.
+
+    The token of your sign-in is read from the environment variable KUZZLE_JWT. If
+    that is not set, it is read from standard input: bare, or as JSON with a member
+    "jwt". A terminal is asked for it.
+
+    The newest token is kept in the store, so each run may begin with the same one.
+    It is refreshed when it is about to expire.
+
+    For example:
+      refresher kuzzle https://kuzzle.example.com --output token <first-token
+    """
+    run.about = ["kuzzle"]
+    options = {name: getattr(arguments, name) for name in ("url", "expires_in", "trigger_events", "strategy")}
+    credential = kuzzle.credential(jwt=_secrets("jwt")["jwt"], **options)
+    run.about += [urlsplit(credential.url).netloc, fingerprint(credential.jwt.reveal())]
+    return credential
+
+
+def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
+    """
+    Print a valid Circle user token.
+
+    The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
+    tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. If those
+    are not set, they are read from standard input: JSON with members "userToken"
+    and "refreshToken", such as this command prints. A terminal is asked for what is
+    missing.
+
+    The newest tokens are kept in the store, so each run may begin with the same
+    ones. They are refreshed when the user token is about to expire.
+
+    For example:
+      refresher circle --device-id "$DEVICE" <first-pair.json
+    """
+    run.about = ["circle"]
+    api_key = Secret("none") if arguments.forgets else _setting("CIRCLE_WEB3_API_KEY", "API key")
+    device_id = arguments.device_id or _setting("CIRCLE_DEVICE_ID", "device id").reveal()
+    if not device_id:
+        raise InvalidArgumentError("the device id is missing: give --device-id or set CIRCLE_DEVICE_ID")
+    secrets = _secrets(*(["refreshToken"] if arguments.user_id else ["userToken", "refreshToken"]))
+    who: Any = {"user_id": arguments.user_id, "user_token": secrets.get("userToken"), "device_id": device_id}
+    where: Any = {"base_url": arguments.base_url, "api_key": api_key}
+    credential = circle.credential(refresh_token=secrets["refreshToken"], **who, **where)
+    run.about += [urlsplit(credential.base_url).netloc, fingerprint(credential.refresh_token.reveal())]
+    return credential
+
+
+# What they read and write
+
+
+def _setting(variable: str, name: str) -> Secret[str]:
+    """Read something from the environment, or ask a terminal for it."""
+    found = Secret(os.environ.get(variable, "").strip())
+    if found.reveal() or sys.stdin is None or not sys.stdin.isatty():
+        return found
+    import getpass
+
+    with contextlib.suppress(EOFError, UnicodeError):
+        found = Secret(getpass.getpass(f"{name}: ").strip())
+    return found
+
+
+def _secrets(*names: str) -> dict[str, Secret[str]]:
+    """Read secrets from the environment and a terminal, or all of them from standard input."""
+    found = {name: _setting(_VARIABLES[name], name) for name in names}
+    missing = [name for name in names if not found[name].reveal()]
+    if missing:
+        found = _from_input(*names)
+    for name in missing:
+        if not found[name].reveal():
+            raise InvalidArgumentError(f"{_VARIABLES[name]} is not set, and standard input has no {name}")
+    return found
+
+
+def _from_input(*names: str) -> dict[str, Secret[str]]:
+    """Read members of a JSON object, or the first on its own."""
+    data = Secret(b"")
+    with contextlib.suppress(OSError, AttributeError):  # it is closed, or a folder
+        data = Secret(sys.stdin.buffer.read(_LARGEST_INPUT))
+    # PowerShell writes UTF-16, and marks it as such.
+    text = Secret(data.reveal().decode(json.detect_encoding(data.reveal()), "replace").strip())
+    if not text.reveal().startswith(("{", "[")):
+        return {name: text if name == names[0] else Secret("") for name in names}
+    values = Secret(json_object(text.reveal()))
+    given = [name for name in names if isinstance(values.reveal().get(name), str)]
+    return {name: Secret(values.reveal()[name].strip() if name in given else "") for name in names}
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    """Return the store. A token that can't be saved had better not be refreshed, so it is tried out."""
+    failure: RefreshError
+    try:
+        store = FileStore(_folder() if arguments.store is None else arguments.store)
+        store.check()
+        return EncryptedStore(store, Secret(os.environ[_KEY]).reveal().split()) if _KEY in os.environ else store
+    except (BlockingIOError, TimeoutError):
+        failure = UnavailableError("another process does not let go of the store")
+    except (OSError, RuntimeError, ImportError, InvalidArgumentError) as error:
+        failure = InvalidArgumentError(f"the store (--store, {_KEY}) can't be used: {error}")
+    raise failure
 
 
 def _folder() -> Path:
-    """Find where the platform wants a program to keep what it has to remember."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "refresher"
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "refresher"
+    """Find where the platform wants a program to keep its state."""
+    state = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", ""))
+    if state.is_absolute() and sys.platform != "darwin":
+        return state / "refresher"
+    places = {"win32": "AppData/Local", "darwin": "Library/Application Support"}
+    return Path.home() / places.get(sys.platform, ".local/state") / "refresher"
 
 
-def _refresh(call: Callable[..., KuzzleToken | UserToken], arguments: argparse.Namespace) -> int:
-    try:
-        with _ended_by_signals(), _complaining(quiet=arguments.quiet):
-            store = FileStore(arguments.store or _folder())
-            store.check()  # a token that can't be saved had better not be refreshed
-            on_wait = _show_wait if sys.stderr.isatty() and not arguments.quiet else _say_nothing
-            cache = TokenCache(store, ahead=arguments.ahead, on_wait=on_wait)
-            token = call(arguments, timeout=arguments.timeout, cache=cache)
-    except RefreshError as error:
-        status = next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
-        return _fail(str(error), status)
-    except (OSError, ImportError) as error:
-        return _fail(f"the store can't be used: {error}", 2)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(_written(token.to_dict(), arguments.output))
-    return 0
-
-
-def _fail(complaint: str, status: int) -> int:
-    print(f"refresher: {complaint}", file=sys.stderr)
-    return status
-
-
-def _kuzzle(arguments: argparse.Namespace, **options: Any) -> KuzzleToken:
-    (jwt,) = _secrets("jwt")
-    return refresh_kuzzle_token(
-        arguments.url,
-        jwt,
-        expires_in=arguments.expires_in,
-        trigger_events=arguments.trigger_events,
-        strategy=arguments.strategy,
-        queuable=not arguments.no_retry,
-        **options,
-    )
-
-
-def _circle(arguments: argparse.Namespace, **options: Any) -> UserToken:
-    device_id = arguments.device_id or os.environ.get("CIRCLE_DEVICE_ID", "")
-    common = {
-        **options,
-        "device_id": device_id,
-        "base_url": arguments.base_url,
-        "retry": not arguments.no_retry,
-    }
-    if arguments.user_id:
-        (refresh_token,) = _secrets("refreshToken")
-        return refresh_user_token(refresh_token=refresh_token, user_id=arguments.user_id, **common)
-    user_token, refresh_token = _secrets("userToken", "refreshToken")
-    return refresh_user_token(refresh_token=refresh_token, user_token=user_token, **common)
-
-
-def _secrets(*names: str) -> list[str]:
-    """Read secrets from the environment, or all of them from standard input."""
-    found: dict[str, object] = {name: os.environ.get(_VARIABLES[name]) for name in names}
-    if not all(found.values()):
-        found = _from_input(names[0])
-    for name in names:
-        if not isinstance(found.get(name), str) or not found[name]:
-            raise InvalidArgumentError(f"{_VARIABLES[name]} is not set, and standard input has no {name}")
-    return [str(found[name]).strip() for name in names]
-
-
-def _from_input(name: str) -> dict[str, object]:
-    """Read a JSON object, or a token on its own."""
-    if sys.stdin.isatty():
-        import getpass
-
-        text = getpass.getpass(f"{name}: ")
-    else:
-        text = sys.stdin.read(_LARGEST_INPUT)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {name: text.strip()}
-    return value if isinstance(value, dict) else {}
-
-
-def _written(values: Mapping[str, object], output: str) -> str:
+def _written(credential: Credential, token: Token, output: str) -> Secret[str]:
+    """Write a token down, as a line or some."""
+    values = Secret(token.to_dict())
+    names = [name for name in _VARIABLES if name in values.reveal()]
     if output == "json":
-        return json.dumps(values)
-    secrets = {variable: str(values[name]) for name, variable in _VARIABLES.items() if name in values}
+        return Secret(json.dumps(values.reveal()) + "\n")
     if output == "token":
-        return next(iter(secrets.values()))
-    return "\n".join(f"{variable}={shlex.quote(value)}" for variable, value in secrets.items())
-
-
-def _say_nothing(what: str, seconds: float | None) -> None:
-    pass
-
-
-def _show_wait(what: str, seconds: float | None) -> None:
-    """Say on one line of the terminal what is waited for, and wipe it out in the end."""
-    line = f"Waiting, {seconds:.0f} s left: {what}" if seconds is not None else what
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _complaining(*, quiet: bool) -> Iterator[None]:
-    """Print warnings on standard error, but for those of single attempts: how they end is told."""
-    log, handler = logging.getLogger("refresher"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("refresher: %(message)s"))
-    handler.addFilter(lambda record: not quiet and record.module != "_exchange")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let signals end the command in a way that lets an exchange that was sent come to its end."""
-
-    def end(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    old = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, handler in old.items():
-            signal.signal(each, handler)
-
-
-def _demo(_: argparse.Namespace) -> int:
-    from .testing import FakeCircle, FakeKuzzle
-
-    with FakeKuzzle() as kuzzle:
-        print("KUZZLE. A user signs in and gets a token that is good for an hour. Half an hour later:\n")
-        jwt = kuzzle.login("foo", ago=1800)
-        print('    >>> refresh_kuzzle_token(url, jwt, expires_in="2h")')
-        token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
-        _show(token, kuzzle.requests[-1])
-        kuzzle.clock.advance(1)
-        print("A second later the old token, which is spent, is good for nothing any more:\n")
-        print(f"    old token {masked(jwt)}: {_state(kuzzle.knows(jwt))}")
-        print(f"    new token {masked(token.jwt)}: {_state(kuzzle.knows(token.jwt))}\n")
-
-    with FakeCircle() as circle:
-        print("CIRCLE. A user signs in and gets an hour's user token and a refresh token. Two hours on:\n")
-        old = circle.sign_in("user-1", device_id="device-1")
-        circle.clock.advance(7200)
-        refresh = functools.partial(
-            refresh_user_token,
-            user_token=old.user_token,
-            refresh_token=old.refresh_token,
-            device_id="device-1",
-            api_key=circle.api_key,
-            base_url=circle.url,
-        )
-        print('    >>> refresh_user_token(user_token=..., refresh_token=..., device_id="device-1")')
-        pair = refresh()
-        _show(pair, circle.requests[-1])
-        print("The refresh token is spent. Had the answer been lost, the same call would still bring it back,")
-        print("since it carries the same idempotency key:\n")
-        print(f"    the same pair again: {'yes' if refresh() == pair else 'no'}")
-    return 0
-
-
-def _show(result: object, request: Received) -> None:
-    print(f"    {result}\n\nThis was sent for it:\n\n    {request.method} {request.target}")
-    for name in ("Authorization", "X-User-Token"):
-        if name in request.headers:
-            scheme, _, secret = request.headers[name].rpartition(" ")
-            print(f"    {name}: {scheme} {masked(secret)}".replace(":  ", ": "))
-    for name, value in request.json().items():
-        print(f"    {name}: {masked(value) if name == 'refreshToken' else value}")
-    print()
-
-
-def _state(good: bool) -> str:
-    return "good" if good else "refused"
+        return Secret(f"{values.reveal()[names[0]]}\n")
+    if output == "headers":
+        headers = credential.following(token).headers  # type: ignore[arg-type]  # of the same service
+        return Secret("".join(f"{name}: {reveal(value)}\n" for name, value in headers.items()))
+    return Secret("".join(f"{_VARIABLES[name]}={shlex.quote(str(values.reveal()[name]))}\n" for name in names))

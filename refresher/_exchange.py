@@ -1,153 +1,279 @@
-"""Attempts at one exchange, until it succeeds, is refused, or time is up."""
+"""One refresh: sent, and sent again until it succeeds or time is up."""
 
 from __future__ import annotations
 
 import logging
-import random
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+import math
+from typing import TYPE_CHECKING, Protocol
 
-import attrs
-
-from ._wire import Reply, Request
+from . import _rules
+from ._runtime import Memo
+from ._text import fingerprint
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
-from .tokens import fingerprint
+from .services import Credential, Reply, Request, T
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import requests
 
-_log = logging.getLogger("refresher")
-_Answer = TypeVar("_Answer")
+    from ._runtime import Runtime
 
-# In seconds. The first pause is up to twice the shortest, each further one up to twice as long.
-_SHORTEST_PAUSE = 0.1
-_LONGEST_PAUSE = 5.0
-# How long an answer is waited for where asking again is safe.
+_log = logging.getLogger("refresher")
+attempts_log = logging.getLogger("refresher.attempts")
+
+# How long to wait for an answer where asking again is safe, in seconds.
 _SILENCE = 10.0
 
 
-@attrs.frozen
-class Patience:
-    """
-    How long an exchange may take, by ``time.monotonic()``. None: as long as it takes.
+class Observed:
+    """What a process has learned about services and tokens: their clocks, their pauses, when tokens came up."""
 
-    Args:
-        until: When the last attempt may begin, and how long it may take to connect.
-        end: Until when its answer is waited for.
-        tell: Told what it is waiting for.
-    """
-
-    until: float | None
-    end: float | None
-    tell: Callable[[str], object] = attrs.field(repr=False)
+    def __init__(self, runtime: Runtime, clock: Callable[[], float] | None = None) -> None:
+        self._runtime = runtime
+        self._steady = clock or runtime.steady
+        self._wall = clock or runtime.now
+        self._seen, self._pauses = Memo[float](self._steady), Memo[float](runtime.steady)
+        self._clocks = Memo[tuple[float, float]](self._steady)
 
     @classmethod
-    def starting(cls, timeout: float | None, limit: float | None, tell: Callable[[str], object]) -> Patience:
-        """Count from now."""
-        now = time.monotonic()
-        return cls(None if timeout is None else now + timeout, None if limit is None else now + limit, tell)
+    def of(cls, runtime: Runtime) -> Observed:
+        """Return what the caches of a process share."""
+        found: Observed = vars(runtime).setdefault("observed", cls(runtime))
+        return found
+
+    def seen_for(self, key: str) -> float:
+        """Seconds since this was first called for a credential."""
+        now = self._steady()
+        if (since := self._seen.get(key)) is None:
+            self._seen.put(key, since := now)
+        return now - since
+
+    def learn(self, scope: str, date: float | None) -> None:
+        """Remember what time it is at a service. Its `Date` may be late, and is never early."""
+        if date is not None:
+            steady, wall = date - self._steady(), date - self._wall()
+            known = self._clocks.get(scope)
+            # One that is much earlier is no late answer: the service's clock was set.
+            is_better = known is None or not known[0] - 5 < steady <= known[0]
+            self._clocks.put(scope, (steady, wall) if is_better or known is None else known)
+
+    def service_now(self, scope: str) -> tuple[float, float] | None:
+        """
+        Return the time at a service, at the earliest and at the latest. None if it was never heard of.
+
+        The latest is by the wall clock, in case it was set, or time was frozen for a test.
+        """
+        offsets = self._clocks.get(scope)
+        if offsets is None:
+            return None
+        earliest = self._steady() + offsets[0]
+        return earliest, max(earliest, self._wall() + offsets[1])
+
+    def leave_alone(self, scope: str, seconds: float) -> None:
+        """Remember that a service asked to be left alone."""
+        self._pauses.put(scope, max(self._pauses.get(scope) or 0.0, self._runtime.steady() + seconds))
+
+    def pause(self, scope: str) -> float:
+        """Seconds that a service still wants to be left alone."""
+        return max(0.0, (self._pauses.get(scope) or 0.0) - self._runtime.steady())
 
 
-def left(instant: float | None) -> float | None:
-    """Count the seconds until an instant. It is never over: whoever asks can still be told that it's late."""
-    return None if instant is None else max(0.001, instant - time.monotonic())
+class Patience(Protocol):
+    """Who waits for a refresh, and for how long."""
+
+    def until(self) -> float:
+        """Until when an attempt may begin, by the steady clock. It may change."""
+
+    def answer_by(self) -> float:
+        """Until when to wait for an answer. It may change."""
+
+    def retry(self) -> bool:
+        """Whether there may be another attempt."""
+
+    def begin(self) -> None:
+        """Begin an attempt. What this raises ends the refresh."""
+
+    def depart(self) -> None:
+        """Let the request leave. What this raises stops it."""
+
+    def failed(self, error: RefreshError) -> None:
+        """Take note that an attempt has failed, and there may be another."""
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass before that."""
 
 
-def get_ready() -> None:
+class FixedPatience:
+    """The patience of one call that does its refresh itself: it is given up when time is up."""
+
+    def __init__(self, runtime: Runtime, timeout: float | None, retry: bool, tell: Callable[[str], object]) -> None:
+        self._runtime, self._retry, self._tell = runtime, retry, tell
+        self._until = math.inf if timeout is None else runtime.steady() + timeout
+
+    def until(self) -> float:
+        return self._until
+
+    answer_by = until
+
+    def retry(self) -> bool:
+        return self._retry
+
+    def begin(self) -> None:
+        pass
+
+    depart = begin
+
+    def failed(self, error: RefreshError) -> None:
+        self._tell(str(error))
+
+    def pause(self, seconds: float) -> None:
+        self._runtime.sleep(seconds)
+
+
+class Exchange:
     """
-    Import what sends, before any clock is running: requests takes a while to import. Calls that send nothing
-    don't need it.
-    """
-    from . import _http  # noqa: F401
-
-
-def exchange(
-    request: Request,
-    parse: Callable[[Reply, Request], _Answer],
-    secret: Callable[[_Answer], str],
-    *,
-    session: requests.Session | None,
-    patience: Patience,
-    retry: bool,
-) -> _Answer:
-    """
-    Send *request*, again if need be, read the reply and log what came of it.
-
-    Where nothing was spent, it is sent again. Where the answer was lost it is too: Circle knows a repetition by
-    its idempotency key; Kuzzle refuses a token that is spent, which then tells that it is.
+    Sends the requests of one refresh: it is the `Send` that a credential is given.
 
     Args:
-        parse: Reads the reply, or raises what it means.
-        secret: Takes out of the answer what succeeds the request's credential, for its fingerprint in the log.
-        session: Whose connections to use; None for our own.
-        patience: For how long.
-        retry: Whether there may be more than one attempt.
+        session: Whose connections to use. None for our own.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        observed: Observed,
+        patience: Patience,
+        scope: str,
+        session: requests.Session | None,
+    ) -> None:
+        self._runtime, self._observed, self._patience = runtime, observed, patience
+        self._scope, self._session = scope, session
+
+    @property
+    def retry(self) -> bool:
+        """Whether there may be another attempt."""
+        return self._patience.retry()
+
+    def __call__(self, request: Request, parse: Callable[[Reply, Request], T]) -> tuple[T, Reply]:
+        """
+        Send a request, again if need be, read the reply and log what came of it.
+
+        Where nothing was spent, it is sent again. Where the answer was lost it is too: Circle knows a repetition by
+        its idempotency key; Kuzzle refuses a token that is spent, which then shows that it is.
+
+        Raises:
+            RefreshError: There was no answer in time, or it was a refusal.
+        """
+        started, attempts = self._runtime.steady(), 0
+        lost: RefreshError | None = None
+        old = fingerprint(request.secret.reveal())
+        path, outcome = old, "interrupted"
+        try:
+            while True:
+                self._leave_alone(request)
+                self._patience.begin()
+                attempts += 1
+                try:
+                    reply = self._send(request)
+                    token = parse(reply, request)
+                except RefreshError as failed:
+                    error = failed
+                else:
+                    path, outcome = f"{old} -> {token.fingerprint}", "ok"
+                    return token, reply
+                if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
+                    error.spent = True
+                if error.retry_after is not None:
+                    self._observed.leave_alone(self._scope, error.retry_after)
+                pause = self._pause(error, attempts)
+                if pause is None:
+                    # Nothing was spent this time, but an answer was lost before.
+                    error = lost if lost is not None and isinstance(error, UnavailableError) else error
+                    outcome = str(error)
+                    raise error
+                lost = error if isinstance(error, OutcomeUnknownError) else lost
+                attempts_log.warning("%s %s: %s. Next try in %.1f s", request.service, old, error, pause)
+                self._patience.failed(error)
+                self._patience.pause(pause)
+        finally:
+            _log.info(
+                "%s %s: %s, %d attempt%s, %.3f s",
+                *(request.service, path, outcome, attempts, "" if attempts == 1 else "s"),
+                self._runtime.steady() - started,
+            )
+
+    def _leave_alone(self, request: Request) -> None:
+        """Wait for as long as the service asked to be left alone, whichever call was told."""
+        while (pause := self._observed.pause(self._scope)) > 0:
+            if not self._patience.retry() or pause >= self._patience.until() - self._runtime.steady():
+                raise not_yet(request.service, "asked to be left alone", pause)
+            self._patience.failed(not_yet(request.service, "asked to be left alone", pause))
+            self._patience.pause(pause)
+
+    def _send(self, request: Request) -> Reply:
+        until, answer_by = self._patience.until(), self._patience.answer_by
+        if request.idempotency_key is not None or not request.spends:
+            silent_at = self._runtime.steady() + _SILENCE
+            answer_by = lambda: min(silent_at, self._patience.answer_by())  # noqa: E731
+        reply = self._runtime.send(
+            request,
+            session=self._session,
+            connect_by=None if until == math.inf else until,
+            answer_by=answer_by,
+            depart=self._patience.depart,
+        )
+        self._observed.learn(self._scope, reply.date)
+        return reply
+
+    def _pause(self, error: RefreshError, attempts: int) -> float | None:
+        if not self._patience.retry():
+            return None
+        time_left = self._patience.until() - self._runtime.steady()
+        return _rules.pause_after(error, attempts, time_left, self._runtime.pick(0.0, 1.0))
+
+
+def spend(
+    credential: Credential[T],
+    runtime: Runtime,
+    observed: Observed,
+    *,
+    session: requests.Session | None,
+    retry: bool,
+    timeout: float | None,
+    tell: Callable[[str], object],
+) -> T:
+    """
+    Refresh a credential here and now, without a cache.
 
     Raises:
         RefreshError: There was no answer in time, or it was a refusal.
     """
-    started, attempts = time.monotonic(), 0
-    lost: OutcomeUnknownError | None = None
-    old = fingerprint(request.credential)
-    path, outcome = old, "interrupted"
-    try:
-        while True:
-            attempts += 1
-            try:
-                answer = parse(_attempt(request, session, patience), request)
-            except RefreshError as failed:
-                error = failed
-            else:
-                path, outcome = f"{old} -> {fingerprint(secret(answer))}", "ok"
-                return answer
-            if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
-                error.spent = True
-            pause = _pause(error, request, patience, attempts) if retry else None
-            if pause is None:
-                # Nothing was spent this time, but an answer was lost before.
-                error = lost if lost is not None and isinstance(error, UnavailableError) else error
-                outcome = str(error)
-                raise error
-            lost = error if isinstance(error, OutcomeUnknownError) else lost
-            _log.warning("%s %s: %s. Next try in %.1f s", request.provider, old, error, pause)
-            patience.tell(str(error))
-            time.sleep(pause)
-    finally:
-        _log.info(
-            "%s %s: %s, %d attempt%s, %.3f s",
-            request.provider,
-            path,
-            outcome,
-            attempts,
-            "" if attempts == 1 else "s",
-            time.monotonic() - started,
-        )
+    patience = FixedPatience(runtime, timeout, retry, tell)
+    exchange = Exchange(runtime, observed, patience, credential.scope, session)
+    hold = _rules.birth_hold(
+        credential.birth,
+        age=observed.seen_for(credential.keys[0]),
+        service_now=observed.service_now(credential.scope),
+        least=math.inf,
+    )
+    if hold >= patience.until() - runtime.steady():
+        raise not_yet(credential.service, "issued this token just now", hold)
+    if hold > 0:
+        tell(f"{credential.service.title()} issued this token just now")
+        runtime.sleep(hold)
+    successor = credential.refresh(exchange, anew=False)
+    observed.seen_for(successor.keys[0])
+    token: T = successor.token  # type: ignore[assignment]  # a successor has one
+    return token
 
 
-def _attempt(request: Request, session: requests.Session | None, patience: Patience) -> Reply:
-    """Send once."""
-    connect, timeout = left(patience.until), left(patience.end)
-    connect = None if connect is None else connect * 0.9  # then there is time to tell that nothing was sent
-    if request.idempotency_key is not None or not request.spends:
-        timeout = _SILENCE if timeout is None else min(timeout, _SILENCE)
-
-    from ._http import send
-
-    return send(request, session=session, connect=connect, timeout=timeout)
-
-
-def _pause(error: RefreshError, request: Request, patience: Patience, attempts: int) -> float | None:
-    """Tell how many seconds to wait before the next attempt. None: there is none."""
-    if isinstance(error, OutcomeUnknownError):
-        lost = error.status in (None, 502, 504)
-        if not lost and (request.idempotency_key is None or (error.status or 0) < 500):
-            return None
-    elif not isinstance(error, UnavailableError):
-        return None
-    pause = error.retry_after
-    if pause is None:
-        pause = random.uniform(0, min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2**attempts))  # noqa: S311 - no secret
-    if patience.until is not None and time.monotonic() + pause >= patience.until:
-        return None
-    return pause
+def not_yet(service: str, what: str, seconds: float) -> UnavailableError:
+    """Make the error of a refresh that has to wait for longer than its caller does."""
+    return UnavailableError(
+        f"{service.title()} {what}: try again in {math.ceil(seconds)} s",
+        provider=service,
+        retry_after=seconds,
+        spent=False,
+        retryable=True,
+    )

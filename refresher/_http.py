@@ -1,197 +1,280 @@
-"""One request and its reply, on a connection of our own or of the caller's."""
+"""One request and its reply, on a connection of our own or of the caller's: the only socket."""
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import io
 import os
+import socket
 import ssl
+import threading
 import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
+from concurrent.futures import Future
+from http.client import HTTPException, HTTPResponse, IncompleteRead, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, TypeVar
 
+import attrs
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
-from requests.cookies import MockRequest, RequestsCookieJar, create_cookie, get_cookie_header
-from urllib3 import Retry, Timeout
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
+from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
+from requests.exceptions import ConnectTimeout, InvalidSchema, InvalidURL
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry, Timeout
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
-from ._connections import own_session, pool_of
-from ._threads import within
-from ._wire import Reply, Request, __version__, failure
-from .errors import OutcomeUnknownError, UnavailableError
+from . import __version__
+from ._text import Secret, reveal
+from .services import LOST, UNREACHED, Reply, Request, failure
+
+_T = TypeVar("_T")
 
 _LARGEST_BODY = 1024 * 1024
-_NEVER_SENT = (
-    ConnectTimeoutError,
-    NewConnectionError,
-    ProxyError,
-    requests.ConnectTimeout,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.InvalidURL,
-    requests.exceptions.ProxyError,
-    ssl.SSLCertVerificationError,
-)
+_MOST_INTERIM_ANSWERS = 100
+# How often to ask whether the caller still waits, in seconds: while a thread works, while a socket is read.
+_THREAD_SLICE, _SOCKET_SLICE = 0.04, 0.5
+# How many pieces of an answer to read after the caller's time is up, if they are there.
+_OVERTIME = 200
+# By how many seconds the caller may decide to wait longer, on a connection of its own.
+_EXTENSION = 60.0
+# For how many seconds we keep our connections, and what the environment says of proxies and CA bundles.
+_PERIOD = 5.0
 # urllib3 may send a POST again after an error on the answer, and nobody would know.
 _ONCE = Retry(0, read=False)
+_RAW: Any = {"retries": _ONCE, "redirect": False, "assert_same_host": False, "preload_content": False}
+
+# An answer is short. Packed, it could be a bomb.
+_OURS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"refresher/{__version__}"}
+
+_NEVER_SENT = (ConnectTimeoutError, NewConnectionError, ProxyError, ConnectTimeout, InvalidSchema, InvalidURL)
+# What fails in here has sent nothing. OpenSSL's errors do not tell.
+_CONNECTING = "urllib3.connection", "connect"
+_REASONS: dict[type, str] = {TimeoutError: "timed out", socket.gaierror: "unknown host name"}
 
 
-def _adapter(session: requests.Session, url: str) -> BaseAdapter:
-    """Get the session's adapter, without the retries it may have."""
-    adapter = session.get_adapter(url)
-    if not isinstance(adapter, HTTPAdapter) or not adapter.max_retries.total:
-        return adapter
-    same: HTTPAdapter = object.__new__(type(adapter))
-    vars(same).update({**vars(adapter), "max_retries": _ONCE})
-    return same
+@attrs.define
+class _Call:
+    """For how long the caller of `send` waits, and whether the request has left."""
+
+    connect_by: float
+    answer_by: Callable[[], float]
+    depart: Callable[[], None]
+    steady: Callable[[], float]
+    sent_at: float | None = None
+    refusal: Exception | None = None
+    overtime: int = 0
+
+    def remaining(self) -> float:
+        """Count the seconds until the caller gives up: on connecting, or on the answer."""
+        by = self.answer_by()
+        return (min(by, self.connect_by) if self.sent_at is None else by) - self.steady()
+
+    def leave(self) -> None:
+        """Pass the point of no return, unless the caller stops it."""
+        if self.answer_by() <= self.steady():
+            raise TimeoutError
+        try:
+            self.depart()
+        except Exception as error:
+            self.refusal = error
+            raise HTTPException from None
+        self.sent_at = time.time()
+
+    def patiently(self, sock: Any, operation: Callable[[Any], int], data: Any) -> int:
+        """Send or receive a piece of data, for as long as the caller waits."""
+        while True:
+            remaining = self.remaining()
+            # What came while this process was suspended is still read, but a peer that drips has to end.
+            self.overtime += remaining <= 0
+            if self.overtime > _OVERTIME:
+                raise TimeoutError
+            sock.settimeout(min(max(remaining, 0.001), _SOCKET_SLICE))
+            try:
+                return operation(data)
+            except TimeoutError:
+                if remaining <= 0:
+                    raise
+
+
+# The call that connections of our own are used for at the moment.
+_current: contextvars.ContextVar[_Call] = contextvars.ContextVar("_current")
 
 
 def send(
-    request: Request, *, session: requests.Session | None, connect: float | None, timeout: float | None
+    request: Request,
+    *,
+    session: requests.Session | None,
+    connect_by: float | None,
+    answer_by: Callable[[], float],
+    depart: Callable[[], None],
+    steady: Callable[[], float],
 ) -> Reply:
     """
-    Send *request* once and read the reply, whatever it is. Whatever the peer does, dripping bytes too, there is
-    an end to it in time.
+    Send a request once and read the reply, whatever it is. `Runtime.send` says more; *steady* is its clock.
 
-    The session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is
-    not changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so it is
-    passed by.
+    Whatever the peer does, dripping bytes too, there is an end to the wait. As long as nothing was sent, it
+    ends as soon as `answer_by()` is over.
 
-    Args:
-        request: What to send.
-        session: The caller's session, or None for connections of our own.
-        connect: Seconds to wait for a connection, TLS and all; None for ever.
-        timeout: Seconds to wait for the answer, connection included; None for ever.
+    A caller's session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is not
+    changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so it is passed by. Its
+    adapters do not tell when a connection stands, so *depart* is called before they connect. And they take an
+    interim answer for the answer: that leaves the outcome open.
 
     Raises:
         UnavailableError: Nothing was sent.
         OutcomeUnknownError: Something was sent, and no complete answer came.
     """
-    limit = Timeout(total=timeout, connect=connect)
-    if session is None and _is_itself():
-        return _reply(request, lambda: _post(request, limit))
-    lender = own_session() if session is None else session
+    call = _Call(float("inf") if connect_by is None else connect_by, answer_by, depart, steady)
+    classes = HTTPConnectionPool.ConnectionCls, HTTPSConnectionPool.ConnectionCls
+    parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
+    lender = requests.Session() if session is None and _is_replaced(*parts) else session
+    context = _current.set(call)
     try:
-        # The socket's own timeout tells more, so it comes first.
-        return within(
-            None if timeout is None else timeout + 0.1,
-            lambda: _reply(request, lambda: _lent(request, lender, limit)),
-        )
-    except TimeoutError:
-        pass
-    raise failure(OutcomeUnknownError, request, spent=None, what="did not answer in time")
-
-
-def _is_itself() -> bool:
-    """Tell that nothing stands in for requests, as in tests. What does has to see our requests too."""
-    sends = HTTPAdapter.send, requests.Session.get_adapter
-    return [send.__module__ for send in sends] == ["requests.adapters", "requests.sessions"]
-
-
-def _reply(request: Request, post: Callable[[], Any]) -> Reply:
-    """Read the reply to a request that is being sent."""
-    never_sent, reason = False, ""
-    sent_at = time.time()
-    try:
-        with post() as response:
-            return Reply(
-                status=response.status,
-                headers=response.headers,
-                cookies=_set_cookies(response),
-                body=_body(response),
-                sent_at=sent_at,
-            )
-    except (OSError, ValueError, HTTPError, HTTPException) as error:
-        never_sent, reason = _was_never_sent(error), _reason(error)
+        return _send_on_own(request, call) if lender is None else _send_on_lent(request, lender, call)
+    except Exception as error:
+        was_sent = call.sent_at is not None and (lender is None or not _was_never_sent(error))
+        reason = _reason(error)
+    finally:
+        _current.reset(context)
     # Raised out here, so that our error has no context: those of the HTTP library hold the request.
-    if never_sent:
-        raise failure(UnavailableError, request, spent=False, what=f"could not be reached: {reason}")
-    raise failure(OutcomeUnknownError, request, spent=None, what=f"did not answer, or not to the end: {reason}")
+    raise call.refusal or failure(LOST if was_sent else UNREACHED, request, reason=reason)
 
 
-def _post(request: Request, timeout: Timeout) -> Any:
+def _send_on_own(request: Request, call: _Call) -> Reply:
     """Send on a connection of our own, straight: a session and an adapter take twice as long."""
-    pool, target = pool_of(request.url)
-    cookies = _cookies(request)
-    return pool.urlopen(
-        "POST",
-        target,
-        request.body,
-        {**_headers(request), **({"Cookie": cookies} if cookies else {})},
-        retries=_ONCE,
-        redirect=False,
-        assert_same_host=False,
-        timeout=timeout,
-        preload_content=False,
-        decode_content=False,
-    )
+    pool, target = _pools(os.getpid(), call.steady() // _PERIOD)(request.url)
+    limit = Timeout(connect=_timeout(call.remaining()), read=None)
+    return _reply(pool.urlopen("POST", target, reveal(request.body), _headers(request), timeout=limit, **_RAW), call)
 
 
-def _lent(request: Request, session: requests.Session, timeout: Timeout) -> Any:
-    """Send on a connection of the caller's."""
-    settings: Any = session.merge_environment_settings(request.url, {}, True, None, None)
-    adapter = _adapter(session, request.url)
-    return adapter.send(_prepare(request, session), **{**settings, "timeout": timeout}).raw
+def _send_on_lent(request: Request, session: requests.Session, call: _Call) -> Reply:
+    """Send on a connection of the caller's, in a thread: it may not keep to its time."""
+    options: Any = session.merge_environment_settings(request.url, {}, True, None, None)
+    post, prepared = _poster(session, request.url), _prepare(request, session)
+    connect = _timeout(call.remaining())
+    call.leave()
+    # A thread that nobody waits for any more comes to an end too.
+    options["timeout"] = connect, _timeout(call.remaining() + _EXTENSION)
+    return _watched(lambda: _reply(post(prepared, **options).raw, call), call.remaining)
 
 
-def _headers(request: Request) -> dict[str, str]:
-    headers = {
-        **request.headers,
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",  # the answer is short; packed, it could be a bomb
-        "User-Agent": f"refresher/{__version__}",
-    }
-    if request.bearer is not None:
-        headers["Authorization"] = f"Bearer {request.bearer}"
-    return headers
+def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
+    """
+    Do in a thread of its own what may not keep to its time, and wait for it as long as time remains.
+
+    Raises:
+        TimeoutError: It isn't done. It goes on, and nobody is told.
+    """
+    outcome: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads, or the interpreter is shutting down
+        run()
+    while thread.is_alive():
+        is_late = remaining() <= 0
+        # Also once more if late: a socket's own timeout tells more, and what came while suspended is taken.
+        thread.join(_THREAD_SLICE)
+        if is_late and thread.is_alive():
+            raise TimeoutError
+    return outcome.result()
 
 
-def _cookies(request: Request) -> str:
-    return "; ".join(f"{name}={value}" for name, value in request.cookies.items() if value is not None)
+def _timeout(seconds: float) -> float | None:
+    """Make a timeout that a socket takes. None: there is none."""
+    return None if seconds > 1e9 else max(seconds, 0.001)
+
+
+# The request
+
+
+def _headers(request: Request, cookies: str | None = None) -> dict[str, str]:
+    """List all headers to send. *cookies*: those of the session."""
+    pairs = [cookies, *(f"{name}={reveal(value)}" for name, value in request.cookies.items() if value)]
+    headers = {**{name: reveal(value) for name, value in request.headers.items()}, **_OURS}
+    return {**headers, "Cookie": "; ".join(filter(None, pairs))} if any(pairs) else headers
 
 
 def _prepare(request: Request, session: requests.Session) -> requests.PreparedRequest:
-    """Write down what is sent, step by step as requests does: as a whole it would read the ``.netrc``."""
-    headers = requests.structures.CaseInsensitiveDict(session.headers)
-    headers.pop("Authorization", None)
-    headers.update(_headers(request))
-    prepared = requests.PreparedRequest()
-    prepared.prepare_method("POST")
-    prepared.prepare_url(request.url, session.params)
-    prepared.prepare_headers({name: value for name, value in headers.items() if value is not None})
+    """Write down what is sent. The session's own way to do so would read the ``.netrc``."""
+    prepared = requests.Request("POST", request.url, data=reveal(request.body), params=session.params).prepare()
+    headers: Any = session.headers
+    prepared.headers.update((name, value) for name, value in headers.items() if value is not None)
+    prepared.headers.pop("Authorization", None)
     jar = RequestsCookieJar()
     for cookie in session.cookies:
         if cookie.name not in request.cookies:
             jar.set_cookie(cookie)
     prepared.prepare_cookies(jar)
-    prepared.prepare_body(request.body, None)
-    if cookies := _cookies(request):
-        prepared.headers["Cookie"] = "; ".join(filter(None, [prepared.headers.get("Cookie"), cookies]))
+    prepared.headers.update(_headers(request, prepared.headers.get("Cookie")))
     return prepared
+
+
+def _is_replaced(*parts: Any) -> bool:
+    """Tell that something stands in for parts of requests or urllib3, as in tests: it gets our requests too."""
+    homes = "requests.adapters", "requests.sessions", "urllib3.connection"
+    return any(part.__module__ not in homes for part in parts)
+
+
+def _poster(session: requests.Session, url: str) -> Callable[..., requests.Response]:
+    """Get what sends a prepared request: the session's adapter, without the retries it may have."""
+    stand_in = getattr(vars(session).get("send"), "__func__", requests.Session.send)
+    if _is_replaced(stand_in):
+        return functools.partial(stand_in, session, allow_redirects=False)
+    adapter = session.get_adapter(url)
+    retries = getattr(adapter, "max_retries", None)
+    if isinstance(retries, Retry) and (retries.total != 0 or retries.status_forcelist):
+        same: BaseAdapter = object.__new__(type(adapter))
+        vars(same).update({**vars(adapter), "max_retries": _ONCE})
+        return same.send
+    return adapter.send
+
+
+# The reply
+
+
+def _reply(response: Any, call: _Call) -> Reply:
+    """Read the reply, to its end."""
+    status, fields, at = response.status, response.headers, call.sent_at or 0.0
+    with response:
+        if status < 200:
+            raise ResponseNotReady
+        return Reply(status=status, headers=fields, cookies=_cookies(fields), body=_body(response), sent_at=at)
 
 
 def _body(response: Any) -> bytes:
     """Read the body. One of more than 1 MiB, or packed in an unknown way, is no answer and reads as empty."""
-    body = b""
-    for chunk in response.stream(65536, decode_content=False):
-        body += chunk
-        if len(body) > _LARGEST_BODY:
+    received = io.BytesIO()
+    for _ in map(received.write, response.stream(65536, decode_content=False)):
+        if received.tell() > _LARGEST_BODY:
             return b""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        try:
-            # 32 + 15: gzip or deflate, it sees which.
-            body = zlib.decompressobj(47).decompress(body, _LARGEST_BODY + 1)
-        except zlib.error:
-            return b""
+    if response.headers.get("Content-Encoding", "identity") == "identity":
+        return received.getvalue()
+    try:
+        # 32 + 15: gzip or deflate, it sees which.
+        body = zlib.decompressobj(47).decompress(received.getvalue(), _LARGEST_BODY + 1)
+    except zlib.error:
+        return b""
     return body if len(body) <= _LARGEST_BODY else b""
 
 
-def _set_cookies(response: Any) -> dict[str, str]:
+def _cookies(headers: Any) -> dict[str, str]:
     """Read names and values of the cookies in the reply, without a jar that judges them by the local clock."""
-    pairs = (header.partition(";")[0].partition("=") for header in response.headers.getlist("Set-Cookie"))
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    cookies = (text.partition(";")[0] for name, text in headers.items() if name.lower() == "set-cookie")
+    return {name.strip(): value.strip() for name, _, value in (cookie.partition("=") for cookie in cookies)}
+
+
+# Errors
 
 
 def _links(error: BaseException) -> Iterator[BaseException]:
@@ -204,14 +287,13 @@ def _links(error: BaseException) -> Iterator[BaseException]:
 
 
 def _was_never_sent(error: Exception) -> bool:
-    """Tell whether the service cannot have seen the request."""
+    """Tell whether the service cannot have seen the request, although an adapter had it."""
+    if type(error) is OSError and error.errno is None:  # requests' complaint about a missing CA bundle
+        return True
     links = list(_links(error))
-    frames = [frame for link in links for frame, _ in traceback.walk_tb(link.__traceback__)]
-    return (
-        type(error) is OSError  # requests' complaint about a missing CA bundle
-        or any(isinstance(link, _NEVER_SENT) for link in links)
-        or any(frame.f_code.co_name == "do_handshake" for frame in frames)
-    )
+    frames = (frame for link in links for frame, _ in traceback.walk_tb(link.__traceback__))
+    places = ((frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames)
+    return _CONNECTING in places or any(isinstance(link, _NEVER_SENT) for link in links)
 
 
 def _reason(error: Exception) -> str:
@@ -219,21 +301,23 @@ def _reason(error: Exception) -> str:
     *_, root = _links(error)
     if isinstance(root, ssl.SSLCertVerificationError):
         return str(root.verify_message)
-    if isinstance(root, OSError) and root.errno:
-        return os.strerror(root.errno)
-    return type(root).__name__
+    number = getattr(root, "errno", None) or 0
+    # Windows has no words for the errors of its sockets, which begin at 10,000.
+    return os.strerror(number) if 0 < number < 10_000 else _REASONS.get(type(root), type(root).__name__)
+
+
+# The cookie of a session
 
 
 def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]:
     """List the session's cookies of one *name* that would go to *url*."""
-    request = requests.Request("POST", url).prepare()
-    found: list[Cookie] = []
-    for cookie in session.cookies:
+
+    def is_sent(cookie: Cookie) -> bool:
         jar = RequestsCookieJar()
         jar.set_cookie(cookie)
-        if cookie.name == name and get_cookie_header(jar, request):  # type: ignore[no-untyped-call]
-            found.append(cookie)
-    return found
+        return cookie.name == name and "Cookie" in requests.Request("POST", url, cookies=jar).prepare().headers
+
+    return [cookie for cookie in session.cookies if is_sent(cookie)]
 
 
 def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
@@ -241,16 +325,134 @@ def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
     return next((cookie.value for cookie in _cookies_for(session, url, name)), None)
 
 
-def keep_cookie(session: requests.Session, url: str, name: str, value: str) -> None:
+def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[str]) -> None:
     """
     Put a cookie into the session's jar, in place of all of its *name* that would go to *url*.
 
     It has no expiry: by that, a jar whose clock is ahead would throw away what may be the only copy of a token.
     """
     host = eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1]
-    cookie: Cookie = create_cookie(  # type: ignore[no-untyped-call]
-        name, value, domain=host, path="/", rest={"HttpOnly": ""}
-    )
+    details: Any = {"domain": host, "path": "/", "rest": {"HttpOnly": ""}}
     for old in _cookies_for(session, url, name):
         session.cookies.clear(old.domain, old.path, old.name)
-    session.cookies.set_cookie(cookie)
+    session.cookies.set_cookie(create_cookie(name, value.reveal(), **details))  # type: ignore[no-untyped-call]
+
+
+# Connections of our own, for callers who lend none
+
+
+class _Response(HTTPResponse):
+    """
+    The response after all interim ones, for as long as the caller waits, however many pieces it comes in.
+
+    If anything came before it or comes after it, its connection is not used again.
+    """
+
+    def __init__(self, connection: Any, sock: Any, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp: Any
+        self.fp.raw.readinto = self._receive
+        self._connection, self._sock, self._interim, self._is_cut = connection, sock, 0, False
+        self._call: _Call | None = _current.get()
+
+    def _receive(self, buffer: Any) -> int:
+        if self._call is None:
+            return 0
+        count = self._call.patiently(self._sock, self._sock.recv_into, buffer)
+        self._is_cut = count == 0
+        return count
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while self._interim <= _MOST_INTERIM_ANSWERS:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status >= 200 or status == 101:
+                return version, status, reason
+            parse_headers(self.fp)
+            self._interim += 1
+        raise ResponseNotReady
+
+    def begin(self) -> None:
+        super().begin()
+        if self._is_cut:
+            raise IncompleteRead(b"")  # to http.client, headers that break off are all there are
+        self.will_close = self.will_close or self._interim > 0
+
+    def _close_conn(self) -> None:
+        self._call = None
+        more = self.fp.peek(1) or getattr(self._sock, "pending", int)()
+        super()._close_conn()  # type: ignore[misc]
+        if more:
+            self._connection.close()
+
+
+# What stands in for urllib3's connections in a test may do so while this is imported.
+_Base: Any = object
+
+
+class _Connection(_Base):  # type: ignore[misc]
+    """A connection that keeps to the time of the call it's used for, and sends a request in one piece."""
+
+    _pieces: list[bytes] | None = None
+
+    def connect(self) -> None:
+        # Names are looked up without a timeout, and each address has one of its own, and so has TLS.
+        call = _current.get()
+
+        def connect() -> None:
+            super(_Connection, self).connect()
+            if call.remaining() <= 0:  # nobody waits for it any more
+                self.close()
+                raise TimeoutError
+
+        _watched(connect, call.remaining)
+
+    def putrequest(self, *args: Any, **options: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        self._pieces = []
+        super().putrequest(*args, **options)
+
+    def send(self, piece: Any) -> None:
+        if self._pieces is None:  # it opens a tunnel through a proxy
+            super().send(piece)
+        else:
+            self._pieces.append(piece)
+
+    def getresponse(self) -> Any:
+        call, unsent = _current.get(), memoryview(b"".join(self._pieces or []))
+        self._pieces = None
+        call.leave()
+        while unsent:
+            unsent = unsent[call.patiently(self.sock, self.sock.send, unsent) :]
+        return super().getresponse()
+
+    def response_class(self, *args: Any, **options: Any) -> _Response:
+        return _Response(self, *args, **options)
+
+
+# Makes of a kind of connection one that is patient.
+_patient = functools.lru_cache(
+    lambda kind: kind if issubclass(kind, _Connection) else type("Connection", (_Connection, kind), {})
+)
+
+
+@functools.lru_cache(maxsize=1)
+def _pools(process: int, period: float) -> Callable[[str], tuple[Any, str]]:  # noqa: ARG001
+    """
+    Get what finds our connections to a URL, and what to ask for on them.
+
+    They are new every few seconds: a connection that was idle for longer may be dead, and a request on it be
+    lost, where a new one tells that nothing was sent. And they are new in each process: a forked child that
+    used its parent's connections would read its parent's answers.
+    """
+    return functools.lru_cache(maxsize=64)(functools.partial(_find_pool, HTTPAdapter(pool_maxsize=64)))
+
+
+def _find_pool(adapter: Any, url: str) -> tuple[Any, str]:
+    # It takes as long as a request, so it's remembered.
+    request = requests.Request("POST", url).prepare()
+    settings: Any = requests.Session().merge_environment_settings(url, {}, True, None, None)
+    pool: Any = adapter.get_connection_with_tls_context(request, settings["verify"], settings["proxies"])
+    adapter.cert_verify(pool, url, settings["verify"], None)
+    pool.ConnectionCls = _patient(pool.ConnectionCls)
+    return pool, adapter.request_url(request, settings["proxies"])

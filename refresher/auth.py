@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import abc
-import math
-import time
+import functools
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import attrs
@@ -15,15 +13,15 @@ import requests
 from requests.auth import AuthBase
 from requests.exceptions import UnrewindableBodyError
 from requests.utils import rewind_body
+from urllib3.util import parse_url
 
-from . import _circle, _kuzzle
-from ._api import Seconds, api_key_or_default, cache_of, circle_credential, kuzzle_credential
-from ._cache import SHARED_CACHE, Credential, TokenCache
-from ._checks import Checks
-from ._wire import instant_of, json_object
+from ._cache import SHARED_CACHE, TokenCache
+from ._checks import Checks, Seconds, origin_of
+from ._ledger import Call, Headers
+from ._text import Secret, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError
-from .stores import mutex
-from .tokens import KuzzleToken, UserToken, claims, duration, instant, subject
+from .services import Credential, circle, kuzzle
+from .tokens import KuzzleToken, UserToken
 
 # How long an error may be to be read.
 _LARGEST_BODY = 1024 * 1024
@@ -31,163 +29,112 @@ _LARGEST_BODY = 1024 * 1024
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
 
 
-class _Followed(Protocol):
-    """What we need of a call, whichever service's it is."""
-
-    @property
-    def provider(self) -> str:
-        """``"kuzzle"`` or ``"circle"``."""
-
-    def following(self, last: Any, /) -> Self:
-        """Say the same of a token that has come of this call."""
-
-
-_Call = TypeVar("_Call", bound=_Followed)
-
-# How many seconds our clock is behind an origin's, at least. If it is ahead, tokens are refreshed early.
-_behind: dict[tuple[str, str | None, int | None], float] = {}
-
-
-def _origin(url: str | None) -> tuple[str, str | None, int | None]:
-    """Tell what has to be the same for a token to be sent: scheme, host and port."""
-    parts = urlsplit(url or "")
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-class _Auth(AuthBase, abc.ABC, Generic[_Call, _Token]):
-    """What both have in common: the credential they began with or its last known successor, and what to do."""
-
-    _names: ClassVar[tuple[str, ...]]
+class _Auth(AuthBase, Generic[_Token]):
+    """Sends the last successor of a credential."""
 
     def __init__(
         self,
         check: Checks,
         url: str,
-        call: _Call | None,
-        *,
+        credential: Credential[_Token] | None,
+        retry: bool,
         timeout: Seconds,
         cache: TokenCache | None,
         session: requests.Session | None,
         on_refresh: Callable[[_Token], object] | None,
     ) -> None:
-        self._origin = _origin(url)
-        self._call: _Call | None = call
-        self._timeout = check.seconds("timeout", timeout)
-        self._cache = cache_of(check, cache, TokenCache())
-        self._session = check.session("session", session)
-        if on_refresh is not None and not callable(on_refresh):
-            check.fail("on_refresh", "must be a function, or None")
+        check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
+        check.need(on_refresh is None or callable(on_refresh), "on_refresh", "must be a function, or None")
+        self._origin = origin_of(url)
+        own, seconds = check.session("session", session), check.seconds("timeout", timeout)
+        self._call = functools.partial(Call[_Token], session=own, retry=retry, timeout=seconds, own_will_do=True)
+        self._cache = TokenCache() if cache is None else cache
         self._on_refresh: Callable[[_Token], object] | None = on_refresh
+        self._set(credential)
+
+    def _set(self, credential: Credential[_Token] | None) -> None:
+        self._credential: Credential[_Token] | None = credential
         self._unsaved: _Token | None = None
-
-    @abc.abstractmethod
-    def _credential(self, call: _Call) -> Credential[_Token]: ...
-
-    @abc.abstractmethod
-    def _headers(self, call: _Call) -> dict[str, str]:
-        """Write down what a request carries."""
-
-    @abc.abstractmethod
-    def _held(self, call: _Call, now: float) -> tuple[_Token, float] | None:
-        """Tell what is known of a token that was never refreshed here: see `Credential`."""
-
-    @abc.abstractmethod
-    def _refuses(self, status: int, body: Mapping[str, object]) -> bool | None:
-        """Tell whether an error means that the token is no good. None: it may."""
+        if credential is not None:
+            self._cache._ledger.observed.seen_for(credential.keys[0])
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if _origin(request.url) == self._origin and (call := self._current()) is not None:
-            request.headers.update(self._headers(call))
+        if _goes_to(request.url, self._origin) and (current := self._current()) is not None:
+            for name, value in current.headers.items():
+                request.headers[name] = reveal(value)
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
 
-    def _current(self, refused: Mapping[str, str | None] | None = None) -> _Call | None:
-        """Get what to send: the last successor, but not what the headers *refused* carried."""
-        call = self._call
-        if call is None:
-            return None
-        arguments = (type(self), call)
-        token: _Token | None = self._cache.answer(arguments) if refused is None else None
-        if token is None:
-            held = self._held(call, time.time() + _behind.get(self._origin, 0.0))
-            if held is not None and held[1] == math.inf:
-                return call
-            credential = self._credential(call)
-            if refused is None:
-                credential = attrs.evolve(credential, held=held)
-            else:
-                credential = attrs.evolve(
-                    credential, refused=lambda token: self._headers(call.following(token)) == refused
-                )
-            token = self._cache.last(credential, self._timeout, arguments=arguments)
-        following = call.following(token)
-        with mutex:
-            # Is it news, and was no other set meanwhile?
-            if self._headers(following) != self._headers(call) and self._call is call:
-                self._call, self._unsaved = following, token
+    def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
+        """Return what to send: the last successor, but not what the headers *rejected* carried."""
+        first = self._credential
+        if first is None or not first.can_expire:
+            return first
+        newest = self._cache._get(self._call(credential=first, rejected=rejected))
+        last = first if newest.secret == first.secret else first.following(newest.token)
+        if last is not first and self._credential is first:  # else another was set meanwhile
+            self._credential, self._unsaved = last, last.token
         self._save()
-        return following
+        return last
 
     def _save(self) -> None:
         """Hand a new token over, once, unless that fails: then it's handed over again with the next request."""
-        with mutex:
-            unsaved, self._unsaved = self._unsaved, None
+        unsaved, self._unsaved = self._unsaved, None
         if unsaved is None or self._on_refresh is None:
             return
         try:
             self._on_refresh(unsaved)
         except BaseException:
-            with mutex:
-                self._unsaved = self._unsaved or unsaved
+            self._unsaved = self._unsaved or unsaved
             raise
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:
-        sent = response.request
-        if _origin(sent.url) != self._origin:
+        sent, credential = response.request, self._credential
+        if not _goes_to(sent.url, self._origin) or credential is None:
             return response
-        date = instant_of(response.headers.get("Date", ""))
-        if date is not None:
-            _behind[self._origin] = max(_behind.get(self._origin, 0.0), date - time.time())
-        refused = self._is_refused(response)
-        if refused is not False:
-            response = self._again(response, settings, sure=refused is True)
-        if response.is_redirect and _target(response) != self._origin:
+        self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
+        rejected = self._is_rejected(response, credential)
+        if rejected is not False:
+            response = self._again(response, credential, settings, sure=rejected is True)
+        if response.is_redirect and not _goes_to(_target(response), self._origin):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
-            for name in self._names:
+            for name in credential.headers:
                 sent.headers.pop(name, None)
         return response
 
-    def _is_refused(self, response: requests.Response) -> bool | None:
+    @staticmethod
+    def _is_rejected(response: requests.Response, credential: Credential[_Token]) -> bool | None:
         if response.status_code < 400 or _is_too_long(response):
             return False
-        return self._refuses(response.status_code, json_object(response.content))
+        return credential.is_rejected(response.status_code, json_object(response.content))
 
     def _again(
-        self, response: requests.Response, settings: Mapping[str, Any], *, sure: bool
+        self, response: requests.Response, credential: Credential[_Token], settings: Mapping[str, Any], *, sure: bool
     ) -> requests.Response:
-        """Send a request that was refused once more, if there is another token for it."""
+        """Send a request that was rejected once more, if there is another token for it."""
         sent = response.request
-        refused = {name: sent.headers.get(name) for name in self._names}
-        call = self._current(refused)
-        if call is None:
+        rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
+        current = self._current(rejected)
+        if current is None:
             return response
-        if self._headers(call) != refused:
+        if current.headers != rejected:
             if not isinstance(sent.body, (bytes, str, type(None))):
                 try:
                     rewind_body(sent)
                 except UnrewindableBodyError:  # a generator, a pipe
                     return response
-            sent.headers.update(self._headers(call))
+            for name, value in current.headers.items():
+                sent.headers[name] = reveal(value)
             response.close()
             answer: requests.Response = response.connection.send(sent.copy(), **settings)
             answer.history.append(response)
-            response, sure = answer, self._is_refused(answer) is True
+            response, sure = answer, self._is_rejected(answer, current) is True
         if sure:
             response.close()
-            status, service = response.status_code, call.provider.title()
+            status, service = response.status_code, current.service.title()
             raise SignInRequiredError(
                 f"{service} refuses the newest token there is: sign in again ({status})",
-                provider=call.provider,
+                provider=current.service,
                 status=status,
             )
         return response
@@ -201,42 +148,51 @@ def _is_too_long(response: requests.Response) -> bool:
         return False
 
 
-def _target(response: requests.Response) -> object:
-    """Tell where a redirect leads."""
+def _target(response: requests.Response) -> str | None:
+    """Return where a redirect leads."""
     try:
-        url = urljoin(response.url, response.headers["Location"])
-        return _origin(requests.Request("GET", url).prepare().url)
+        return requests.Request("GET", urljoin(response.url, response.headers["Location"])).prepare().url
     except ValueError:
         return None
 
 
-class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
-    """
-    Sends a Kuzzle token with every request, and refreshes it in time.
+def _goes_to(url: str | None, origin: object) -> bool:
+    """Whether requests would connect to an origin for a URL. Where parsers may differ about that, it does not."""
+    try:
+        if url is None or "\\" in url or "@" in urlsplit(url).netloc:
+            return False
+        target = parse_url(url)
+        return origin_of(url) == origin == origin_of(f"{target.scheme}://{target.netloc}")
+    except ValueError:  # urllib3's complaints are of this kind too
+        return False
 
-    For ``auth=`` of ``requests``. The token goes to the origin of *url* alone (scheme, host and port), also
-    after redirects. It's used as it is while it lives, and refreshed when it is about to expire, once for all
-    threads and processes that share *cache*. If Kuzzle refuses it nevertheless (401), its successor or a new
-    one is tried, once. A body that can't be read twice is not sent again: then the answer is the 401, and the
-    next request has the new token.
+
+class KuzzleAuth(_Auth[KuzzleToken]):
+    """
+    Sends a Kuzzle token with every request, and refreshes it in time. Use it as ``auth=`` of ``requests``.
+
+    The token is sent as it is while it is valid, and refreshed when it is about to expire, once for all threads and
+    processes that share *cache*. It goes to the origin of *url* only (scheme, host and port), also after redirects. If
+    Kuzzle refuses it (401), the request is sent once more with its successor or a new one. That is impossible if the
+    body cannot be read twice: then you get the 401, and the next request has the new token.
 
     Args:
         url: Where Kuzzle answers.
-        jwt: The user's token. None: nobody has signed in, and requests are anonymous.
-        expires_in: How long new tokens live: see `refresh_kuzzle_token`, as for the other arguments.
+        jwt: The user's token. None means that nobody has signed in: requests are anonymous.
+        expires_in: How long new tokens are valid: see `refresh_kuzzle_token`, also for the other arguments.
         trigger_events: Sent with refreshes.
         strategy: The authentication strategy that is asked first.
-        queuable: Whether a refresh waits out downtime.
-        timeout: Seconds that a refresh may take.
-        cache: Remembers who succeeded whom. None: one that only this object has.
-        session: What refreshes are sent with. It may be the one that has this object for its ``auth``.
-        on_refresh: Called with each new token, by the request that needs it, before that is sent. If it raises,
-            so does the request. Nothing is lost, and it's called again by the next request.
+        queuable: Whether a refresh tries again after downtime.
+        timeout: How many seconds a refresh may take. In a web view, make it a few seconds.
+        cache: Remembers the newest token of each chain. None means a cache of this object's own.
+        session: What refreshes are sent with. It may be the one whose ``auth`` this object is.
+        on_refresh: Called with each new token by the request that needs it, before that is sent. If it raises, the
+            request raises the same, the token is kept, and the next request calls it again.
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        SignInRequiredError: Raised by requests: the session has ended, its newest token was refused.
-        RefreshError: Raised by requests that need a refresh, if that fails in another way.
+        SignInRequiredError: Raised by requests. The session has ended: its newest token was refused.
+        RefreshError: Raised by requests that need a refresh which fails in another way.
 
     Example:
         >>> from refresher.testing import FakeKuzzle
@@ -246,8 +202,6 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
         >>> me["result"]["_id"]
         'foo'
     """
-
-    _names = ("Authorization",)
 
     def __init__(
         self,
@@ -263,92 +217,61 @@ class KuzzleAuth(_Auth[_kuzzle.Call, KuzzleToken]):
         session: requests.Session | None = None,
         on_refresh: Callable[[KuzzleToken], object] | None = None,
     ) -> None:
-        check = _kuzzle.check
-        self._queuable = check.flag("queuable", queuable)
-        self._nobody = _kuzzle.prepare(
-            url=url,
-            jwt="none",
-            expires_in=expires_in,
-            cookie_auth=False,
-            trigger_events=trigger_events,
-            strategy=strategy,
+        url, jwt, expires_in, strategy = hide_all(url, jwt, expires_in, strategy)
+        self._anybody = kuzzle.credential(
+            url=url, jwt=Secret("none"), expires_in=expires_in, trigger_events=trigger_events, strategy=strategy
         )
-        super().__init__(check, url, None, timeout=timeout, cache=cache, session=session, on_refresh=on_refresh)
+        retry = kuzzle.check.flag("queuable", queuable)
+        super().__init__(kuzzle.check, self._anybody.url, None, retry, timeout, cache, session, on_refresh)
         self.jwt = jwt
 
     @property
     def jwt(self) -> str | None:
         """
-        The user's token, or its last known successor. None: nobody has signed in.
+        The user's newest known token. None means that nobody has signed in.
 
-        Set it when a user signs in, and to None when they sign out. That changes what is sent from here, and
-        nothing at Kuzzle: to end the session, ``POST /_logout`` first.
+        Set it when a user signs in, and to None when they sign out. That changes nothing at Kuzzle: to end the session,
+        ``POST /_logout`` first.
         """
-        call = self._call
-        if call is None:
-            return None
-        token = self._cache.known(self._credential(call))
-        return call.jwt if token is None else token.jwt
+        credential = self._credential
+        return None if credential is None else self._cache._peek(credential).secret.reveal()
 
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:
-        call = None if jwt is None else attrs.evolve(self._nobody, jwt=_kuzzle.check.token("jwt", jwt))
-        with mutex:
-            self._call, self._unsaved = call, None
-
-    def _credential(self, call: _kuzzle.Call) -> Credential[KuzzleToken]:
-        return kuzzle_credential(call, session=self._session, queuable=self._queuable)
-
-    def _headers(self, call: _kuzzle.Call) -> dict[str, str]:
-        return {"Authorization": f"Bearer {call.jwt}"}
-
-    def _held(self, call: _kuzzle.Call, now: float) -> tuple[KuzzleToken, float] | None:
-        known = claims(call.jwt)
-        kuid = subject(call.jwt) or "unknown"
-        if "exp" not in known:  # an API key, or infinite: neither can be refreshed
-            return KuzzleToken(kuid, call.jwt, None, None), math.inf
-        left = known["exp"] - now
-        ttl = duration(1000 * (known["exp"] - known.get("iat", now)))
-        return KuzzleToken(kuid, call.jwt, instant(1000 * known["exp"]), ttl), left
-
-    def _refuses(self, status: int, body: Mapping[str, object]) -> bool | None:
-        error = body.get("error")
-        if status == 401 and not isinstance(error, dict):
-            return None  # Kuzzle itself did not write this, or the request was a HEAD
-        return status == 401 and isinstance(error, dict) and error.get("id") in _kuzzle.STALE
+        (jwt,) = hide_all(jwt)
+        self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.check.token("jwt", jwt)))
 
 
-class CircleAuth(_Auth[_circle.Call, UserToken]):
+class CircleAuth(_Auth[UserToken]):
     """
-    Sends the API key and a user token with every request to Circle, and refreshes that in time.
+    Sends your API key and a user token with every request to Circle, and refreshes the user token in time. Use it as
+    ``auth=`` of ``requests``.
 
-    For ``auth=`` of ``requests``. Both go to the origin of *base_url* alone (scheme, host and port), also after
-    redirects. The user token is used as it is while it lives, if it's a JWT that tells, and refreshed when it
-    is about to expire, once for all threads and processes that share *cache*. If Circle refuses it nevertheless
-    (155103, 155104, 155105), its successor or a new one is tried, once. A body that can't be read twice is not
-    sent again: then the answer is the refusal, and the next request has the new token.
+    The user token is sent as it is while it is valid (if it is a JWT, which says so), and refreshed when it is about to
+    expire, once for all threads and processes that share *cache*. Token and key go to the origin of *base_url* only
+    (scheme, host and port), also after redirects. If Circle refuses the token (155103, 155104, 155105), the request is
+    sent once more with its successor or a new one. That is impossible if the body cannot be read twice: then you get
+    the refusal, and the next request has the new token.
 
     Args:
-        refresh_token: See `refresh_user_token`, as for the other arguments.
+        refresh_token: See `refresh_user_token`, also for the other arguments.
         device_id: The device that the user signed in on.
-        user_token: The last user token of the pair. Give this or *user_id*.
+        user_token: The user token that came with *refresh_token*. Give this or *user_id*.
         user_id: The user's id at Circle.
-        api_key: Your API key. None: the environment variable ``CIRCLE_WEB3_API_KEY``.
+        api_key: Your API key. None means the environment variable ``CIRCLE_WEB3_API_KEY``.
         base_url: Where Circle answers.
         retry: Whether a refresh tries again after failures.
-        timeout: Seconds that a refresh may take.
-        cache: Remembers who succeeded whom. None: one that only this object has.
+        timeout: How many seconds a refresh may take. In a web view, make it a few seconds.
+        cache: Remembers the newest pair of each chain. None means a cache of this object's own.
         session: What refreshes are sent with.
-        on_refresh: Called with each new pair, by the request that needs it, before that is sent. If it raises,
-            so does the request. Nothing is lost, and it's called again by the next request.
+        on_refresh: Called with each new pair by the request that needs it, before that is sent. If it raises, the
+            request raises the same, the pair is kept, and the next request calls it again.
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        SignInRequiredError: Raised by requests: the session has ended, its newest token was refused.
-        RefreshError: Raised by requests that need a refresh, if that fails in another way.
+        SignInRequiredError: Raised by requests. The session has ended: its newest token was refused.
+        RefreshError: Raised by requests that need a refresh which fails in another way.
     """
-
-    _names = ("Authorization", "X-User-Token")
 
     def __init__(
         self,
@@ -358,38 +281,23 @@ class CircleAuth(_Auth[_circle.Call, UserToken]):
         user_token: str | None = None,
         user_id: str | None = None,
         api_key: str | None = None,
-        base_url: str = _circle.BASE_URL,
+        base_url: str = circle.BASE_URL,
         retry: bool = True,
         timeout: Seconds = 30.0,
         cache: TokenCache | None = SHARED_CACHE,
         session: requests.Session | None = None,
         on_refresh: Callable[[UserToken], object] | None = None,
     ) -> None:
-        check = _circle.check
-        self._retry = check.flag("retry", retry)
-        call = _circle.prepare(
-            base_url=base_url,
-            api_key=api_key_or_default(api_key),
+        api_key, user_token, user_id, refresh_token, device_id, base_url = hide_all(
+            api_key, user_token, user_id, refresh_token, device_id, base_url
+        )
+        credential = circle.credential(
+            api_key=circle.default_api_key(api_key),
             user_token=user_token,
             user_id=user_id,
             refresh_token=refresh_token,
             device_id=device_id,
+            base_url=base_url,
         )
-        super().__init__(
-            check, base_url, call, timeout=timeout, cache=cache, session=session, on_refresh=on_refresh
-        )
-
-    def _credential(self, call: _circle.Call) -> Credential[UserToken]:
-        return circle_credential(call, cache=self._cache, session=self._session, retry=self._retry)
-
-    def _headers(self, call: _circle.Call) -> dict[str, str]:
-        return {"Authorization": f"Bearer {call.api_key}", "X-User-Token": call.who}
-
-    def _held(self, call: _circle.Call, now: float) -> tuple[UserToken, float] | None:
-        exp = claims(call.user_token or "").get("exp")
-        if call.user_token is None or exp is None:
-            return None
-        return UserToken(call.user_token, None, None, call.refresh_token, instant(1000 * exp)), exp - now
-
-    def _refuses(self, status: int, body: Mapping[str, object]) -> bool:  # noqa: ARG002
-        return body.get("code") in _circle.STALE
+        retry = circle.check.flag("retry", retry)
+        super().__init__(circle.check, credential.base_url, credential, retry, timeout, cache, session, on_refresh)

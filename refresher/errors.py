@@ -1,4 +1,54 @@
-"""What can go wrong, named for what the caller does next."""
+"""
+What can go wrong. Each error is named for what you do next.
+
+All are `RefreshError`s, so this is enough for most programs::
+
+    try:
+        token = refresh_kuzzle_token(url, jwt)
+    except SignInRequiredError:
+        ...  # ask the user to sign in
+    except RefreshError as error:
+        ...  # try again in error.retry_after or 60 seconds
+
+Situations, what a call does by itself, and what is left to do:
+
+The service is down, starting, overloaded or throttling, or Kuzzle cannot reach its token store.
+    The call waits and tries again, as long as *timeout* allows. Then it raises `UnavailableError`: try later. To be
+    told at once, pass ``queuable=False`` (Kuzzle) or ``retry=False`` (Circle).
+The same, while a token in the cache is still valid.
+    You get that token, and a warning is logged. Nothing to do. An auth object goes on with its own token too.
+Circle answers that something went wrong, and not what (code -1).
+    `OutcomeUnknownError` at once: call again, later.
+Circle's response is lost.
+    The call asks again with the same idempotency key and gets the response. Nothing to do.
+Kuzzle's response is lost.
+    The call asks again. If the request was lost as well, it gets a new token. Otherwise the new token is gone, and
+    `SignInRequiredError` is raised: sign in again.
+The service is slow.
+    `OutcomeUnknownError` when *timeout* is over. The refresh goes on for up to a minute. Call again: the result is in
+    the cache.
+A process is killed before it has saved the new token.
+    On Circle, the next call has the same idempotency key and gets the same pair. On Kuzzle, the token is lost if it was
+    not in the store yet: sign in again.
+The store cannot be read or written.
+    A valid token that the process knows is used. Otherwise nothing is sent, and `UnavailableError` is raised with
+    ``spent=False``: try later.
+A token is refreshed in the second in which Kuzzle issued it.
+    Kuzzle would return the same token and let it expire, so the call waits until that second is over. Nothing to do.
+Many callers refresh one token at once.
+    One request is sent and all get its result, if they share a cache or a store.
+A caller passes a token that has been spent.
+    It gets the newest token of the chain.
+A lifetime is one that Kuzzle refuses, or that would end the session.
+    `InvalidArgumentError`. Nothing was sent: fix the call.
+The session has ended.
+    `SignInRequiredError`: sign in again. It is remembered, so that calls in a loop send one request in a minute, then
+    one in five minutes, then one in an hour.
+A redirect, a proxy's page, a captive portal or a response for another user arrives.
+    `ReplyError`. No redirect is followed. Check the URL and any proxy.
+A certificate is wrong.
+    `UnavailableError` says what is wrong with it. Nothing was sent: check the CA bundle.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +57,20 @@ class RefreshError(Exception):
     """
     Anything this package raises on purpose.
 
-    An error holds no secret and no object of the HTTP library, so it may be logged, pickled and
-    pasted into a public issue. The message is ours: nothing the service wrote is quoted in it.
+    An error holds no secret and no object of the HTTP library, so you may log it, pickle it and paste it into a public
+    issue. Its message quotes nothing that the service wrote.
 
     Args:
         message: What happened.
         provider: ``"kuzzle"`` or ``"circle"``.
-        status: The HTTP status, if there was an answer.
+        status: The HTTP status, if there was a response.
         code: The service's own number for the error, if it gave one.
-        id: Kuzzle's own name for the error (``"security.token.invalid"``), if it is a known one.
-        request_id: Names this request in the service's logs, if anything does.
-        retry_after: Seconds the service asked to wait.
-        spent: Whether the credential that was sent is used up: False for no, True for yes, None if
-            nobody can know.
-        idempotency_key: What Circle's request carried. Sent again, it means the same request.
+        id: Kuzzle's own name for the error (``"security.token.invalid"``), if it looks like a name.
+        request_id: Names the request in the service's logs, if anything does.
+        retry_after: How many seconds the service asked to wait.
+        spent: Whether the credential that was sent is used up. None if nobody knows.
+        idempotency_key: What Circle's request carried. A request with the same key is the same request.
+        retryable: Whether sending the same again may help and can do no harm.
     """
 
     def __init__(
@@ -35,6 +85,7 @@ class RefreshError(Exception):
         retry_after: float | None = None,
         spent: bool | None = None,
         idempotency_key: str | None = None,
+        retryable: bool = False,
     ) -> None:
         super().__init__(message)
         self.provider = provider
@@ -45,31 +96,33 @@ class RefreshError(Exception):
         self.retry_after = retry_after
         self.spent = spent
         self.idempotency_key = idempotency_key
+        self.retryable = retryable
 
 
 class SignInRequiredError(RefreshError):
-    """The service refuses the credential, or it leads nowhere any more: sign in again."""
+    """The service refused the newest token, and the store has no newer one: sign in again."""
 
 
 class UnavailableError(RefreshError):
-    """The service is unreachable, busy or throttling. Nothing was spent: try again later."""
+    """The service or the store is down or busy. Nothing was spent: try again later."""
 
 
 class OutcomeUnknownError(RefreshError):
     """
-    The request was sent and no usable answer came, so it may have been carried out.
+    The request was sent, but no usable response came in time. The token may be spent.
 
-    Try again. On Circle, trying with the same ``idempotency_key`` brings the lost answer back.
+    Call again. A refresh that goes on puts its result into the cache. On Circle, the same ``idempotency_key`` brings
+    a lost response back.
     """
 
 
 class RequestRefusedError(RefreshError):
-    """The arguments, the API key or the user's rights are wrong. Nothing was spent: mend the call."""
+    """The arguments, the API key or the user's rights are wrong. Nothing was spent: fix the call."""
 
 
 class InvalidArgumentError(RequestRefusedError, ValueError):
-    """An argument is wrong, and was found to be before anything was sent."""
+    """An argument is wrong. It was found before anything was sent: fix the call."""
 
 
 class ReplyError(RefreshError):
-    """The answer is not the service's: a redirect, HTML, a missing member. Look at the URL, the proxy."""
+    """Something other than the service answered, or without a token: check the URL and any proxy."""

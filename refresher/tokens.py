@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 import attrs
 
-from ._checks import Checks
+from ._checks import Fields
 from ._notebook import Printer, as_html, as_text
+from ._text import claims, fingerprint, hide_all, masked
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
 _LONGEST = timedelta.max // _MILLISECOND
-
-
-def fingerprint(secret: str) -> str:
-    """Tell two secrets apart without telling either."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:8]
-
-
-def key_of(*parts: str) -> str:
-    """Make a key of a credential, from which nobody can tell the parts. They have no line breaks in them."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def number(value: object) -> float | None:
-    """Take a finite number out of JSON. True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if isinstance(value, int) or math.isfinite(value) else None
-
-
-def claims(token: str) -> dict[str, float]:
-    """
-    Read when a JWT was issued (``iat``) and when it dies (``exp``), in seconds since 1970.
-
-    What it does not tell is left out. Nobody checks the signature here: that's the service's business.
-    """
-    payload = _payload(token)
-    found = {name: number(payload.get(name)) for name in ("iat", "exp")}
-    # Beyond that, Python can't count in seconds and milliseconds alike.
-    return {name: value for name, value in found.items() if value is not None and abs(value) < 1e300}
-
-
-def subject(token: str) -> str | None:
-    """Read whose a Kuzzle JWT is, where it tells."""
-    kuid = _payload(token).get("_id")
-    return kuid if isinstance(kuid, str) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _payload(token: str) -> Mapping[str, object]:
-    """Read what a JWT says. For one refresh the same two are read several times."""
-    try:
-        payload = token.split(".")[1]
-        values = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-    except (IndexError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def lifespan(token: str, otherwise: float) -> float:
-    """
-    Tell how many seconds a JWT lives from its birth, if it does.
-
-    Its times are whole seconds, so it was born up to a second later than it says and dies that much younger.
-    """
-    known = claims(token)
-    return max(0.0, known["exp"] - known["iat"] - 1) if {"exp", "iat"} <= known.keys() else otherwise
 
 
 def instant(milliseconds: float) -> datetime:
@@ -91,15 +32,10 @@ def _to_milliseconds(when: datetime | None) -> int:
     return -1 if when is None else (when - _EPOCH) // _MILLISECOND
 
 
-def masked(secret: str | None) -> str:
-    """Stand in for a secret where people look."""
-    return "None" if secret is None else f"<secret {fingerprint(secret)}>"
-
-
 def _rows(token: KuzzleToken | UserToken) -> dict[str, str]:
     """List what a notebook shows of a token: the time it has left, and no secret."""
     values = ((field, getattr(token, field.name)) for field in attrs.fields(type(token)))
-    rows = {field.name: (field.repr if callable(field.repr) else str)(value) for field, value in values}
+    rows = {field.name: str(field.repr(value) if callable(field.repr) else value) for field, value in values}
     if token.expires_at is None:
         return {**rows, "expires_at": "never", "time left": "unlimited"}
     left = max(token.expires_at - datetime.now(UTC), timedelta(0))
@@ -145,6 +81,11 @@ class KuzzleToken:
     _repr_html_ = _html
     _repr_pretty_ = _pretty
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from another token without revealing either."""
+        return fingerprint(self.jwt or "")
+
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Kuzzle does: ``_id``, ``expiresAt`` and ``ttl`` in ms, ``jwt``."""
         return {
@@ -165,18 +106,17 @@ class KuzzleToken:
         Raises:
             InvalidArgumentError: A member is missing or malformed.
         """
-        check = Checks("kuzzle")
-        kuid = check.text("_id", values.get("_id"))
-        jwt = None if values.get("jwt") is None else check.token("jwt", values["jwt"])
-        expires_at, ttl = (number(values.get(name)) for name in ("expiresAt", "ttl"))
-        if expires_at is None or ttl is None:
-            check.fail("ttl" if ttl is None else "expiresAt", "must be a number of milliseconds")
-        exp = claims(jwt or "").get("exp")
+        (values,) = hide_all(values)
+        fields = Fields("kuzzle", values)
+        kuid = fields.text("_id")
+        jwt = fields.token("jwt") if fields.has("jwt") else None
+        expires_at, ttl = fields.milliseconds("expiresAt"), fields.milliseconds("ttl")
+        exp = None if jwt is None else claims(jwt).exp
         ends = [] if expires_at == -1 else [instant(expires_at)]
         ends += [] if exp is None else [instant(exp * 1000)]
         return cls(
             kuid=kuid,
-            jwt=jwt,
+            jwt=None if jwt is None else jwt.reveal(),
             expires_at=min(ends, default=None),
             ttl=None if ttl == -1 else duration(ttl),
         )
@@ -209,6 +149,11 @@ class UserToken:
     _repr_html_ = _html
     _repr_pretty_ = _pretty
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from another pair without revealing either."""
+        return fingerprint(self.refresh_token)
+
     def to_dict(self) -> dict[str, object]:
         """Write the token down, unmasked, as Circle does, and ``expiresAt`` in ms, which Circle leaves out."""
         values = {
@@ -230,18 +175,14 @@ class UserToken:
         Raises:
             InvalidArgumentError: A member is missing or malformed.
         """
-        check = Checks("circle")
-        user_token = check.token("userToken", values.get("userToken"))
-        exp = claims(user_token).get("exp")
-        expires_at = number(values.get("expiresAt")) if exp is None else exp * 1000
-        if expires_at is None:
-            check.fail("expiresAt", "must be a number of milliseconds")
+        (values,) = hide_all(values)
+        fields = Fields("circle", values)
+        user_token = fields.token("userToken")
+        exp = claims(user_token).exp
         return cls(
-            user_token=user_token,
-            encryption_key=check.token("encryptionKey", values["encryptionKey"])
-            if values.get("encryptionKey")
-            else None,
-            user_id=check.text("userID", values["userID"]) if values.get("userID") else None,
-            refresh_token=check.token("refreshToken", values.get("refreshToken")),
-            expires_at=instant(expires_at),
+            user_token=user_token.reveal(),
+            encryption_key=fields.token("encryptionKey").reveal() if fields.has("encryptionKey") else None,
+            user_id=fields.text("userID") if fields.has("userID") else None,
+            refresh_token=fields.token("refreshToken").reveal(),
+            expires_at=instant(fields.milliseconds("expiresAt") if exp is None else exp * 1000),
         )

@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import json
 
+from refresher.testing.circle import ERRORS as CIRCLE_ERRORS
+from refresher.testing.kuzzle import ERRORS as KUZZLE_ERRORS
+
+__all__ = ["CIRCLE_ERRORS", "KUZZLE_ERRORS", "call_with", "jwt_with"]
+
 
 def call_with(circle, pair, **changes):
     """Give the arguments that refresh a pair of a FakeCircle's."""

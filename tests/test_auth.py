@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -140,15 +141,17 @@ def test_tokens_without_end(kuzzle, token):
     assert refreshes(kuzzle) == []
 
 
-def test_a_clock_that_is_behind(kuzzle):
+def test_a_clock_that_is_behind(kuzzle, monkeypatch):
     """By our clock a token has more time left than it has. The service's answers tell what time it is."""
-    start = int(kuzzle.clock())
+    start, passed = int(kuzzle.clock()), [0]
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 1e6 + passed[0])
     with time_machine.travel(start, tick=False) as now:
         auth = KuzzleAuth(kuzzle.url, kuzzle.login())
         now.move_to(start - HOUR)
         kuzzle.clock.advance(HOUR)
         assert kuid(me(kuzzle, auth)) == "foo"
         now.move_to(start - 10)
+        passed[0] += HOUR - 10
         assert kuid(me(kuzzle, auth)) == "foo"
     assert len(refreshes(kuzzle)) == 1
 
@@ -198,7 +201,7 @@ def test_signing_out_meanwhile(kuzzle):
     me(kuzzle, auth)
     assert auth.jwt is None
     assert saved == []
-    kuzzle.next_answers.append(lambda request: setattr(auth, "jwt", None) or kuzzle._refuse(request, REFUSAL))
+    kuzzle.next_answers.append(lambda request: setattr(auth, "jwt", None) or kuzzle.refuse(request, "refused"))
     auth.jwt = kuzzle.login(ago=60)
     assert me(kuzzle, auth).status_code == 401
 
@@ -302,9 +305,6 @@ def test_session_has_ended(kuzzle, root):
     assert len(refreshes(kuzzle)) == 1
 
 
-REFUSAL = type("Refusal", (), {"status": 401, "error": {"id": "security.token.invalid", "status": 401}})
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -344,7 +344,7 @@ def test_no_loop(kuzzle, root):
     auth = KuzzleAuth(kuzzle.url, root)
 
     def refuse(request):
-        return kuzzle.truly(request) if request.path == "/_refreshToken" else kuzzle._refuse(request, REFUSAL)
+        return kuzzle.truly(request) if request.path == "/_refreshToken" else kuzzle.refuse(request, "refused")
 
     kuzzle.next_answers.extend([refuse] * 6)
     for _ in range(4):
@@ -361,7 +361,7 @@ def test_many_are_refused_at_once(kuzzle, root):
 
     def refuse(request):
         barrier.wait(10)
-        return kuzzle._refuse(request, REFUSAL)
+        return kuzzle.refuse(request, "refused")
 
     kuzzle.next_answers.extend([refuse] * 16)
     with ThreadPoolExecutor(16) as pool:
@@ -606,6 +606,7 @@ def test_circle_never_content(circle, pair):
 
 def test_circle_after_a_minute(circle, pair, monkeypatch):
     """A token that has been good for a while and is refused is replaced, once for all that have it."""
+    monkeypatch.setattr(time, "clock_gettime", lambda _: time.time())
     cache = TokenCache()
     with time_machine.travel(circle.clock() + 2 * HOUR, tick=False) as now:
         auths = [circle_auth(circle, pair, cache=cache) for _ in range(3)]
@@ -630,9 +631,7 @@ def test_circle_opaque_token(circle):
     """A user token that does not tell when it dies is refreshed first."""
     circle.next_answers.append(Answer(200, {"data": {"userToken": "opaque", "refreshToken": "next"}}))
     circle.next_answers.append(Answer(200, {"data": {}}))
-    auth = CircleAuth(
-        user_token="old", refresh_token="r", device_id="d", api_key=circle.api_key, base_url=circle.url
-    )
+    auth = CircleAuth(user_token="old", refresh_token="r", device_id="d", api_key=circle.api_key, base_url=circle.url)
     assert user(circle, auth).status_code == 200
     assert circle.requests[1].headers["X-User-Token"] == "opaque"
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from helpers import call_with, jwt_with
+from helpers import CIRCLE_ERRORS, call_with, jwt_with
 
 from refresher import (
     InvalidArgumentError,
@@ -20,8 +20,9 @@ from refresher import (
     UserToken,
     refresh_user_token,
 )
-from refresher._circle import prepare
-from refresher.testing import _CIRCLE_ERRORS, Answer, FakeCircle
+from refresher._text import hide
+from refresher.services.circle import credential
+from refresher.testing import Answer, FakeCircle
 
 pytestmark = pytest.mark.usefixtures("single")
 
@@ -111,9 +112,7 @@ def test_user_id(circle):
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        pytest.param(
-            Answer(404, {"code": 155102, "message": "planted"}), SignInRequiredError, id="user unknown"
-        ),
+        pytest.param(Answer(404, {"code": 155102, "message": "planted"}), SignInRequiredError, id="user unknown"),
         pytest.param(b"", UnavailableError, id="no answer"),
         pytest.param(Answer(500, b"planted"), UnavailableError, id="500"),
         pytest.param(Answer(200, {"data": {}}), ReplyError, id="no token"),
@@ -145,26 +144,23 @@ def test_exchange_spends_nothing(circle, answer, kind):
         pytest.param({"user_token": None, "user_id": "plant\n"}, "user_id must be 5 to 50", id="a line break"),
         pytest.param({"user_token": None, "user_id": 12345}, "user_id must be a string", id="a number"),
         pytest.param({"refresh_token": ""}, "refresh_token must not be empty", id="an empty refresh token"),
-        pytest.param(
-            {"refresh_token": "a planted"}, "refresh_token must not", id="a blank in the refresh token"
-        ),
+        pytest.param({"refresh_token": "a planted"}, "refresh_token must not", id="a blank in the refresh token"),
         pytest.param({"refresh_token": None}, "refresh_token must be a string", id="no refresh token"),
         pytest.param({"device_id": ""}, "device_id must not be empty", id="an empty device id"),
         pytest.param({"device_id": uuid.UUID(KEY)}, "device_id must be a string", id="a UUID object"),
         pytest.param({"idempotency_key": "planted"}, "idempotency_key must be a UUID", id="a bad key"),
         pytest.param({"idempotency_key": ""}, "idempotency_key must be a UUID", id="an empty key"),
         pytest.param({"idempotency_key": "{" + KEY + "}"}, "idempotency_key must be a UUID", id="braces"),
-        pytest.param(
-            {"idempotency_key": KEY + "\n"}, "idempotency_key must be a UUID", id="a line break after"
-        ),
+        pytest.param({"idempotency_key": KEY + "\n"}, "idempotency_key must be a UUID", id="a line break after"),
         pytest.param({"idempotency_key": 5}, "idempotency_key must be a UUID", id="a number for a key"),
         pytest.param({"request_id": "planted"}, "request_id must be a UUID", id="a bad request id"),
         pytest.param({"api_key": None}, "api_key is missing: .* CIRCLE_WEB3_API_KEY", id="no key"),
         pytest.param({"api_key": ""}, "api_key is missing", id="an empty API key"),
         pytest.param({"api_key": "planted\n"}, "api_key must not", id="a line break in the API key"),
         pytest.param({"api_key": 5}, "api_key must be a string", id="a number for an API key"),
-        pytest.param({"base_url": "http://planted"}, "base_url must be https", id="no TLS"),
-        pytest.param({"base_url": "http://127.0.0.1.planted"}, "base_url must be https", id="a false loopback"),
+        pytest.param({"base_url": "http://planted"}, "base_url must use https", id="no TLS"),
+        pytest.param({"base_url": "http://127.0.0.1.planted"}, "base_url must use https", id="a false loopback"),
+        pytest.param({"base_url": "http://planted:80\\[::1]"}, "base_url must look", id="two hosts in one"),
         pytest.param({"base_url": "https://u:p@planted"}, "base_url must have no user", id="a password"),
         pytest.param({"base_url": None}, "base_url must be a string", id="no URL"),
         pytest.param({"retry": "no"}, "retry must be True or False", id="retry"),
@@ -187,9 +183,7 @@ def test_bad_arguments(circle, arguments, complaint):
 def test_loopback_needs_no_tls(host):
     """On the machine itself http will do."""
     with pytest.raises(UnavailableError):
-        refresh_user_token(
-            user_token="u", refresh_token="r", device_id="d", api_key="k", base_url=f"http://{host}:1"
-        )
+        refresh_user_token(user_token="u", refresh_token="r", device_id="d", api_key="k", base_url=f"http://{host}:1")
 
 
 def test_api_key_from_the_environment(circle, monkeypatch):
@@ -219,7 +213,7 @@ MEANINGS = {
 }
 
 
-@pytest.mark.parametrize("code", sorted(_CIRCLE_ERRORS))
+@pytest.mark.parametrize("code", sorted(CIRCLE_ERRORS))
 def test_meanings(circle, code):
     """Each of Circle's codes means the one thing that the caller can do about it."""
     circle.fail_next(code)
@@ -228,10 +222,11 @@ def test_meanings(circle, code):
         refresh_user_token(**call_with(circle, circle.sign_in()))
     error = caught.value
     assert type(error) is kind
-    assert (error.provider, error.status, error.code) == ("circle", _CIRCLE_ERRORS[code][0], code)
+    assert (error.provider, error.status, error.code) == ("circle", CIRCLE_ERRORS[code][0], code)
     assert error.spent is spent
     assert error.request_id == circle.requests[0].headers["X-Request-Id"]
     assert error.idempotency_key == circle.requests[0].json()["idempotencyKey"]
+    assert error.retryable is (kind is UnavailableError)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 418])
@@ -245,10 +240,14 @@ def test_code_counts_and_not_the_status(circle, status):
 @pytest.mark.parametrize(
     ("status", "body", "kind", "spent"),
     [
-        pytest.param(
-            401, {"code": 999999, "message": "planted"}, SignInRequiredError, None, id="an unknown code"
-        ),
-        pytest.param(403, {"code": 10**40, "message": "planted"}, SignInRequiredError, None, id="a long code"),
+        pytest.param(401, {"code": 155999, "message": "planted"}, SignInRequiredError, None, id="about the user"),
+        pytest.param(401, {"code": 999999, "message": "planted"}, RequestRefusedError, False, id="an unknown code"),
+        pytest.param(403, {"code": 10**40, "message": "planted"}, RequestRefusedError, False, id="a long code"),
+        pytest.param(404, {"code": 404, "message": "planted"}, RequestRefusedError, False, id="a wrong path"),
+        pytest.param(405, {"code": 405, "message": "planted"}, RequestRefusedError, False, id="a wrong method"),
+        pytest.param(408, {"code": 408, "message": "planted"}, UnavailableError, False, id="too slow"),
+        pytest.param(413, {"code": 413, "message": "planted"}, RequestRefusedError, False, id="too large"),
+        pytest.param(425, {"code": 425, "message": "planted"}, UnavailableError, False, id="too early"),
         pytest.param(429, {"code": 999999, "message": "planted"}, UnavailableError, False, id="throttled"),
         pytest.param(503, {"code": 999999, "message": "planted"}, UnavailableError, False, id="down"),
         pytest.param(500, {"code": 999999, "message": "planted"}, OutcomeUnknownError, None, id="failed"),
@@ -276,6 +275,46 @@ def test_replies(circle, status, body, kind, spent):
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.spent) == (status, spent)
     assert "planted" not in str(caught.value)
+
+
+def test_failure_is_retryable(circle):
+    """After an unknown outcome the same request may be sent again: its idempotency key makes it one."""
+    circle.next_answers.append(Answer(500, b"planted"))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        refresh_user_token(**call_with(circle, circle.sign_in()))
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "user_id", "is_accepted"),
+    [
+        pytest.param({"sub": "user-1"}, {"sub": "user-1"}, "user-1", True, id="the same"),
+        pytest.param({"sub": "user-1"}, {"sub": "user-2"}, "user-2", False, id="another"),
+        pytest.param({"sub": "user-1"}, {"sub": "x"}, "user-2", True, id="a subject that is no user id"),
+        pytest.param({}, {"sub": "user-2"}, "user-2", True, id="it does not tell"),
+        pytest.param({"sub": "user-1"}, {"sub": "user-2"}, None, True, id="nobody knows"),
+    ],
+)
+def test_answer_of_another_user(circle, asked, answered, user_id, is_accepted):
+    """An answer with another user's token is not taken, as far as the tokens tell."""
+    data = {"userToken": jwt_with(answered), "userID": user_id, "refreshToken": "planted"}
+    circle.next_answers.append(Answer(200, {"data": data}))
+    arguments = call_with(circle, circle.sign_in(), user_token=jwt_with(asked))
+    if is_accepted:
+        assert refresh_user_token(**arguments).user_token == jwt_with(answered)
+        return
+    with pytest.raises(ReplyError, match="a token of another user") as caught:
+        refresh_user_token(**arguments)
+    assert (caught.value.status, caught.value.spent) == (200, None)
+    assert "planted" not in str(caught.value)
+
+
+def test_answer_of_another_user_id(circle):
+    """Who gives a user id gets no other user's token."""
+    circle.next_answers.append(circle.truly)
+    circle.next_answers.append(Answer(200, {"data": {"userToken": "opaque", "userID": "user-2"}}))
+    with pytest.raises(ReplyError, match="a token of another user"):
+        refresh_user_token(**call_with(circle, circle.sign_in("user-1"), user_token=None, user_id="user-1"))
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
@@ -367,10 +406,6 @@ def test_how_long_a_pair_is_of_use(claims, seconds):
     """A pair can be refreshed until its refresh token dies; if that does not tell, for 30 days."""
     refresh_token = "opaque" if claims is None else jwt_with(claims)
     token = UserToken("u", None, None, refresh_token, datetime.fromtimestamp(4000, UTC))
-    call = prepare(
-        **call_with(SimpleNamespace(api_key="k", url="https://c"), token),
-        user_id=None,
-        idempotency_key=None,
-        request_id=None,
-    )
-    assert call.useful(token) == seconds
+    arguments = call_with(SimpleNamespace(api_key="k", url="https://c"), token, user_id=None)
+    first = credential(**{name: hide(value) for name, value in arguments.items()})
+    assert first.following(token).refreshable_for == seconds

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import itertools
 import json
 import logging
 import pickle
 import traceback
 import types
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import requests
@@ -17,14 +21,18 @@ import urllib3
 import refresher
 from refresher import (
     InvalidArgumentError,
+    KuzzleToken,
+    MemoryStore,
     OutcomeUnknownError,
     RefreshError,
     RequestRefusedError,
+    TokenCache,
+    UserToken,
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._text import fingerprint
 from refresher.testing import Answer
-from refresher.tokens import fingerprint
 
 pytestmark = pytest.mark.usefixtures("single")
 
@@ -50,6 +58,7 @@ def test_trip(kind):
         "retry_after": 1.5,
         "spent": False,
         "idempotency_key": "z",
+        "retryable": True,
     }
     error = kind("what happened", **details)
     for trip in (lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy):
@@ -71,7 +80,7 @@ def test_family():
     }
     assert issubclass(InvalidArgumentError, (RequestRefusedError, ValueError))
     assert issubclass(InvalidArgumentError, ValueError)
-    assert set(vars(RefreshError("x")).values()) == {None}
+    assert {name: value for name, value in vars(RefreshError("x")).items() if value is not None} == {"retryable": False}
 
 
 def reachable(error):
@@ -79,9 +88,7 @@ def reachable(error):
     stack, seen = [error], {}
     while stack:
         each = stack.pop()
-        if id(each) in seen or isinstance(
-            each, (type, types.ModuleType, types.TracebackType, types.FunctionType)
-        ):
+        if id(each) in seen or isinstance(each, (type, types.ModuleType, types.TracebackType, types.FunctionType)):
             continue
         seen[id(each)] = each
         stack.extend(gc.get_referents(each))
@@ -121,9 +128,7 @@ def echo(request):
         "stack": secret,
     }
     headers = dict.fromkeys(("X-Request-Id", "X-Kuzzle-Request-Id", "Retry-After", "Location", "X-Any"), secret)
-    return lambda status: Answer(
-        status, {**members, "error": members, "data": secret, "result": secret}, headers
-    )
+    return lambda status: Answer(status, {**members, "error": members, "data": secret, "result": secret}, headers)
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404, 429, 500, 502, 503])
@@ -162,6 +167,8 @@ def test_lost(kuzzle, circle, caplog, answer):
         pytest.param(lambda: refresh_kuzzle_token("http://u:planted@host", JWT), id="a password"),
         pytest.param(lambda: refresh_kuzzle_token("http://planted host", JWT), id="no URL"),
         pytest.param(lambda: refresh_kuzzle_token("http://host", JWT + "\n"), id="a line break"),
+        pytest.param(lambda: refresh_kuzzle_token("http://host", [JWT]), id="no hash"),
+        pytest.param(lambda: refresh_user_token(**{**CIRCLE, "api_key": [JWT]}), id="no hash in a key"),
         pytest.param(lambda: refresh_kuzzle_token("http://host", JWT, expires_in="planted"), id="no timespan"),
         pytest.param(lambda: refresh_user_token(**CIRCLE, base_url="http://planted"), id="no TLS"),
         pytest.param(lambda: refresh_user_token(**CIRCLE, idempotency_key="planted"), id="no UUID"),
@@ -197,7 +204,7 @@ def test_log(kuzzle, caplog):
         refresh_kuzzle_token(kuzzle.url, jwt)
     good, bad = caplog.messages
     assert good.startswith(f"kuzzle {fingerprint(jwt)} -> {fingerprint(new.jwt)}: ok, 1 attempt, 0.")
-    assert bad.startswith(f"kuzzle {fingerprint(jwt)}: Kuzzle does not accept the token any more")
+    assert bad.startswith(f"kuzzle {fingerprint(jwt)}: Kuzzle no longer accepts this token: sign in again")
     assert "(401, security.token.invalid), 1 attempt, 0." in bad
 
 
@@ -212,6 +219,143 @@ def test_interrupted_exchange_is_logged(circle, caplog, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         refresh_user_token(**CIRCLE, base_url=circle.url)
     assert f"circle {fingerprint('planted-refresh-token')}: interrupted" in caplog.text
+
+
+OURS = Path(refresher.__file__).parent
+
+
+def frames_of(error):
+    """The frames of ours that a crash report would show, with those that attrs has generated for us."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if Path(file).is_relative_to(OURS) or (file.startswith("<attrs") and "refresher" in file):
+            yield frame
+
+
+def held(value):
+    """What a crash report shows of a variable: it looks into what Python brings, and prints the rest."""
+    if isinstance(value, Mapping):
+        for pair in value.items():
+            yield from itertools.chain(*map(held, pair))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from itertools.chain(*map(held, value))
+    elif isinstance(value, types.CellType):
+        yield from held(value.cell_contents)
+    else:
+        with contextlib.suppress(AttributeError):  # it is being made
+            yield str(value) if isinstance(value, (str, bytes)) else repr(value)
+
+
+def variables_with_secrets(error):
+    return [
+        f"{frame.f_code.co_qualname}: {name}"
+        for frame in frames_of(error)
+        for name, value in frame.f_locals.items()
+        if any("planted" in text for text in held(value))
+    ]
+
+
+def lent():
+    session = requests.Session()
+    session.cookies.set("authToken", JWT)
+    return session
+
+
+# A device is no secret.
+SECRET = {**CIRCLE, "device_id": "device-1"}
+FAILURES = {
+    "refused": Answer(401, {"error": {"id": "security.token.invalid"}, "code": 155102, "message": "x"}),
+    "busy": Answer(503, b""),
+    "failed": Answer(500, b""),
+    "strange": Answer(200, b"planted"),
+    "lost": b"",
+}
+
+
+@pytest.mark.parametrize("cached", [pytest.param(True, id="cache"), pytest.param(False, id="no cache")])
+@pytest.mark.parametrize("lend", [pytest.param(True, id="session"), pytest.param(False, id="no session")])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_variables(kuzzle, circle, failure, lend, cached):
+    """No variable of our frames shows a secret after a failed exchange, as crash reports would send it."""
+    kuzzle.next_answers.extend([FAILURES[failure]] * 2)
+    circle.next_answers.extend([FAILURES[failure]] * 2)
+    options = {"cache": TokenCache() if cached else None, "session": lent() if lend else None}
+    calls = [
+        lambda: refresh_kuzzle_token(kuzzle.url, JWT, **options),
+        lambda: refresh_user_token(**SECRET, base_url=circle.url, **options),
+        lambda: refresh_user_token(**{**SECRET, "user_token": None}, user_id="user-1", base_url=circle.url, **options),
+    ]
+    if lend:
+        calls.append(lambda: refresh_kuzzle_token(kuzzle.url, cookie_auth=True, **options))
+    for call in calls:
+        with pytest.raises(RefreshError) as caught:
+            call()
+        assert list(frames_of(caught.value))
+        assert variables_with_secrets(caught.value) == []
+
+
+@pytest.mark.parametrize("name", [*CIRCLE, "user_id", "idempotency_key", "request_id", "base_url"])
+@pytest.mark.parametrize("value", ["planted \n", b"planted", ["planted"], {"planted": "planted"}], ids=repr)
+def test_variables_of_circles_complaints(name, value):
+    """No variable of our frames shows an argument that is wrong: it may be a secret in the wrong place."""
+    arguments = {**SECRET, name: value}
+    if name == "user_id":
+        del arguments["user_token"]
+    with pytest.raises(InvalidArgumentError) as caught:
+        refresh_user_token(**arguments)
+    assert variables_with_secrets(caught.value) == []
+
+
+@pytest.mark.parametrize("cookie_auth", [pytest.param(True, id="cookie"), pytest.param(False, id="jwt")])
+@pytest.mark.parametrize("name", ["url", "jwt", "expires_in", "strategy"])
+@pytest.mark.parametrize("value", ["planted \n", b"planted", ["planted"], {"planted": "planted"}], ids=repr)
+def test_variables_of_kuzzles_complaints(name, value, cookie_auth):
+    """Nor does it for a call to Kuzzle."""
+    session = lent() if cookie_auth else None
+    arguments = {"url": "http://kuzzle", "jwt": JWT, "session": session, "cookie_auth": cookie_auth, name: value}
+    with pytest.raises(InvalidArgumentError) as caught:
+        refresh_kuzzle_token(**arguments)
+    assert variables_with_secrets(caught.value) == []
+
+
+@pytest.mark.parametrize("kind", [KuzzleToken, UserToken])
+def test_variables_of_malformed_tokens(kind):
+    """Nor does it for a token that is read from somewhere."""
+    jwt = {"jwt": JWT, "userToken": JWT, "refreshToken": JWT, "_id": "foo", "ttl": 5}
+    with pytest.raises(InvalidArgumentError) as caught:
+        kind.from_dict({**jwt, "expiresAt": "planted"})
+    assert variables_with_secrets(caught.value) == []
+
+
+def test_variables_while_interrupted(circle, kuzzle, monkeypatch):
+    """Nor does it when a program is interrupted in the middle of an exchange."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(urllib3.HTTPConnectionPool, "urlopen", interrupt)
+    for call in (
+        lambda: refresh_kuzzle_token(kuzzle.url, JWT),
+        lambda: refresh_user_token(**SECRET, base_url=circle.url),
+    ):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call()
+        assert variables_with_secrets(caught.value) == []
+
+
+def test_cache_shows_nothing(kuzzle):
+    """Nor do a cache and what is in it."""
+    jwt = kuzzle.login(ago=1800)
+    store = MemoryStore()
+    cache = TokenCache(store)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    for each in (cache, store, *vars(cache).values(), *refresher._api._call.cache_parameters().values()):
+        shown = repr(each)
+        assert jwt not in shown
+        assert token.jwt not in shown
+    shown = repr(vars(cache))
+    assert jwt not in shown
+    assert token.jwt not in shown
 
 
 def test_own_objects_show_nothing(kuzzle):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -28,7 +26,6 @@ from proxy import FaultProxy
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-import refresher._connections
 from refresher import (
     FileStore,
     MemoryStore,
@@ -42,6 +39,8 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._runtime import SystemRuntime
+from refresher._text import claims
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
 JWT = "kauth-e30.e30.c2ln"
@@ -51,8 +50,8 @@ GOOD = {"_id": "foo", "expiresAt": -1, "jwt": "kauth-new", "ttl": -1}
 @pytest.fixture
 def quick(monkeypatch):
     """Let pauses be short."""
-    monkeypatch.setattr("refresher._exchange._SHORTEST_PAUSE", 0.001)
-    monkeypatch.setattr("refresher._exchange._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("refresher._rules._SHORTEST_PAUSE", 0.001)
+    monkeypatch.setattr("refresher._rules._LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -227,8 +226,8 @@ def test_interrupt(kuzzle, root, waiter):
 
 def test_process_that_ends_waits(kuzzle, root, waiter, tmp_path):
     """A process that ends normally waits for its exchange, and the next one finds the new token."""
-    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=1.0))
-    process = waiter(kuzzle.url, root, 0.2)
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=2.0))
+    process = waiter(kuzzle.url, root, 2.0)  # it is held for one of them
     out, _ = process.communicate(timeout=20)
     assert out == "gave up\n"
     token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path / "shelf")))
@@ -262,6 +261,7 @@ def test_really_slow_kuzzle(slow_target):
 # The same second
 
 
+@pytest.mark.holds
 @pytest.mark.parametrize("off", [0, -30, 30])
 def test_login_and_refresh_at_once(running_target, off):
     """50 sign-ins, refreshed at once to the same end or another, and again: all tokens are good 2 s later."""
@@ -283,11 +283,26 @@ def test_login_and_refresh_at_once(running_target, off):
     assert [target.me(jwt) for jwt in tokens] == [200] * 50
 
 
+@pytest.mark.holds
 def test_old_tokens_are_not_held(kuzzle, root):
-    """A token that is older than a minute is refreshed at once."""
+    """Once the service has told what time it is there, a token that is older than a second is refreshed at once."""
+    cache, other = TokenCache(), kuzzle.login("foo", "2h", ago=2)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     started = time.monotonic()
-    refresh_kuzzle_token(kuzzle.url, root)
+    assert refresh_kuzzle_token(kuzzle.url, other, cache=cache).kuid == "foo"
     assert time.monotonic() - started < 0.9
+
+
+@pytest.mark.holds
+@pytest.mark.parametrize("off", [0, -7200, 7200])
+def test_tokens_that_may_be_young_are_held(off, monkeypatch):
+    """Whatever the local clock says, a token is not refreshed in the second of its birth, which would be fatal."""
+    with FakeKuzzle(clock=Clock()) as kuzzle:
+        now = time.time
+        monkeypatch.setattr(SystemRuntime, "now", lambda _: now() + off)
+        for lifetime in range(3600, 3605):
+            token = refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", f"{lifetime}s"), cache=TokenCache())
+            assert kuzzle.knows(token.jwt)
 
 
 # Downtime
@@ -348,9 +363,7 @@ def test_downtime_of_a_real_kuzzle(slow_target):
         refresh_kuzzle_token(slow_target.url, jwts[0], queuable=False, cache=ahead)
     assert caught.value.spent is False
     with ThreadPoolExecutor(8) as pool:
-        waiting = [
-            pool.submit(refresh_kuzzle_token, slow_target.url, jwt, cache=ahead, timeout=120) for jwt in jwts
-        ]
+        waiting = [pool.submit(refresh_kuzzle_token, slow_target.url, jwt, cache=ahead, timeout=120) for jwt in jwts]
         start = os.environ["REFRESHER_TEST_SLOW_KUZZLE_START"]
         subprocess.run(start, shell=True, check=True, stdout=subprocess.DEVNULL)
         tokens = [each.result(120) for each in waiting]
@@ -372,9 +385,12 @@ def test_downtime_that_lasts(kuzzle, root):
 @pytest.mark.parametrize("after", ["1", "date"])
 def test_retry_after_is_honoured(kuzzle, root, after):
     """A service that says when to come back is not asked before."""
-    if after == "date":
-        after = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": after}))
+    headers = {"Retry-After": after}
+    if after == "date":  # by the service's own clock
+        then = datetime(2020, 2, 2, tzinfo=UTC)
+        dates = {"Date": then, "Retry-After": then + timedelta(seconds=1)}
+        headers = {name: format_datetime(date, usegmt=True) for name, date in dates.items()}
+    kuzzle.next_answers.append(Answer(429, b"", headers))
     times = []
     kuzzle.next_answers.append(lambda request: times.append(time.monotonic()) or kuzzle.truly(request))
     started = time.monotonic()
@@ -456,9 +472,7 @@ def test_successor_that_another_process_saved(kuzzle, root):
 
     def answer(request):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                MemoryStore, "lock", lambda *_: refresher._cache.contextmanager(lambda: iter([True]))()
-            )
+            patch.setattr(MemoryStore, "acquire", lambda *_: 0.0)
             refresh_kuzzle_token(kuzzle.url, root, cache=two)
         return kuzzle.truly(request)
 
@@ -605,30 +619,12 @@ def test_retries_below_are_off(kuzzle, root):
     assert adapter.max_retries.total == 3
 
 
-def test_idle_connections_are_not_used(monkeypatch):
-    """A connection that was idle for a few seconds is left behind."""
-    now = [1000.0]
-    monkeypatch.setattr(refresher._connections.time, "monotonic", lambda: now[0])
-    first = refresher._connections.own_session()
-    assert refresher._connections.own_session() is first
-    pool, _ = refresher._connections._pool_of(first, "http://127.0.0.1/")
-    left = weakref.ref(pool)
-    del pool
-    now[0] += 5
-    assert refresher._connections.own_session() is not first
-    del first
-    gc.collect()
-    assert left() is None
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({"action": "getCurrentUser"}, id="another request"),
         pytest.param({"result": {**GOOD, "_id": "bar"}}, id="another user"),
-        pytest.param(
-            {"result": {**GOOD, "jwt": "kauth-e30.eyJfaWQiOiJiYXIifQ.c2ln"}}, id="another user's token"
-        ),
+        pytest.param({"result": {**GOOD, "jwt": "kauth-e30.eyJfaWQiOiJiYXIifQ.c2ln"}}, id="another user's token"),
     ],
 )
 def test_answers_for_others(kuzzle, root, changes):
@@ -661,9 +657,10 @@ class Campaign(RuleBasedStateMachine):
         self.kuzzle = FakeKuzzle(clock=self.clock)
         self.kuzzle.start()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("refresher._exchange._SHORTEST_PAUSE", 0.0001)
-        self.patch.setattr("refresher._exchange._LONGEST_PAUSE", 0.001)
-        self.patch.setattr(time, "clock_gettime", lambda _: self.clock() - 1e9)
+        self.patch.setattr("refresher._rules._SHORTEST_PAUSE", 0.0001)
+        self.patch.setattr("refresher._rules._LONGEST_PAUSE", 0.001)
+        steady, start = time.clock_gettime, self.clock()
+        self.patch.setattr(time, "clock_gettime", lambda which: steady(which) + self.clock() - start)
         store = MemoryStore(timer=self.clock)
         self.caches = [TokenCache(store, clock=self.clock), TokenCache(store, clock=self.clock)]
         self.sign_in()
@@ -733,7 +730,7 @@ class Campaign(RuleBasedStateMachine):
                 self.refresh(0, 0, 1)
 
     def ends(self):
-        return refresher.tokens.claims(self.tokens[-1])["exp"]
+        return claims(self.tokens[-1]).exp
 
     @rule()
     def restart(self):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import importlib.metadata
 import importlib.util
+import io
 import subprocess
 import sys
 import textwrap
+import tokenize
 from pathlib import Path
 
 import mypy.api
@@ -18,40 +21,115 @@ import refresher
 import refresher.testing
 
 PACKAGE = Path(refresher.__file__).parent
-# Each imports from those before it only.
+# Each imports from those before it only. A folder of alternatives is one; of the services, each is one.
 FLOORS = [
-    ["_notebook", "errors"],
-    ["_checks"],
-    ["tokens"],
-    ["_wire", "stores"],
-    ["_threads"],
-    ["_connections"],
-    ["_http"],
-    ["_circle", "_kuzzle"],
+    ["_notebook", "_text", "errors"],
+    ["_checks", "services", "stores"],
+    ["_http", "_rules", "tokens"],
+    ["_runtime", "services.circle", "services.kuzzle"],
     ["_exchange"],
+    ["_ledger"],
+    ["_flight"],
     ["_cache"],
-    ["_api", "testing"],
-    ["auth"],
-    ["_cli"],
-    ["__init__", "__main__"],
+    ["_api", "auth"],
 ]
+# What people import and run stands on all of them, one on top of the other.
+ROOFS = ["__init__", "testing", "_cli", "__main__"]
+HEART = ("_rules", "_ledger", "_flight", "_cache", "_exchange", "_http", "_runtime", "services")
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
-def imports_of(path):
-    """The modules of ours that one imports, inside functions too."""
+def imports_of(name):
+    """The modules of ours that one imports, inside functions too. The version is there before all else."""
+    path = MODULES[name]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield from [node.module] if node.module else [alias.name for alias in node.names]
+            folder = path.relative_to(PACKAGE).parent.parts
+            start = [*folder[: len(folder) - node.level + 1], *([node.module] if node.module else [])]
+            names = [".".join([*start, alias.name]) for alias in node.names]
+            yield from {
+                name if name in MODULES else ".".join(start) or "__init__" for name in names if name != "__version__"
+            }
+
+
+def storey(name):
+    """What stands on a floor: a module, or the folder that it is in."""
+    return name if name.startswith("services.") else name.partition(".")[0]
 
 
 def test_imports_point_down():
     """Every module stands on a floor, and knows only those below."""
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == {name for floor in FLOORS for name in floor}
-    for height, floor in enumerate(FLOORS):
-        below = {name for lower in FLOORS[:height] for name in lower}
-        for name in floor:
-            assert set(imports_of(PACKAGE / f"{name}.py")) <= below, name
+    floors = [*FLOORS, *([roof] for roof in ROOFS)]
+    assert {storey(name) for name in MODULES} == {name for floor in floors for name in floor}
+    for height, floor in enumerate(floors):
+        below = {name for lower in floors[:height] for name in lower}
+        for name in MODULES:
+            if storey(name) in floor:
+                assert {storey(each) for each in imports_of(name)} - {storey(name)} <= below, name
+
+
+@pytest.mark.parametrize("folder", ["stores", "testing"])
+def test_folders_have_no_circles(folder):
+    """In a folder, what knows something is not known by it; but for the folder's face, which shows them all."""
+    inside = [name for name in MODULES if name.startswith(f"{folder}.")]
+    graph = {name: {each for each in imports_of(name) if each in inside} for name in inside}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(inside)
+
+
+def code_lines(path):
+    """The numbers of the lines that are code: no comments, no docstrings, nothing blank."""
+    source = path.read_text()
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*nothing, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def test_lines_are_counted(tmp_path):
+    """Comments, docstrings and blank lines are no code."""
+    program = tmp_path / "program.py"
+    program.write_text('"""Doc."""\n\n# why\nX = (\n    1,\n)\ndef f():\n    """\n    Do.\n    """\n    return "a"\n')
+    assert code_lines(program) == {4, 5, 6, 7, 11}
+
+
+def test_nine_floors():
+    """There are no more than nine floors below the command line."""
+    assert len(FLOORS) <= 9
+
+
+@pytest.mark.parametrize(
+    ("wing", "most"),
+    [
+        pytest.param(lambda name: name.partition(".")[0] in HEART, 2125, id="the heart"),
+        pytest.param(lambda name: storey(name) != "testing", 4000, id="all but the fakes"),
+    ],
+)
+def test_size(wing, most):
+    """The package stays small enough to be read."""
+    sizes = {name: len(code_lines(path)) for name, path in MODULES.items() if wing(name)}
+    assert sum(sizes.values()) <= most, sizes
+
+
+def test_functions_are_short():
+    """No function has more than forty lines of code, but for the command line's list of options."""
+    long = {}
+    for name, path in MODULES.items():
+        lines = code_lines(path) if storey(name) != "testing" else set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                size = len(lines & set(range(node.lineno, node.end_lineno + 1)))
+                if size > 40:
+                    long[f"{name}.{node.name}"] = size
+    assert sum(name.startswith("_cli.") for name in long) <= 1
+    assert {name: size for name, size in long.items() if not name.startswith("_cli.")} == {}
 
 
 def test_all_is_sorted():
@@ -80,10 +158,27 @@ def test_import_does_nothing():
         sys.addaudithook(lambda event, args: events.append(event) if event.startswith("socket.") else None)
         import refresher
         print(threading.active_count(), events, end=" ")
-        extras = ("pytest", "refresher.testing", "django", "redis", "filelock")
+        extras = ("pytest", "refresher.testing", "django", "redis", "cryptography")
         print([name for name in extras if name in sys.modules])
     """)
     assert out == "1 [] []\n"
+
+
+def test_bare_installation():
+    """Without any extra, everything can be imported that needs none, and the command line runs."""
+    out = run("""
+        import sys
+        for name in ("pytest", "django", "redis", "cryptography", "filelock", "IPython"):
+            sys.modules[name] = None
+        import refresher, refresher.auth, refresher.stores, refresher.testing, refresher._cli
+        with refresher.testing.FakeKuzzle() as kuzzle:
+            jwt = kuzzle.login(ago=1800)
+            print(refresher.refresh_kuzzle_token(kuzzle.url, jwt).kuid)
+        refresher.MemoryStore, refresher.FileStore
+        from refresher import *
+        refresher._cli.main(["--help"])
+    """)
+    assert out.startswith("foo\nusage: refresher ")
 
 
 def test_import_is_quick():
@@ -155,7 +250,7 @@ def test_typing(tmp_path):
     assert sorted(refused) == bad
 
 
-@pytest.mark.parametrize("name", [name for floor in FLOORS for name in floor if name != "__main__"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__main__"])
 def test_examples_run(name):
     """The examples in the documentation do what they say."""
     module = refresher if name == "__init__" else importlib.import_module(f"refresher.{name}")

@@ -49,11 +49,9 @@ def notebook(kuzzle, circle, environment, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebook(notebook, kuzzle, circle, environment):
     """Results are tables, errors are told, a wait says what for, and no secret is saved."""
-    _, kuzzle_table, printed, circle_table, slow, refused, wrong, _ = (
-        cell.get("outputs") for cell in notebook.cells
-    )
+    _, kuzzle_table, printed, circle_table, slow, refused, wrong, _ = (cell.get("outputs") for cell in notebook.cells)
 
-    (shown,) = kuzzle_table
+    *_, shown = kuzzle_table  # the kernel does not know how old the token is, and says that it waits
     assert "<table>" in shown.data["text/html"]
     assert shown.data["text/plain"].startswith("KuzzleToken\n  kuid        foo\n  jwt         <secret ")
     assert "time left" in shown.data["text/html"]

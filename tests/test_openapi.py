@@ -20,8 +20,7 @@ pytestmark = pytest.mark.usefixtures("single")
 DOCUMENT = Path(__file__).with_name("circle-refresh.openapi.json")
 CIRCLE = OpenAPI.from_file_path(str(DOCUMENT))
 STATUSES = {
-    path: set(operations["post"]["responses"])
-    for path, operations in json.loads(DOCUMENT.read_text())["paths"].items()
+    path: set(operations["post"]["responses"]) for path, operations in json.loads(DOCUMENT.read_text())["paths"].items()
 }
 
 
@@ -113,9 +112,7 @@ def test_no_json(circle):
 
 def test_the_validator_finds_faults(circle):
     """An answer that is not as documented would be found."""
-    circle.next_answers.append(
-        Answer(200, {"data": {"encryptionKey": "x"}}, {"Content-Type": "application/json"})
-    )
+    circle.next_answers.append(Answer(200, {"data": {"encryptionKey": "x"}}, {"Content-Type": "application/json"}))
     with pytest.raises(RefreshError):
         refresh(circle, circle.sign_in())
     assert len(circle.violations) == 1

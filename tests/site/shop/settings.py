@@ -3,15 +3,10 @@
 import os
 
 KUZZLE_URL = os.environ["KUZZLE_URL"]
-# The site's own session: the token it was first given. It's never changed, what became of it is in the cache.
+# The first token of the site's own session. It never has to be updated: the cache has the newest one.
 KUZZLE_JWT = os.environ["KUZZLE_JWT"]
 
-CACHES = {
-    "default": {
-        "BACKEND": "django.core.cache.backends.redis.RedisCache",
-        "LOCATION": os.environ["SITE_REDIS"],
-    }
-}
+CACHES = {"default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": os.environ["SITE_REDIS"]}}
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
@@ -23,12 +18,20 @@ CELERY_BROKER_URL = CELERY_RESULT_BACKEND = os.environ["SITE_REDIS"]
 
 ALLOWED_HOSTS = ["*"]
 INSTALLED_APPS = ["django.contrib.sessions", "shop"]
-MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "shop.kuzzle.KuzzleMiddleware",
+]
 ROOT_URLCONF = "shop.urls"
 SECRET_KEY = "test"
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
 USE_TZ = True
 LOGGING = {
     "version": 1,
     "handlers": {"console": {"class": "logging.StreamHandler"}},
-    "loggers": {"refresher": {"handlers": ["console"], "level": "INFO"}},
+    "loggers": {
+        "django.request": {"handlers": ["console"], "level": "ERROR"},
+        "refresher": {"handlers": ["console"], "level": "INFO"},
+    },
 }

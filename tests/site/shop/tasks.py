@@ -2,15 +2,17 @@
 
 import requests
 from celery import shared_task
-from django.conf import settings
 
-from refresher import OutcomeUnknownError, UnavailableError
+from refresher import RefreshError, RequestRefusedError, SignInRequiredError
 
-from .tokens import auth_of
+from .kuzzle import ask
 
 
-@shared_task(autoretry_for=(OutcomeUnknownError, UnavailableError), retry_backoff=True)
-def count_documents(jwt):
-    """Do something at Kuzzle for the user who was given *jwt*: an old token will do."""
-    answer = requests.get(f"{settings.KUZZLE_URL}/_me", auth=auth_of(jwt), timeout=10)
-    return answer.json()["result"]["_id"]
+@shared_task(
+    autoretry_for=(RefreshError, requests.RequestException),
+    dont_autoretry_for=(RequestRefusedError, SignInRequiredError),
+    retry_backoff=True,
+)
+def get_kuid(jwt):
+    """Do something at Kuzzle for a user. *jwt* is the session's first token, however old."""
+    return ask(jwt, "/_me")["_id"]

@@ -1,10 +1,10 @@
-"""The site's own tests."""
+"""The site's own tests. The fixture ``fake_kuzzle`` comes with refresher."""
+
+import asyncio
 
 import pytest
 from django.conf import settings
-from django.test import Client, override_settings
-
-pytest_plugins = ["refresher.testing"]
+from django.test import AsyncClient, Client, override_settings
 
 
 @pytest.fixture(autouse=True)
@@ -13,24 +13,31 @@ def kuzzle_url(fake_kuzzle):
         yield
 
 
-def signed_in(jwt):
-    client = Client()
-    session = client.session
+def signed_in(jwt, client):
+    session = Client().session
     session["jwt"] = jwt
     session.save()
     client.cookies[settings.SESSION_COOKIE_NAME] = session.session_key
     return client
 
 
+@pytest.mark.parametrize("fault", ["busy", "down", "gateway_timeout", "late", "portal", "truncated"])
+def test_a_fault(fault, fake_kuzzle):
+    """Whatever goes wrong while a token is refreshed, users see who they are, sign in, or try again."""
+    client = signed_in(fake_kuzzle.login("foo", ago=3590), Client())  # valid for 10 more seconds
+    fake_kuzzle.suffer(fault)
+    assert client.get("/me").status_code in (200, 302, 503)
+
+
 def test_a_lost_reply(fake_kuzzle):
-    """Kuzzle's answer is lost, and the new token with it: the user is asked to sign in, and sees no error."""
-    client = signed_in(fake_kuzzle.login("foo", ago=3590))  # it lives for 10 more seconds
-    fake_kuzzle.lose_next()
+    """Kuzzle's answer is lost, and the new token with it: the user is asked to sign in."""
+    client = signed_in(fake_kuzzle.login("foo", ago=3590), Client())
+    fake_kuzzle.suffer("lost")
     assert client.get("/me").headers["Location"] == "/sign-in"
 
 
-def test_a_slow_reply(fake_kuzzle):
-    """Kuzzle is slow: the user goes on with the token that lives."""
-    client = signed_in(fake_kuzzle.login("foo", ago=3590))
-    fake_kuzzle.delay_next(3)
-    assert client.get("/me").json()["_id"] == "foo"
+def test_async(fake_kuzzle):
+    """An async view works on an event loop, too."""
+    client = signed_in(fake_kuzzle.login("foo"), AsyncClient())
+    assert asyncio.run(client.get("/me-async")).json()["_id"] == "foo"
+    assert asyncio.run(AsyncClient().get("/me-async")).headers["Location"] == "/sign-in"

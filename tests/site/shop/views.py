@@ -1,34 +1,58 @@
 """What the site answers."""
 
+import contextlib
+
 import requests
+from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.http import HttpResponse, JsonResponse
-from django.shortcuts import redirect
+from django.db import transaction
+from django.http import JsonResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_POST
 
-from refresher import RefreshError, SignInRequiredError
+from refresher import SignInRequiredError
 
-from .tokens import auth_of
+from .kuzzle import ask, tokens
 
 
+# With ATOMIC_REQUESTS, a view that changes the session would keep the database locked while it waits for Kuzzle.
+@transaction.non_atomic_requests
 def sign_in(request):
-    """Sign a user in at Kuzzle, and keep the first token in their session."""
-    answer = requests.post(f"{settings.KUZZLE_URL}/_login/local", json=request.POST.dict(), timeout=10)
-    if not answer.ok:
-        return HttpResponse("Who are you?", status=401)
+    """Sign a user in at Kuzzle, and keep the first token in the session."""
+    if request.method != "POST":
+        return render(request, "shop/sign_in.html")
+    credentials = {name: request.POST.get(name, "") for name in ("username", "password")}
+    answer = requests.post(f"{settings.KUZZLE_URL}/_login/local", json=credentials, timeout=10)
+    if answer.status_code in (400, 401):
+        return render(request, "shop/sign_in.html", {"is_wrong": True}, status=401)
+    answer.raise_for_status()
+    request.session.cycle_key()
     request.session["jwt"] = answer.json()["result"]["jwt"]
     return redirect("me")
 
 
 def me(request):
     """Tell users who they are at Kuzzle."""
-    auth = auth_of(request.session.get("jwt"))
-    try:
-        answer = requests.get(f"{settings.KUZZLE_URL}/_me", auth=auth, timeout=10)
-    except SignInRequiredError:
-        return redirect("sign_in")
-    except RefreshError:
-        return HttpResponse("Try again in a minute.", status=503)
-    return JsonResponse(answer.json()["result"])
+    return JsonResponse(ask(request.session.get("jwt"), "/_me"))
+
+
+@transaction.non_atomic_requests  # Django allows no others to be async
+async def me_async(request):
+    """Tell users who they are, without blocking the event loop."""
+    jwt = await request.session.aget("jwt")
+    return JsonResponse(await sync_to_async(ask, thread_sensitive=False)(jwt, "/_me"))
+
+
+@transaction.non_atomic_requests
+@require_POST
+def sign_out(request):
+    """End a session: first at Kuzzle, with its newest token, then here."""
+    if jwt := request.session.get("jwt"):
+        with contextlib.suppress(SignInRequiredError):  # it has ended before: in another tab, for one
+            ask(jwt, "/_logout", "POST")
+        tokens.forget(settings.KUZZLE_URL, jwt)
+    request.session.flush()
+    return redirect("sign_in")
 
 
 def broken(request):
@@ -40,5 +64,4 @@ def broken(request):
 
 def site(request):
     """Tell who the site itself is at Kuzzle."""
-    answer = requests.get(f"{settings.KUZZLE_URL}/_me", auth=auth_of(settings.KUZZLE_JWT), timeout=10)
-    return JsonResponse(answer.json()["result"])
+    return JsonResponse(ask(settings.KUZZLE_JWT, "/_me"))

@@ -1,0 +1,383 @@
+"""One refresh in progress: a thread that does what the rules say, for all who wait for it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Generic
+
+import attrs
+
+from . import _rules
+from ._exchange import Exchange, not_yet
+from ._ledger import Call, Lease, Ledger
+from ._rules import Attempt, Chain, Instant, Lock, Step, View
+from ._runtime import Event
+from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
+from .services import Credential, T
+
+_log = logging.getLogger("refresher")
+
+
+class _Abandoned(Exception):  # noqa: N818
+    """Nobody waits for this flight any more, and nothing was sent."""
+
+
+class _LookAgain(Exception):  # noqa: N818
+    """The lease has ended: somebody else may have spent the token."""
+
+
+class Waiter:
+    """A call that waits for a flight, until then by the steady clock. *outcome*: None is to ask again."""
+
+    def __init__(self, event: Event, until: float, retry: bool) -> None:
+        self.event, self.until, self.retry = event, until, retry
+        self.outcome: Any = None
+
+    def tell(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self.event.set()
+
+
+class Flight(Generic[T]):
+    """
+    A refresh in progress, and those who wait for it. It is the `Patience` of its exchange.
+
+    No lock guards it: each step is one operation on a list or an attribute, so a signal handler, a ``__del__`` or an
+    exception at any point leaves it usable.
+    """
+
+    def __init__(
+        self, ledger: Ledger, flights: dict[str, Flight[Any]], chain: str, call: Call[T], limit: float
+    ) -> None:
+        self._ledger, self._runtime, self._flights = ledger, ledger.runtime, flights
+        self.chain, self.call, self._limit = chain, call, limit
+        self._name = self._runtime.draw()
+        self._service = call.credential.service.title()
+        self._lease = Lease(ledger, chain, self._name)
+        self.waiters: list[Waiter] = []
+        self._done = False
+        self._departed = False  # something is on the wire
+        self._departed_at: Instant | None = None
+        self._spent: Credential[T] | None = None
+        self._gone_at = -math.inf
+        self.status = f"{self._service} is slow"
+        self._left_at = -math.inf
+        self._alarm: Event | None = None
+        self._claim = [True]
+
+    def run(self) -> None:
+        """Refresh, once, in whichever thread is first."""
+        try:
+            self._claim.pop()
+        except IndexError:
+            return
+        try:
+            outcome: Any = self._refresh()
+        except _Abandoned:
+            outcome = None
+        except BaseException as error:
+            outcome = error
+        self._finish(outcome)
+        self._clean_up()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a thread has begun. Its starter may have been interrupted before that."""
+        return not self._claim
+
+    def _finish(self, outcome: Any) -> None:
+        """Tell everyone."""
+        self._done = True
+        if self._flights.get(self.chain) is self:
+            del self._flights[self.chain]
+        while self.waiters:
+            self.waiters.pop().tell(outcome)
+
+    def join(self, waiter: Waiter) -> None:
+        """Wait for this flight too. It goes on for as long as its most patient caller waits."""
+        self.waiters.append(waiter)
+        self._wake()
+        if self._done:
+            waiter.tell(None)
+
+    def leave(self, waiter: Waiter) -> None:
+        """Wait no more."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+            now = self._runtime.steady()
+            self._left_at = now if now < waiter.until else self._left_at  # it was interrupted
+            self._wake()
+
+    def _wake(self) -> None:
+        if (alarm := self._alarm) is not None:
+            alarm.set()
+
+    # Patience
+
+    def until(self) -> float:
+        return max((waiter.until for waiter in list(self.waiters)), default=-math.inf)
+
+    def _time_left(self) -> float:
+        return self.until() - self._runtime.steady()
+
+    def answer_by(self) -> float:
+        """Leave what was sent as long as an exchange may take, when nobody waits any more."""
+        if not self._departed:
+            return self.until()
+        return max(self.until(), max(self._gone_at, self._left_at) + self._limit)
+
+    def retry(self) -> bool:
+        return any(waiter.retry for waiter in list(self.waiters))
+
+    def _check(self) -> None:
+        """Go on only if somebody waits."""
+        if not self.waiters:
+            raise _Abandoned
+
+    def begin(self) -> None:
+        self._departed = False
+        self._check()
+        if self._lease.lock is Lock.OURS and not self._lease.is_ours():
+            raise _LookAgain
+
+    def depart(self) -> None:
+        self.begin()
+        self._departed, self._departed_at = True, self._ledger.now()
+        self._gone_at = self._runtime.steady()
+
+    def failed(self, error: RefreshError) -> None:
+        """Tell those who do not want another attempt."""
+        self._departed = False
+        self.status = str(error)
+        for waiter in [each for each in list(self.waiters) if not each.retry]:
+            self.leave(waiter)
+            waiter.tell(error)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep. Whoever joins or leaves ends that early."""
+        end = self._runtime.steady() + seconds
+        while self.waiters and (remaining := end - self._runtime.steady()) > 0:
+            self._alarm = self._runtime.event()
+            if self.waiters:
+                self._runtime.wait(self._alarm, max(0.001, remaining))  # less may be no time at all
+        self._check()
+
+    def too_late(self) -> RefreshError:
+        """Make the error of a call whose time is up."""
+        credential = self.call.credential
+        if self._departed or self._lease.lock is Lock.HELD:
+            key = credential.idempotency_key
+            what = f"{self._service} did not answer in time. The refresh goes on: call again"
+            return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
+        return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
+
+    # What it does
+
+    def _refresh(self) -> Credential[T] | None:
+        """Do what the rules say, until there is an answer. None if its callers have to ask again."""
+        call, lease, ledger = self.call, self._lease, self._ledger
+        waited, poll = False, _rules.POLL
+        while True:
+            self._check()
+            if lease.lock is Lock.OURS and not lease.is_ours():
+                lease.lock = Lock.UNTRIED
+            chain, trouble = ledger.look(call.credential)
+            if chain.key != self.chain:
+                return None  # it belongs to another chain, which may have a flight already
+            view, spend, attempt = self._view(chain, trouble, waited)
+            step = _rules.next_step(view)
+            if step is Step.ANNOUNCE:
+                announced = self._announce(spend, attempt, chain)
+                step = _rules.next_step(attrs.evolve(view, announced=announced))
+                if step is Step.SEND and (successor := self._spend(chain, spend, attempt, announced)) is not None:
+                    return successor
+            if view.left.most > 0 and call.rejected is None and ledger.is_held_back(chain.key, view.left):
+                return spend
+            if step is Step.USE:
+                is_rejected = call.rejected == spend.headers
+                if not is_rejected or not (ledger.adopt(chain, spend) or self._is_being_spent(attempt)):
+                    return spend
+            if step is Step.LOCK:
+                lease.take()
+            elif step is Step.WAIT_FOR_LOCK:
+                self._wait_for_lock(view)
+                waited = True
+            elif step is not Step.SEND:
+                self._wait_or_fail(step, view, attempt, poll)
+                poll = min(1.5 * poll, 2 * _rules.LONGEST_POLL)
+                if lease.lock is not Lock.OURS:
+                    lease.lock = Lock.UNTRIED
+
+    def _view(
+        self, chain: Chain[T], trouble: Exception | None, waited: bool
+    ) -> tuple[View, Credential[T], Attempt | None]:
+        """Put together what is known, what would be spent, and what was last tried with that."""
+        call, ledger = self.call, self._ledger
+        newest, left, window, wanted = ledger.assess(chain, call)
+        spend = call.credential if newest is None else call.credential.following(newest.token)
+        attempt = None
+        if trouble is None and (left.least <= window or wanted or call.rejected is not None):
+            attempt, trouble = ledger.last_attempt(spend)
+        view = View(
+            left=left,
+            window=window,
+            wanted=wanted,
+            readable=trouble is None,
+            lock=self._lease.lock,
+            waited=waited,
+            is_refused=attempt is not None and attempt.refusal(ledger.now()) is not None,
+            hold=ledger.hold(spend, chain, left),
+            pause=ledger.pause(spend, attempt),
+        )
+        return view, spend, attempt
+
+    def _is_being_spent(self, *attempts: Attempt | None) -> bool:
+        """Whether another process may come back with the successor of a token."""
+        now, seen_for = self._ledger.now(), self._ledger.observed.seen_for
+        return any(one and one.is_under_way(now, self._name, self._limit, seen_for(one.by)) for one in attempts)
+
+    def _wait_for_lock(self, view: View) -> None:
+        """Wait until nobody else has the lock, or a valid token is in its last moments."""
+        runtime, poll = self._runtime, _rules.POLL
+        seconds = view.left.least - _rules.last_moments(view.window) if view.left.most > 0 else math.inf
+        self.status = f"another process is refreshing the {self._service} token"
+        end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
+        while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
+            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
+                raise OutcomeUnknownError(f"For too long, {self.status}", provider=self.call.credential.service)
+            self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
+            poll = min(1.2 * poll, _rules.LONGEST_POLL)
+            self._lease.take()
+
+    def _wait_or_fail(self, step: Step, view: View, attempt: Attempt | None, poll: float) -> None:
+        """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
+        service, time_left = self.call.credential.service, self._time_left()
+        can_wait = time_left > _rules.LAST_CALL and self.retry()
+        if step is Step.REFUSE and attempt is not None and (refusal := attempt.refusal(self._ledger.now())):
+            raise refusal
+        if step is Step.USE:
+            return self._wait_for_news(poll)
+        if step is Step.WAIT_FOR_BIRTH:
+            self.status = f"{self._service} issued this token just now"
+            # Not at one go: another process may know that the token is older, and refresh it.
+            if (seconds := min(view.hold, _rules.LONGEST_POLL, time_left - _rules.LAST_CALL)) > 0:
+                return self.pause(seconds)
+            raise not_yet(service, "issued this token just now", view.hold)
+        if step is Step.WAIT_FOR_SERVICE:
+            if view.pause < time_left and self.retry():
+                return self.pause(view.pause)
+            raise not_yet(service, "asked to be left alone", view.pause)
+        self.status = f"{self._ledger.name} cannot be read or written"
+        if can_wait and step is not Step.GO_ON:
+            return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
+        what = f"{self.status}, so nothing was sent to {self._service}"
+        raise UnavailableError(what, provider=service, spent=False)
+
+    def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
+        """Write down what is about to be spent. What cannot be written down cannot be kept either."""
+        before = attempt or Attempt(by="", at=self._ledger.now())
+        begun = attrs.evolve(before, by=self._name, at=self._ledger.now(), is_open=True, error={}, pause=0.0)
+        return self._ledger.note(spend, begun, max(_rules.ROOM, len(chain.text or "")) * " ")
+
+    def _spend(
+        self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
+    ) -> Credential[T] | None:
+        """Refresh a credential, and keep what comes of it. None if there is something newer already."""
+        ledger = self._ledger
+        self.status = f"{self._service} is slow"
+        _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
+        exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
+        done = Attempt(by=self._name, at=ledger.now(), refusals=attempt.refusals if attempt else 0)
+        # What was refused or forgotten must not come back as the answer to an earlier request.
+        anew = done.refusals > 0 or (chain.generation > 0 and chain.newest is None)
+        try:
+            successor = spend.refresh(exchange, anew=anew)
+        except _LookAgain:
+            return None
+        except SignInRequiredError as error:
+            self._departed = False
+            self._verify(chain, spend, attempt, announced, error)
+            return None
+        except (RefreshError, _Abandoned) as error:
+            is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
+            self._departed = False
+            ledger.hold_back(chain.key)
+            pause = getattr(error, "retry_after", None) or 0.0
+            ledger.note(spend, attrs.evolve(done, at=ledger.now(), pause=pause))
+            if is_for_nobody:
+                raise _Abandoned from None  # whoever has joined meanwhile has time left
+            raise
+        requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
+        took = max(0.0, ledger.now().steady - requested.steady)
+        service_now = ledger.observed.service_now(spend.scope)
+        if lifetime is not None and successor.expiry is not None and service_now is not None:
+            # It may be the answer to an earlier request.
+            lifetime = min(lifetime, successor.expiry - service_now[0] + took)
+        ledger.observed.seen_for(successor.keys[0])
+        self._spent = spend
+        newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
+        ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime))
+        return successor
+
+    def _verify(
+        self,
+        chain: Chain[T],
+        spend: Credential[T],
+        before: Attempt | None,
+        announced: bool,
+        error: SignInRequiredError,
+    ) -> None:
+        """
+        Return if there is a newer token than the one that was refused.
+
+        Raises:
+            SignInRequiredError: It was the newest, and nobody has the answer to a refresh of it.
+            OutcomeUnknownError: That could not be found out.
+        """
+        ledger, poll = self._ledger, _rules.POLL
+        while True:
+            newer, trouble = ledger.look(self.call.credential)
+            is_newer = newer.generation > chain.generation and newer.newest is not None
+            if is_newer or ledger.adopt(chain, spend):
+                return
+            tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
+            # Without having been announced it proves nothing: others may have spent the token in the same way.
+            is_settled = self._runtime.steady() - ledger.troubled_at > _rules.SETTLED
+            if trouble is None and announced and is_settled and not self._is_being_spent(before, tried):
+                refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
+                details = {"message": str(error), **vars(error)}
+                verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
+                ledger.note(spend, verdict)
+                raise error
+            self._wait_for_news(poll)
+            poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
+
+    def _wait_for_news(self, seconds: float) -> None:
+        """Let others come back with the successor of a token that the service does not accept any more."""
+        self.status = f"{self._service} refused the token, and another process may have a newer one"
+        if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
+            raise OutcomeUnknownError(self.status, provider=self.call.credential.service)
+        self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
+
+    def _clean_up(self) -> None:
+        """Write down what could not be written before, and let go of the lock."""
+        ledger, runtime = self._ledger, self._runtime
+        end, pause = runtime.steady() + self._limit, _rules.POLL
+        while (chain := ledger.unsaved.get(self.chain)) is not None and not ledger.save(chain):
+            if runtime.steady() + pause > end:
+                break
+            runtime.sleep(pause)
+            pause = min(2 * pause, _rules.LONGEST_POLL)
+        is_well = self.chain not in ledger.unsaved
+        if self._spent is not None and is_well:
+            ledger.retire(self._spent, self.chain)
+        self._lease.give_back()
+        for chain in list(ledger.unsaved.values()) if is_well else []:
+            other = Lease(ledger, chain.key, self._name)
+            other.take()
+            if other.lock is Lock.OURS:
+                ledger.save(chain)
+            other.give_back()
+        if (close := getattr(ledger.store, "close", None)) is not None:
+            ledger.ask("cannot be closed", close)

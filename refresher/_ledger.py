@@ -1,0 +1,342 @@
+"""What the store and this process know of chains: looked up, assessed, kept, forgotten."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from . import _rules
+from ._exchange import Observed
+from ._rules import Attempt, Chain, Instant, Left, Lock
+from ._runtime import Event, Memo, Runtime
+from ._text import Secret, json_object
+from .services import Credential, T
+from .stores import MemoryStore, Store
+
+if TYPE_CHECKING:
+    import requests
+
+_log = logging.getLogger("refresher")
+
+R = TypeVar("R")
+Headers = Mapping[str, str | Secret[str]]
+
+
+@attrs.frozen(kw_only=True)
+class Call(Generic[T]):
+    """
+    What a caller asks for.
+
+    Args:
+        credential: Any of the chain.
+        session: Whose connections to use. None for our own.
+        retry: Whether there may be more than one attempt.
+        timeout: How many seconds to wait. None means as long as it takes.
+        own_will_do: Whether the caller's own token will do while it is valid and has no successor.
+        rejected: The headers that the service has just rejected. What they came from will not do, unless it is
+            new: a newer one would not help.
+    """
+
+    credential: Credential[T]
+    session: requests.Session | None = None
+    retry: bool = True
+    timeout: float | None = None
+    own_will_do: bool = False
+    rejected: Headers | None = None
+
+
+class Ledger:
+    """
+    What is known of all chains of a cache.
+
+    Args:
+        store: Where it is kept. What others wrote there is believed no further than it can be checked.
+        clock: Tells the time for ages. None means the runtime's clocks.
+        ahead: How many seconds before its end a token is refreshed. None means the usual window.
+    """
+
+    def __init__(self, store: Store, runtime: Runtime, clock: Callable[[], float] | None, ahead: float | None) -> None:
+        self.store, self.runtime, self._clock, self._ahead = store, runtime, clock, ahead
+        self.name = type(store).__name__
+        self.is_local = isinstance(store, MemoryStore)
+        self.observed = Observed.of(runtime) if clock is None else Observed(runtime, clock)
+        steady = clock or runtime.steady
+        self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
+        self._looked_at, self._failed_at, self._warned_at = (
+            Memo[float](steady),
+            Memo[float](steady),
+            Memo[float](steady),
+        )
+        self.unsaved: dict[str, Chain[Any]] = {}
+        self.troubled_at = -math.inf
+
+    # How it stands with a chain
+
+    def now(self) -> Instant:
+        """Return the time."""
+        if self._clock is None:
+            return Instant(self.runtime.now(), self.runtime.steady(), self.runtime.boot)
+        now = self._clock()
+        return Instant(now, now, f"clock of {self.runtime.boot}")
+
+    def recall(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
+        """Return what memory has of a chain, and whether that is to be trusted without asking the store."""
+        own = credential.keys[0]
+        key = self._aliases.get(own) or own
+        chain = self.chains.get(key)
+        is_recent = self.runtime.steady() - (self._looked_at.get(key) or -math.inf) <= _rules.TRUSTED
+        if self.is_local and (self.store.get(key) != chain.text if chain else not is_recent):
+            return self.look(credential)[0], True
+        return chain or Chain(key=key), is_recent or self.is_local
+
+    def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
+        """Return the newest credential with a token, how long that is valid, its window, and if it will not do."""
+        now = self.now()
+        newest, requested = chain.newest, chain.requested
+        if newest is not None and requested is not None:
+            age = requested.age(now)
+            if age is not None:
+                left = _rules.left_here(chain.lifetime, requested, now, age)
+            else:
+                left = self._left_elsewhere(newest, requested, now, chain.lifetime)
+            wanted = not chain.covers(call.credential.requested)
+            oldest = max(requested.likely_age(now), now.wall - requested.wall)
+            if call.rejected == newest.headers and oldest > _rules.REJECTED:
+                left, wanted = _rules.NOTHING_LEFT, True
+        elif call.own_will_do and (newest := call.credential.unspent()) is not None:
+            left = self._left_elsewhere(newest, None, now)
+            wanted = call.rejected == newest.headers
+            left = _rules.NOTHING_LEFT if wanted else left
+        else:
+            return None, _rules.NOTHING_LEFT, 0.0, True
+        window = _rules.window(newest.lifetime if chain.newest is None else chain.lifetime, newest.keys[0], self._ahead)
+        return newest, left, window, wanted
+
+    def _left_elsewhere(
+        self, newest: Credential[Any], requested: Instant | None, now: Instant, lifetime: float | None = None
+    ) -> Left:
+        return _rules.left_elsewhere(
+            newest.lifetime if requested is None else lifetime,
+            newest.expiry,
+            requested,
+            now,
+            seen_for=self.observed.seen_for(newest.keys[0]),
+            service_now=self.observed.service_now(newest.scope),
+        )
+
+    def hold_back(self, key: str) -> None:
+        """Remember that a refresh has just failed."""
+        self._failed_at.put(key, self.runtime.steady())
+
+    def is_held_back(self, key: str, left: Left) -> bool:
+        """Whether a refresh has just failed, and the token is still valid for longer than that matters."""
+        failed = self.runtime.steady() - (self._failed_at.get(key) or -math.inf) < _rules.COOLDOWN
+        is_held_back = failed and left.least > _rules.COOLDOWN
+        if is_held_back:
+            _log.debug("%s: %.0f s left, and not now", key[:8], left.least)
+        return is_held_back
+
+    def hold(self, spend: Credential[T], chain: Chain[T], left: Left) -> float:
+        """Seconds until a credential may be refreshed."""
+        age = None if chain.requested is None else chain.requested.age(self.now())
+        return _rules.birth_hold(
+            spend.birth,
+            age=max(self.observed.seen_for(spend.keys[0]), -1.0 if age is None else age - chain.took),
+            service_now=self.observed.service_now(spend.scope),
+            least=left.least,
+        )
+
+    def pause(self, spend: Credential[T], attempt: Attempt | None) -> float:
+        """Seconds for which the service asked to be left alone."""
+        told = 0.0
+        if attempt is not None and attempt.pause > 0:
+            told = attempt.pause - max(0.0, attempt.at.likely_age(self.now()))
+        return max(self.observed.pause(spend.scope), told)
+
+    # What the store has
+
+    def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, Exception | None]:
+        """Give the store a command. Return its answer, or why there is none."""
+        try:
+            return command(*args), None
+        except Exception as error:  # a store may raise whatever it likes
+            self.troubled_at = self.runtime.steady()
+            self.warn(f"{what} ({type(error).__name__})")
+            return None, error
+
+    def look(self, credential: Credential[T]) -> tuple[Chain[T], Exception | None]:
+        """Return what the store and this process know of a chain, and why the store could not be asked."""
+        own = credential.keys[0]
+        key = self._aliases.get(own) or own
+        found, trouble = self.ask("cannot be read", self._read, key, credential)
+        if found is None and trouble is None and key == own:
+            text, trouble = self.ask("cannot be read", self.store.get, f"{own}-alias")
+            if (alias := _rules.read_alias(text, credential)) is not None:
+                key, (found, trouble) = alias, self.ask("cannot be read", self._read, alias, credential, True)
+                self._aliases.put(own, alias)
+        self._looked_at.put(key, self.runtime.steady())
+        known = self.chains.get(key)
+        if found is not None and (known is None or found.generation >= known.generation):
+            self._remember(known := found)
+        elif known is not None and trouble is None:
+            if self._seconds(known) <= 0:
+                self.chains.drop(key)
+                return Chain(key=key), trouble
+            self.unsaved[key] = known
+        return known or Chain(key=key), trouble
+
+    def _read(self, key: str, credential: Credential[T], anew: bool = False) -> Chain[T] | None:
+        """Read what the store has of a chain. What was read of the same text before is read no more."""
+        text = self.store.get(key)
+        known = self.chains.get(key)
+        if known is not None and known.text == text and not anew:
+            return known
+        try:
+            return _rules.read(key, text, credential)
+        except ValueError:
+            self.warn("has an entry that cannot be read")
+            return None
+
+    def keep(self, chain: Chain[Any]) -> None:
+        """Remember a chain with a new token, and write it down, unless the store has a higher generation."""
+        chain = chain.with_text()
+        self.unsaved[chain.key] = chain
+        self._remember(chain)
+        self.save(chain)
+
+    def _remember(self, chain: Chain[Any]) -> None:
+        self.chains.put(chain.key, chain)
+        for key in {*chain.newest.keys} - {chain.key} if chain.newest else ():
+            self._aliases.put(key, chain.key)
+
+    def save(self, chain: Chain[Any]) -> bool:
+        """Write a chain down. Tells whether that is done."""
+        _, trouble = self.ask("cannot be written", self._save, chain)
+        if trouble is None and self.unsaved.get(chain.key) is chain:
+            del self.unsaved[chain.key]
+        return trouble is None
+
+    def _save(self, chain: Chain[Any]) -> None:
+        there, newest = self.generation(chain), chain.newest
+        if newest is not None and there <= chain.generation:
+            # Before the chain: whoever reads its newest token finds the way back.
+            seconds = _rules.FOREVER if newest.refreshable_for is None else newest.refreshable_for
+            alias = _rules.write_alias(chain.key, newest)
+            for key in {*newest.keys} - {chain.key}:
+                self.store.set(f"{key}-alias", alias, math.ceil(min(seconds, _rules.FOREVER) + _rules.DAY))
+        if there < chain.generation:
+            self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
+
+    def generation(self, chain: Chain[Any]) -> int:
+        """Return the generation that the store has. -1 if it has none: what is gone or malformed forbids nothing."""
+        text = self.store.get(chain.key)
+        try:
+            there = _rules.read(chain.key, text, chain.newest) if chain.newest else None
+        except ValueError:
+            return -1
+        return there.generation if there else int(json_object(text).get("generation", -1))
+
+    def _seconds(self, chain: Chain[Any]) -> float:
+        """Return for how long a chain is worth remembering."""
+        if chain.newest is None or chain.requested is None:
+            return 30 * _rules.DAY  # it was forgotten, and what others remember of it must not count
+        if chain.newest.refreshable_for is None:
+            return _rules.FOREVER
+        age = chain.requested.age(self.now()) or 0.0
+        return min(chain.newest.refreshable_for, _rules.FOREVER) + _rules.DAY - age
+
+    def warn(self, what: str) -> None:
+        """Log what is the matter with the store, but not again and again."""
+        now, last = self.runtime.steady(), self._warned_at.get(what)
+        if last is None or now - last > _rules.COOLDOWN:
+            self._warned_at.put(what, now)
+            _log.warning("%s %s", self.name, what)
+
+    def adopt(self, chain: Chain[T], spend: Credential[T]) -> bool:
+        """Go on where another chain did that began with a credential of this one, when an alias was lost."""
+        key = spend.keys[0]
+        other = self.chains.get(key) or self.ask("cannot be read", self._read, key, spend)[0]
+        if key == chain.key or other is None or other.newest is None:
+            return False
+        self.keep(attrs.evolve(other, key=chain.key, generation=chain.generation + 1))
+        return True
+
+    def last_attempt(self, spend: Credential[Any]) -> tuple[Attempt | None, Exception | None]:
+        """Return what was last tried with a credential, and why the store could not be asked."""
+        text, trouble = self.ask("cannot be read", self.store.get, f"{spend.keys[0]}-attempt")
+        return Attempt.read(text), trouble
+
+    def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
+        """Write down what is tried with a credential. Tells whether that is done."""
+        name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
+        return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1] is None
+
+    def retire(self, spent: Credential[Any], chain: str) -> None:
+        """Remember a spent credential for one more day: its outcome is known now."""
+        self.delete(f"{spent.keys[0]}-attempt")
+        if spent.refreshable_for is None or spent.refreshable_for > _rules.DAY:
+            for key in {*spent.keys} - {chain}:
+                entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(_rules.DAY)
+                self.ask("cannot be written", self.store.set, *entry)
+
+    def drop(self, chain: Chain[Any], keys: set[str]) -> bool:
+        """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
+        tombstone: Chain[Any] = Chain(key=chain.key, generation=max(0, chain.generation) + 2).with_text()
+        self.unsaved[chain.key] = tombstone
+        self.chains.put(chain.key, tombstone)
+        return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
+
+    def delete(self, key: str) -> bool:
+        """Remove an entry. Tells whether that is done."""
+        return self.ask("cannot be written", self.store.delete, key)[1] is None
+
+
+class Lease:
+    """A flight's lock on its chain, renewed while it lasts."""
+
+    def __init__(self, ledger: Ledger, chain: str, owner: str) -> None:
+        self._ledger, self._chain, self._owner = ledger, chain, owner
+        self._until = -math.inf
+        self._end: Event | None = None
+        self.lock = Lock.UNTRIED
+
+    def take(self) -> None:
+        """Try to take the lock."""
+        runtime, store = self._ledger.runtime, self._ledger.store
+        asked = runtime.steady()
+        # In the memory of one process nobody dies alone.
+        seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
+        held, trouble = self._ledger.ask("does not lock", store.acquire, self._chain, self._owner, seconds)
+        self.lock = Lock.LOST if held is None or trouble else Lock.HELD if held > 0 else Lock.OURS
+        if self.lock is Lock.OURS:
+            self._until = asked + seconds
+            if self._end is None and not self._ledger.is_local:
+                self._end = runtime.event()
+                runtime.start(self._renew, daemon=True)
+
+    def _renew(self) -> None:
+        runtime, store, end = self._ledger.runtime, self._ledger.store, self._end
+        while end is not None and not runtime.wait(end, _rules.LEASE / 3):
+            asked = runtime.steady()
+            if self.lock is Lock.OURS and asked < self._until:
+                arguments = self._chain, self._owner, _rules.LEASE
+                is_ours, trouble = self._ledger.ask("does not renew a lock", store.renew, *arguments)
+                if trouble is None:  # else the lease ends, unless the next try succeeds
+                    self._until = asked + _rules.LEASE if is_ours else -math.inf
+
+    def is_ours(self) -> bool:
+        """Whether the lease has not ended."""
+        return self.lock is Lock.OURS and self._ledger.runtime.steady() < self._until
+
+    def give_back(self) -> None:
+        """Let others take the lock."""
+        if self._end is not None:
+            self._end.set()
+        if self.lock is Lock.OURS:
+            self.lock = Lock.UNTRIED
+            store = self._ledger.store
+            self._ledger.ask("does not release a lock", store.release, self._chain, self._owner)

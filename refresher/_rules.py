@@ -1,0 +1,402 @@
+"""
+What to do next about a chain. Everything here is pure: clocks and stores were asked before.
+
+A credential and all that came of it are a *chain*; refreshing *spends* its newest token and yields that one's
+*successor*. A token is
+
+* fresh: more than its window is left, and it is the answer to every call;
+* due: it is still valid, and refreshed. Callers wait for that briefly, and go on with it if that fails;
+* expired, or not there: callers wait for a new one as long as they can.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Generic
+
+import attrs
+
+from ._text import Secret, json_object, key_of, number
+from .errors import RefreshError, SignInRequiredError
+from .services import Credential, T
+
+# In seconds, if nothing else is said.
+WINDOW = 60.0  # before its end a token is refreshed: this long, or a tenth of its life
+BRIEFLY = 2.0  # how long callers wait for a successor while the token is still valid
+COOLDOWN = 5.0  # how long a failure holds back the next try, while the token is still valid
+LAST_CALL = 0.1  # before its deadline, a call makes its last attempt
+BIRTH_SECOND = 1.0  # how long a refresh may return the token itself, from its birth
+REJECTED = 60.0  # how old a token must be to be refreshed because the service rejected it
+LAST_MOMENTS = 3.0  # before its end a token is refreshed without waiting for the store or the lock
+LEASE = 5.0  # of a lock, renewed by its holder
+TRUSTED = 0.5  # how long memory is trusted where others share the store
+SETTLED = 2.0  # how long a store must have been well before it proves anything
+POLL, LONGEST_POLL = 0.05, 0.25  # how often a lock that another holds is tried
+ONE_EXCHANGE = 0.2  # how long who has the lock is waited for in any case
+DAY = 86400.0  # how long spent tokens are remembered
+FOREVER = 3650 * DAY
+ROOM = 2048  # how many bytes a store must have for what is about to come, at least
+REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
+
+
+@attrs.frozen
+class Instant:
+    """A moment, by the wall clock and by the steady clock of one boot of a machine."""
+
+    wall: float
+    steady: float
+    boot: str
+
+    @classmethod
+    def read(cls, values: Any) -> Instant:
+        """
+        Read what `attrs.asdict` wrote.
+
+        Raises:
+            ValueError: It is malformed.
+        """
+        wall, steady = (number(values[name]) for name in ("wall", "steady"))
+        if wall is None or steady is None or max(abs(wall), abs(steady)) > 1e15:
+            raise ValueError("no moment")
+        return cls(wall, steady, str(values["boot"]))
+
+    def age(self, now: Instant) -> float | None:
+        """Seconds since then, if that is known for sure."""
+        return max(0.0, now.steady - self.steady) if self.boot == now.boot else None
+
+    def likely_age(self, now: Instant) -> float:
+        """Seconds since then, by the wall clocks if need be."""
+        age = self.age(now)
+        return now.wall - self.wall if age is None else age
+
+
+@attrs.frozen(kw_only=True)
+class Chain(Generic[T]):
+    """
+    What is known of a chain. This is also what the store has of it.
+
+    Args:
+        key: What the store knows it by: the key of the credential it began with.
+        generation: Counts its tokens. Of two opinions on a chain, that with the higher generation is right.
+        newest: Its newest credential. None if none is known: it was forgotten, or the caller's own is the newest.
+        requested: When that was asked for.
+        took: Seconds until it arrived.
+        asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
+        lifetime: Seconds it is good for, from when it was asked for. None means for ever.
+        text: The store's entry.
+    """
+
+    key: str
+    generation: int = 0
+    newest: Credential[T] | None = None
+    requested: Instant | None = None
+    took: float = 0.0
+    asked_for: float | None = None
+    lifetime: float | None = None
+    text: str | bytes | None = attrs.field(default=None, repr=False)
+
+    def covers(self, requested: float | None) -> bool:
+        """Whether its newest token was asked for to be good for as long as a call wants."""
+        if requested is None or self.lifetime is None:
+            return True
+        return requested <= (self.lifetime + 1 if self.asked_for is None else self.asked_for)
+
+    def with_text(self) -> Chain[T]:
+        """Write down what the store has of it."""
+        entry: dict[str, object] = {"generation": self.generation}
+        if self.newest is not None and self.newest.token is not None and self.requested is not None:
+            entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
+            entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
+            entry |= {"lifetime": self.lifetime}
+        return attrs.evolve(self, text=json.dumps(entry))
+
+
+def read(key: str, text: str | bytes | None, credential: Credential[T]) -> Chain[T] | None:
+    """
+    Read what the store has of a credential's chain. None if it has nothing.
+
+    Raises:
+        ValueError: The entry is malformed, or of another user.
+    """
+    if text is None:
+        return None
+    entry = Secret(json_object(text))
+    try:
+        generation = entry.reveal()["generation"]
+        if type(generation) is int and 0 <= generation < 2**53:
+            if "token" not in entry.reveal():
+                return Chain(key=key, generation=generation, text=text)
+            names = "took", "asked_for", "lifetime"
+            took, asked_for, lifetime = (number(entry.reveal().get(name)) for name in names)
+            newest = credential.following(credential.read(entry.reveal()["token"]))
+            if newest.lifetime is not None:
+                lifetime = min(newest.lifetime, newest.lifetime if lifetime is None else lifetime)
+            return Chain(
+                key=key,
+                generation=generation,
+                newest=newest,
+                requested=Instant.read(entry.reveal()["requested"]),
+                took=min(max(took or 0.0, 0.0), DAY),
+                asked_for=math.inf if asked_for == -1 else asked_for,
+                lifetime=None if newest.lifetime is None else lifetime,
+                text=text,
+            )
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError("no chain")
+
+
+def write_alias(chain: str, credential: Credential[Any]) -> str:
+    """Write down that a credential belongs to a chain. Only who has its secret can."""
+    return json.dumps({"chain": chain, "proof": key_of(chain, credential.secret)})
+
+
+def read_alias(text: str | bytes | None, credential: Credential[Any]) -> str | None:
+    """Return the chain that a credential belongs to. None if nobody knows, or who wrote it did not."""
+    entry = json_object(text)
+    chain = str(entry.get("chain"))
+    return chain if entry.get("proof") == key_of(chain, credential.secret) else None
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """
+    What was last tried with a credential.
+
+    Args:
+        by: The flight that did.
+        at: When it began, or ended.
+        is_open: Whether its outcome is not known to anybody else.
+        refusals: How often the service has refused the credential in a row.
+        error: What it said, as arguments of `SignInRequiredError`.
+        pause: Seconds from *at* for which the service asked to be left alone.
+    """
+
+    by: str
+    at: Instant
+    is_open: bool = False
+    refusals: int = 0
+    error: Mapping[str, Any] = attrs.field(factory=dict)
+    pause: float = 0.0
+
+    def write(self) -> str:
+        """Write it down."""
+        return json.dumps(attrs.asdict(self))
+
+    @classmethod
+    def read(cls, text: str | bytes | None) -> Attempt | None:
+        """Read it. None if nothing was tried, or that cannot be read."""
+        entry = json_object(text)
+        try:
+            refusals, pause = (number(entry.get(name)) or 0.0 for name in ("refusals", "pause"))
+            return cls(
+                by=str(entry["by"]),
+                at=Instant.read(entry["at"]),
+                is_open=entry["is_open"] is True,
+                refusals=int(min(max(refusals, 0), 1000)),
+                error=dict(entry["error"]),
+                pause=min(max(pause, 0.0), DAY),
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def refusal(self, now: Instant) -> RefreshError | None:
+        """Return what the service said when it refused the credential, if that was not long ago."""
+        if not self.refusals or self.at.likely_age(now) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
+            return None
+        try:
+            return SignInRequiredError(**self.error)
+        except TypeError:
+            return None
+
+    def is_under_way(self, now: Instant, owner: str, limit: float, seen_for: float) -> bool:
+        """Whether somebody else may still come back with the answer. *seen_for*: seconds since we first saw it."""
+        age = self.at.age(now)  # on another machine, wall clocks say nothing
+        return self.is_open and self.by != owner and (seen_for if age is None else age) < limit
+
+
+@attrs.frozen
+class Left:
+    """How many seconds a token is still valid: *least* if all doubt is against it, *most* if the clocks are wrong."""
+
+    least: float
+    most: float
+
+
+NOTHING_LEFT = Left(-math.inf, -math.inf)
+
+
+def left_here(lifetime: float | None, requested: Instant, now: Instant, age: float) -> Left:
+    """
+    Return how long a token is still valid that was asked for on this machine since it was started.
+
+    A wall clock that was set may make it look old. Then it is refreshed early, which does no harm.
+    """
+    if lifetime is None:
+        return Left(math.inf, math.inf)
+    return Left(lifetime - max(age, now.wall - requested.wall), lifetime - age)
+
+
+def left_elsewhere(
+    lifetime: float | None,
+    expiry: float | None,
+    requested: Instant | None,
+    now: Instant,
+    *,
+    seen_for: float,
+    service_now: tuple[float, float] | None,
+) -> Left:
+    """
+    Return how long a token is still valid that another machine asked for, or the caller. Wall clocks may be hours off.
+
+    Args:
+        lifetime: Seconds it is good for, from when it was asked for. None means for ever.
+        expiry: When it expires, by the service's clock, if it tells.
+        requested: When it was asked for. None if nobody knows.
+        now: The time.
+        seen_for: Seconds since this process first saw it.
+        service_now: The earliest and the latest that it may be by the service's clock, if known.
+    """
+    if lifetime is None:
+        return Left(math.inf, math.inf)
+    most = lifetime - seen_for
+    if service_now is not None and expiry is not None:
+        earliest, latest = service_now
+        most = min(expiry - earliest, most)
+        return Left(min(expiry - latest, most) - 1.0, most)  # it may be a second later there
+    doubts = [] if requested is None else [lifetime - (now.wall - requested.wall)]
+    doubts += [] if expiry is None else [expiry - now.wall]
+    least = min([most, *doubts])
+    return Left(least, most if requested is None else least)
+
+
+def window(lifetime: float | None, key: str, ahead: float | None) -> float:
+    """Return how long before its end a token is refreshed: tokens of one birth not all at once."""
+    lifetime = lifetime or 0.0
+    if ahead is not None:
+        return min(ahead, lifetime / 2)
+    return min(WINDOW, lifetime / 10) * (1 - 0.6 * int(key[:8], 16) / 2**32)
+
+
+def last_moments(window: float) -> float:
+    """Return how long before its end a token is refreshed whatever the store says."""
+    return max(0.25, min(LAST_MOMENTS, window / 8))
+
+
+def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None, least: float) -> float:
+    """
+    Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
+
+    Args:
+        birth: The second by the service's clock in which that is so. None if there is none.
+        age: Seconds that somebody is known to have had it, by a clock that nobody sets.
+        service_now: The earliest and the latest that it may be by the service's clock, if known.
+        least: Seconds it is valid. It is not held for longer than half of them.
+    """
+    if birth is None or (service_now is not None and service_now[0] >= birth + BIRTH_SECOND):
+        return 0.0
+    hold = max(0.0, BIRTH_SECOND - age)
+    return min(hold, least / 2) if least > 0 else hold
+
+
+def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: float) -> float | None:
+    """
+    Return how many seconds to wait before the next attempt. None if there is none.
+
+    Args:
+        error: How the last one failed.
+        attempts: How many there were.
+        time_left: Seconds until the deadline. The last attempt comes just before it.
+        drawn: A number between 0 and 1.
+    """
+    if not error.retryable or time_left <= LAST_CALL:
+        return None
+    if error.retry_after is not None:
+        return error.retry_after if error.retry_after < time_left - LAST_CALL else None
+    longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(attempts, 10))
+    return min(drawn * longest, time_left - LAST_CALL)
+
+
+class Step(enum.Enum):
+    """What a flight does next."""
+
+    USE = "the newest token is the answer"
+    LOCK = "try to take the lock"
+    ANNOUNCE = "write down what is about to be spent"
+    SEND = "spend it"
+    WAIT_FOR_LOCK = "another process is refreshing the token"
+    WAIT_FOR_STORE = "the store cannot be reached"
+    WAIT_FOR_BIRTH = "the token is too young to be refreshed"
+    WAIT_FOR_SERVICE = "the service asked to wait"
+    REFUSE = "the service has refused the token lately"
+    GO_ON = "the store cannot be reached, and the token is still valid"
+
+
+class Lock(enum.Enum):
+    """Whether the lock of a chain is ours. That it cannot be had does not mean that another holds it."""
+
+    UNTRIED = "untried"
+    OURS = "ours"
+    HELD = "held by another"
+    LOST = "the store does not say"
+
+
+@attrs.frozen(kw_only=True)
+class View:
+    """
+    What a flight knows.
+
+    Args:
+        left: How long the newest token is valid.
+        window: How long before its end it is refreshed.
+        wanted: Whether a successor is wanted, however long that is.
+        readable: Whether the store could be read.
+        lock: Whether the lock is ours.
+        waited: Whether it was waited for.
+        announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
+        is_refused: Whether the service has refused the token lately.
+        hold: Seconds until it may be refreshed.
+        pause: Seconds for which the service asked to be left alone.
+    """
+
+    left: Left
+    window: float
+    wanted: bool
+    readable: bool
+    lock: Lock
+    waited: bool
+    is_refused: bool
+    hold: float
+    pause: float
+    announced: bool | None = None
+
+
+def next_step(view: View) -> Step:
+    """Say what to do next about a chain."""
+    if view.left.least > view.window and not view.wanted:
+        return Step.USE
+    is_valid = view.left.most > 0
+    # A certain loss is worse than a possible one: then the store is not waited for, nor for long who has the lock.
+    is_urgent = is_valid and view.left.least <= last_moments(view.window)
+    without_store = Step.GO_ON if is_valid else Step.WAIT_FOR_STORE
+    if not view.readable and not is_urgent:
+        return without_store
+    if view.is_refused:
+        return Step.REFUSE
+    if view.pause > 0:
+        return Step.WAIT_FOR_SERVICE
+    if view.hold > 0:
+        return Step.WAIT_FOR_BIRTH
+    if view.lock is Lock.UNTRIED:
+        return Step.LOCK
+    if view.lock is Lock.HELD and not (is_urgent and view.waited):
+        return Step.WAIT_FOR_LOCK
+    if view.lock is Lock.LOST and not is_urgent:
+        return without_store
+    if view.announced is None:
+        return Step.ANNOUNCE
+    return Step.SEND if view.announced or is_urgent else without_store

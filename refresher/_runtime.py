@@ -1,0 +1,232 @@
+"""What comes from outside: clocks, chance, threads and the network. A simulation hands over another."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import requests
+
+    from .services import Reply, Request
+
+
+class Event(Protocol):
+    """Something that threads wait for."""
+
+    def set(self) -> None:
+        """Let it happen. Again changes nothing."""
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+
+
+class Runtime(Protocol):
+    """
+    What the library needs of its surroundings.
+
+    *Readings* never let another thread run. *Effects* may, may take their time, and anything may happen meanwhile.
+    """
+
+    boot: str  # names what `steady` counts from: readings of one boot can be compared, also between processes
+
+    # Readings.
+    def now(self) -> float:
+        """Seconds since 1970, by a clock that may be wrong and may be set."""
+
+    def steady(self) -> float:
+        """Seconds by a clock that nobody sets."""
+
+    def pick(self, least: float, most: float) -> float:
+        """Draw a number."""
+
+    def draw(self) -> str:
+        """Draw a name that nobody else has."""
+
+    def process(self) -> int:
+        """Return what tells this process from a child that it forked."""
+
+    def event(self) -> Event:
+        """Make an event."""
+
+    # Effects.
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def wait(self, event: Event, seconds: float) -> bool:
+        """Wait for an event, for some seconds at most. Tells whether it has happened."""
+
+    def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
+        """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
+
+    def send(
+        self,
+        request: Request,
+        *,
+        session: requests.Session | None,
+        connect_by: float | None,
+        answer_by: Callable[[], float],
+        depart: Callable[[], None],
+    ) -> Reply:
+        """
+        Send a request once and read the reply.
+
+        Args:
+            request: What to send.
+            session: Whose connections to use. None for our own.
+            connect_by: Until when to connect, by `steady`. None means no limit.
+            answer_by: Returns until when to wait for the answer, by `steady`. Asked again and again, since that
+                may change meanwhile; `math.inf` means no limit.
+            depart: Called once, when the connection stands and before the first byte leaves. What it raises is
+                raised here, and nothing was sent.
+
+        Raises:
+            UnavailableError: Nothing was sent.
+            OutcomeUnknownError: Something was sent, and no complete answer came.
+        """
+
+
+V = TypeVar("V")
+_HALF_A_DAY = 43_200.0
+_MOST = 262_144
+
+
+class Memo(Generic[V]):
+    """
+    A dictionary that forgets what was not used for half a day.
+
+    No lock guards it: a signal handler, a ``__del__`` or another thread at any point leaves it usable.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._new: dict[str, V] = {}
+        self._old: dict[str, V] = {}
+        self._turned_at = clock()
+
+    def get(self, key: str) -> V | None:
+        """Return what is remembered, if anything is."""
+        found = self._new.get(key)
+        if found is None and (found := self._old.get(key)) is not None:
+            self._new[key] = found
+        return found
+
+    def put(self, key: str, value: V) -> None:
+        """Remember something."""
+        now = self._clock()
+        if now - self._turned_at > _HALF_A_DAY or len(self._new) >= _MOST:
+            self._old, self._new, self._turned_at = self._new, {}, now
+        self._new[key] = value
+
+    def drop(self, key: str) -> None:
+        """Forget something."""
+        self._new.pop(key, None)
+        self._old.pop(key, None)
+
+    def keys(self) -> set[str]:
+        """List what is remembered."""
+        return {*self._new, *self._old}
+
+
+class _Event(Future[None]):
+    """An event whose lock is re-entrant: a signal handler may wait for one in the middle of waiting for it."""
+
+    def set(self) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.set_result(None)
+
+    def is_set(self) -> bool:
+        return self.done()
+
+
+def _read_boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(uuid.uuid4())
+
+
+def _clock() -> Callable[[], float]:
+    """Find a clock that nobody sets. On Linux, there is one that goes on while the machine sleeps."""
+    read, boottime = getattr(time, "clock_gettime", None), getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic if read is None or boottime is None else functools.partial(read, boottime)
+
+
+_STEADY = _clock()
+
+
+class SystemRuntime:
+    """The operating system's clocks, threads and sockets."""
+
+    def __init__(self) -> None:
+        self.boot = _read_boot()
+
+    def now(self) -> float:
+        return time.time()  # looked up each time: freezegun and others replace it
+
+    def steady(self) -> float:
+        return _STEADY()
+
+    def pick(self, least: float, most: float) -> float:
+        return random.uniform(least, most)  # noqa: S311 - no secret
+
+    def draw(self) -> str:
+        return os.urandom(8).hex()
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def event(self) -> _Event:
+        return _Event()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def wait(self, event: Event, seconds: float) -> bool:
+        assert isinstance(event, _Event)  # noqa: S101
+        try:
+            event.result(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+        except TimeoutError:
+            return False
+        return True
+
+    def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
+        run = contextvars.copy_context().run  # traces and request ids flow along
+        try:
+            threading.Thread(target=run, args=(work,), name="refresher", daemon=daemon).start()
+        except RuntimeError:  # too many threads, or the interpreter is shutting down
+            if not daemon:
+                work()
+
+    def send(
+        self,
+        request: Request,
+        *,
+        session: requests.Session | None,
+        connect_by: float | None,
+        answer_by: Callable[[], float],
+        depart: Callable[[], None],
+    ) -> Reply:
+        from ._http import send
+
+        return send(
+            request,
+            session=session,
+            connect_by=connect_by,
+            answer_by=answer_by,
+            depart=depart,
+            steady=self.steady,
+        )
+
+
+REAL: Runtime = SystemRuntime()

@@ -1,0 +1,299 @@
+"""Kuzzle: ``POST /_refreshToken``, as version 2.56 was seen to do it."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, ClassVar, Self
+from urllib.parse import quote
+
+import attrs
+
+from .._checks import Checks
+from .._text import Secret, claims, hide, key_of, reveal
+from ..errors import InvalidArgumentError, SignInRequiredError
+from ..tokens import KuzzleToken, duration, instant
+from . import BUSY, REFUSED, SIGN_IN, Meaning, Reply, Request, Send, failure, meaning, quotes
+
+COOKIE = "authToken"
+check = Checks("kuzzle")
+
+# The grammar of npm's `ms`, with which Kuzzle reads durations. ASCII, because JavaScript's \d and /i are.
+_TIMESPAN = (
+    r"(?P<number>-?(?:\d+)?\.?\d+) *(?P<unit>milliseconds?|msecs?|ms|seconds?|secs?|s|minutes?|mins?|m"
+    r"|hours?|hrs?|h|days?|d|weeks?|w|years?|yrs?|y)?"
+)
+_DAY = 86_400_000
+_UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": _DAY, "w": 7 * _DAY, "y": 365.25 * _DAY}
+# Above this Redis refuses the lifetime (its times are 64 bits of milliseconds).
+_LONGEST = 9.2e18
+# Above this JavaScript cannot write the cookie's date, and Kuzzle finds out when the old token is spent.
+_LONGEST_IN_COOKIE = 8.6e15
+
+_ENDED = attrs.evolve(SIGN_IN, spent=False)
+# What an error means, where its status alone says something else.
+_MEANINGS = {
+    "plugin.strategy.missing_user": _ENDED,
+    "security.cookie.unsupported": REFUSED,  # 500
+    "security.rights.unauthorized": _ENDED,
+    "security.token.expired": _ENDED,
+    "security.token.invalid": SIGN_IN,  # expired, logged out, refreshed already: Kuzzle does not say which
+    # Redis is away. (Token and cookie together have this id too, but are never sent together.) 500.
+    "security.token.verification_error": BUSY,
+    "services.cache.not_connected": BUSY,
+    "services.cache.notconnected": BUSY,
+    "services.cache.read_failed": BUSY,  # 500
+    "services.cache.write_failed": BUSY,  # 500
+}
+# What may be quoted of an error: names like these. Messages may hold the jwt, and what is no name may be it.
+_NAME = re.compile("[a-z_]+(?:\\.[a-z_]+){2}")
+
+
+def milliseconds(timespan: str | timedelta) -> float | None:
+    """
+    Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None: it is none.
+
+    Example:
+        >>> milliseconds("1.5 hrs"), milliseconds("-1"), milliseconds("1mo")
+        (5400000.0, -1.0, None)
+    """
+    if isinstance(timespan, timedelta):
+        return timespan / timedelta(milliseconds=1)
+    match = re.fullmatch(_TIMESPAN, timespan, re.ASCII | re.IGNORECASE) if len(timespan) <= 100 else None
+    if match is None:
+        return None
+    unit = (match["unit"] or "ms").lower()
+    unit = "ms" if unit.startswith(("ms", "mil")) else unit[0]
+    return float(match["number"]) * _UNITS[unit]
+
+
+def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
+    """Accept a lifetime that Kuzzle understands and that leaves a session alive."""
+    value = hide(value)  # it might be a secret in the wrong place
+    if value is None:
+        return None
+    is_right = isinstance(reveal(value), (str, timedelta))
+    check.need(is_right, "expires_in", 'must be a string such as "2h" or "7200000ms", or a timedelta')
+    lifetime = milliseconds(reveal(value))
+    if lifetime is None:
+        check.fail("expires_in", 'must be a number and a unit, such as "90s", "30m", "2h" or "1.5 days"')
+    is_infinite = lifetime == -1 and isinstance(reveal(value), str)
+    is_right = not (is_infinite and cookie_auth)
+    check.need(is_right, "expires_in", "must not be -1 in cookie mode: the cookie would expire at once")
+    is_right = is_infinite or (lifetime >= 1000 and lifetime.is_integer())
+    check.need(is_right, "expires_in", "must be at least one second, in whole milliseconds; -1 means for ever")
+    is_right = lifetime <= (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST)
+    check.need(is_right, "expires_in", "is longer than Kuzzle can count; -1 means for ever")
+    found: str | timedelta = reveal(value)
+    return found
+
+
+@attrs.frozen(kw_only=True)
+class KuzzleCredential:
+    """A Kuzzle token, and how it is to be refreshed. *in_cookie*: it travels in the session's cookie."""
+
+    service: ClassVar[str] = "kuzzle"
+    idempotency_key = None
+
+    url: str
+    jwt: Secret[str]
+    cookie_auth: bool = False
+    expires_in: str | timedelta | None = None
+    trigger_events: bool = False
+    strategy: str | None = None
+    in_cookie: bool = False
+    token: KuzzleToken | None = attrs.field(default=None, eq=False)
+
+    def _keys(self) -> tuple[str, ...]:
+        return (key_of("kuzzle", self.url, self.jwt),)
+
+    keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))
+
+    @property
+    def scope(self) -> str:
+        """Kuzzle limits rates for each user, and is busy for all of them: a pause is for everybody."""
+        return key_of("kuzzle", self.url)
+
+    @property
+    def secret(self) -> Secret[str]:
+        """The jwt."""
+        return self.jwt
+
+    @property
+    def headers(self) -> dict[str, str | Secret[str]]:
+        """What a request carries that is made with it."""
+        return {"Authorization": Secret(f"Bearer {self.jwt.reveal()}")}
+
+    @property
+    def requested(self) -> float | None:
+        """The lifetime asked for, in seconds."""
+        found = None if self.expires_in is None else milliseconds(self.expires_in)
+        return None if found is None else math.inf if found < 0 else found / 1000
+
+    @property
+    def birth(self) -> float | None:
+        """
+        Its ``iat``: within that second of Kuzzle's clock, a refresh to the same ``exp`` returns the token itself,
+        which dies a second later.
+        """
+        known = claims(self.jwt)
+        if known.iat is None or known.exp is None:
+            return None
+        # A strategy may choose another lifetime than the one asked for.
+        is_other = self.strategy is None and self.requested not in (None, math.inf)
+        return None if is_other and math.floor(self.requested or 0) != known.exp - known.iat else known.iat
+
+    def refresh(self, send: Send, /, *, anew: bool) -> Self:  # noqa: ARG002
+        """Spend it."""
+        return self.following(send(self.request(), parse)[0])
+
+    def following(self, token: KuzzleToken, /) -> Self:
+        """Return the credential for a successor's token."""
+        return attrs.evolve(self, jwt=Secret(token.jwt) if token.jwt else self.jwt, token=token)
+
+    def request(self) -> Request:
+        """Write the request down. Kuzzle reads its options from the query alone; a flag is on by being there."""
+        given = self.expires_in
+        lifetime = str(given // timedelta(milliseconds=1)) if isinstance(given, timedelta) else given
+        query = [
+            *([] if lifetime is None else ["expiresIn=" + quote(lifetime, safe="")]),
+            *(["cookieAuth"] if self.cookie_auth else []),
+            *(["triggerEvents"] if self.trigger_events else []),
+            *([] if self.strategy is None else ["strategy=" + quote(self.strategy, safe="")]),
+        ]
+        request_id = str(uuid.uuid4())
+        return Request(
+            service="kuzzle",
+            url=f"{self.url}/_refreshToken" + ("?" + "&".join(query) if query else ""),
+            headers={"X-Kuzzle-Request-Id": request_id, **({} if self.in_cookie else self.headers)},
+            secret=self.jwt,
+            request_id=request_id,
+            # Bearer and cookie together are a 500, so the session's own stays back.
+            cookies={COOKIE: self.jwt if self.in_cookie else None},
+        )
+
+    def read(self, values: Mapping[str, Any], /) -> KuzzleToken:
+        """Read a successor's token from a store."""
+        token = KuzzleToken.from_dict(values)
+        if token.jwt is None or _is_of_another(token, self.jwt):
+            check.fail("jwt", "must be there, and of the same user")
+        return token
+
+    @property
+    def expiry(self) -> float | None:
+        """When it expires, by Kuzzle's clock."""
+        return claims(self.jwt).exp
+
+    @property
+    def lifetime(self) -> float | None:
+        """For how many seconds it is good, from when it was asked for."""
+        if self.token is None or self.token.ttl is None:
+            return None
+        known = claims(self.jwt).lifetime
+        return self.token.ttl.total_seconds() if known is None else known
+
+    refreshable_for = lifetime
+
+    @property
+    def can_expire(self) -> bool:
+        """Whether it is ever to be refreshed: Kuzzle refuses that for API keys and infinite tokens."""
+        return claims(self.jwt).exp is not None
+
+    def unspent(self) -> Self | None:
+        """Return it with a result of its own, if it tells how long it is good."""
+        known = claims(self.jwt)
+        if known.exp is None:
+            return None
+        ttl = duration(1000 * (known.exp - (known.iat or 0)))
+        return self.following(
+            KuzzleToken(known.subject or "unknown", self.jwt.reveal(), instant(1000 * known.exp), ttl)
+        )
+
+    def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
+        """Tell whether an error means that the token is no good."""
+        if status != 401:
+            return False
+        error = body.get("error")
+        if not isinstance(error, dict):
+            return None  # Kuzzle itself did not write this, or the request was a HEAD
+        return error.get("id") in ("security.token.expired", "security.token.invalid")
+
+
+def credential(
+    url: object,
+    jwt: object,
+    expires_in: object = None,
+    trigger_events: object = False,
+    strategy: object = None,
+    cookie_auth: object = False,
+    in_cookie: bool = False,
+) -> KuzzleCredential:
+    """
+    Check the arguments of a call.
+
+    Raises:
+        InvalidArgumentError: An argument is wrong.
+    """
+    check.need(jwt is not None, "jwt", "is missing")
+    in_cookie_mode = check.flag("cookie_auth", cookie_auth)
+    return KuzzleCredential(
+        url=check.url("url", url, https=False),
+        jwt=check.token("jwt", jwt),
+        cookie_auth=in_cookie_mode,
+        expires_in=_lifetime(expires_in, in_cookie_mode),
+        trigger_events=check.flag("trigger_events", trigger_events),
+        strategy=None if strategy is None else check.text("strategy", strategy),
+        in_cookie=in_cookie,
+    )
+
+
+def parse(reply: Reply, request: Request) -> KuzzleToken:
+    """
+    Read the reply. The token has its jwt in cookie mode too.
+
+    Raises:
+        RefreshError: There is no living new token in it.
+    """
+    envelope = reply.json()
+    # Not by its id: gateways rewrite those, and a token is not to be lost over that.
+    if envelope.get("action") not in ("refreshToken", None):
+        raise failure("or a proxy answered another request", request, reply)
+    if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
+        return _token(result, reply, request)
+    error = envelope.get("error")
+    if error is None and {"id", "status"} <= envelope.keys():
+        error = envelope  # what Kuzzle finds before routing has no envelope
+    if reply.status >= 400 and isinstance(error, dict):
+        name = str(error.get("id"))
+        known = name if _NAME.fullmatch(name) and len(name) < 100 and not quotes(request, name) else None
+        case = meaning(reply.status, _MEANINGS.get(known or ""), REFUSED)
+        raise failure(case, request, reply, code=error.get("code"), id=known)
+    # Kuzzle's HTTP server may find fault with a request before Kuzzle sees it.
+    by_uws = 400 <= reply.status <= 505 and b"<i>uWebSockets/" in reply.body
+    raise failure(REFUSED if by_uws else meaning(reply.status), request, reply)
+
+
+def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
+    """Whether a token and a jwt are of two users, as far as they tell."""
+    user = claims(jwt).subject
+    found = {token.kuid, claims(Secret(token.jwt or "")).subject} if token else set()
+    return user is not None and bool(found - {user, None})
+
+
+def _token(result: dict[str, Any], reply: Reply, request: Request) -> KuzzleToken:
+    try:
+        token = KuzzleToken.from_dict({"jwt": reply.cookies.get(COOKIE), **result})
+    except InvalidArgumentError:
+        token = None
+    if token is None or token.jwt is None:
+        raise failure("answered without a token or its lifetime", request, reply)
+    if _is_of_another(token, request.secret):
+        raise failure("answered with a token of another user", request, reply)
+    if Secret(token.jwt) == request.secret:
+        raise failure(Meaning(SignInRequiredError, True, what="returned the old token"), request, reply)
+    if token.ttl is not None and token.ttl <= timedelta(0):
+        raise failure(Meaning(SignInRequiredError, True, what="returned an expired token"), request, reply)
+    return token

@@ -1,0 +1,114 @@
+"""
+Where a `TokenCache` keeps its entries: in the process, in files, in Redis or Valkey, in Django's cache.
+
+An entry is a text under a key, and lives for some seconds. Keys are hashes; the texts hold tokens, so whoever
+can read a store can use them, unless an `EncryptedStore` is put before it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
+
+from ..errors import InvalidArgumentError
+from .memory import MemoryStore
+
+if TYPE_CHECKING:
+    from .django import DjangoStore
+    from .encrypted import EncryptedStore
+    from .file import FileStore
+    from .redis import RedisStore
+
+__all__ = ["DjangoStore", "EncryptedStore", "FileStore", "MemoryStore", "RedisStore", "Store", "check_store"]
+
+_MODULES = {"DjangoStore": "django", "EncryptedStore": "encrypted", "FileStore": "file", "RedisStore": "redis"}
+_METHODS = ("get", "set", "delete", "acquire", "renew", "release")
+
+
+@runtime_checkable
+class Store(Protocol):
+    """
+    A place for entries, and for locks that all of its users share.
+
+    Keys consist of ``0-9``, ``a-z`` and ``-``. An entry and a lock may have the same key: they have nothing to
+    do with each other. A lock whose owner dies is held until its lease ends, and not for much longer.
+
+    Any method may raise whatever it likes when the place is out of reach, and may be called by several threads
+    at once. An error in one call says nothing about the next one. Test your own store with
+    `refresher.testing.StoreContract`.
+    """
+
+    def get(self, key: str, /) -> str | bytes | None:
+        """Return an entry. None if there is none, or it has expired."""
+
+    def set(self, key: str, value: str, seconds: int, /) -> object:
+        """
+        Write an entry that expires after *seconds*, one or more.
+
+        It is written as a whole, or not at all. An error is raised if it could not be written.
+        """
+
+    def delete(self, key: str, /) -> object:
+        """Remove an entry, if it is there."""
+
+    def acquire(self, key: str, owner: str, lease: float, /) -> float:
+        """
+        Take a lock, if nobody else holds it. It does not wait.
+
+        Args:
+            key: What is locked.
+            owner: Who takes it: a name that nobody else has. If it's the present owner, the lease begins anew.
+            lease: Seconds after which others may take it, unless it is renewed.
+
+        Returns:
+            0.0 if *owner* holds the lock now. Otherwise the seconds, more than zero, until the lease of its
+            present owner ends, or an upper bound of them.
+
+        Raises:
+            Exception: It cannot be told whether the lock is taken. That is not the same as "held".
+        """
+
+    def renew(self, key: str, owner: str, lease: float, /) -> bool:
+        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+
+    def release(self, key: str, owner: str, /) -> object:
+        """Let others take a lock. Nothing happens if *owner* does not hold it any more."""
+
+
+def check_store(value: object) -> Store:
+    """
+    Return *value* if it is a store.
+
+    Raises:
+        InvalidArgumentError: It's something else. The message says what to use instead.
+    """
+    if isinstance(value, type):
+        hint = "this is a class: use an instance of it, such as MemoryStore()"
+    elif isinstance(value, Store):
+        return value
+    elif isinstance(value, (str, os.PathLike)):
+        hint = "use TokenCache(FileStore(path))"
+    elif hasattr(value, "execute_command"):
+        hint = "use TokenCache(RedisStore(client))"
+    elif hasattr(value, "make_key"):
+        hint = "use TokenCache(DjangoStore(alias)) for a cache of Django's"
+    else:
+        missing = [name for name in _METHODS if not hasattr(value, name)]
+        hint = f"{type(value).__name__} has no {', '.join(missing)}. TokenCache() needs none"
+    raise InvalidArgumentError(f"store must be a Store: {hint}")
+
+
+def __getattr__(name: str) -> object:
+    # Each store is imported when it's asked for: Django, for one, takes a while.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise ModuleNotFoundError(f"{name} needs {missing}: pip install 'refresher[{missing}]'", name=missing)
+
+    return fail

@@ -1,0 +1,267 @@
+"""Entries in Django's cache."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.core import checks
+from django.core.cache import caches, close_caches
+from django.core.cache.backends.db import BaseDatabaseCache
+from django.core.cache.backends.dummy import DummyCache
+from django.core.cache.backends.filebased import FileBasedCache
+from django.core.cache.backends.locmem import LocMemCache
+from django.core.cache.backends.memcached import PyMemcacheCache
+from django.core.exceptions import ImproperlyConfigured
+from django.db import IntegrityError, connections, router, transaction
+from django.utils import timezone
+
+from . import Store
+from .redis import RedisStore
+
+_PREFIX = "refresher:2:"
+_LONGEST_LEASE = 86_400.0
+# A cache that drops entries by their number has to have room for all sessions.
+_LEAST_MAX_ENTRIES = 100_000
+_UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
+_INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
+# Which caches the site uses, and whether by one process: what `manage.py check` looks at.
+_used: dict[tuple[str, bool], None] = {}
+
+
+def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]]:
+    """Find what is wrong with the settings of a cache: ids, messages, and what to do."""
+    cache: Any = caches[alias]
+    setting = f"settings.CACHES[{alias!r}]"
+    shared = "Use a cache that all processes share: Redis, Memcached or a database"
+    if isinstance(cache, DummyCache):
+        yield "E001", f"{setting} is a DummyCache, which keeps nothing.", f"{shared}."
+    if isinstance(cache, FileBasedCache):
+        message = f"{setting} is a FileBasedCache: two processes could take one lock, and spend one token."
+        yield "E002", message, f"{shared}, or refresher.FileStore on a single machine."
+    if isinstance(cache, LocMemCache) and not single_process:
+        message = f"{setting} is a LocMemCache, unseen by other processes: two of them could spend one token."
+        yield "E003", message, f"{shared}, or DjangoStore(single_process=True) if there is one process only."
+    if isinstance(cache, (BaseDatabaseCache, LocMemCache)) and cache._max_entries < _LEAST_MAX_ENTRIES:
+        message = f"{setting} keeps {cache._max_entries} entries, and drops living sessions beyond that."
+        yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
+    if isinstance(cache, BaseDatabaseCache):
+        connection = connections[_database(cache)]
+        if connection.vendor == "sqlite" and connection.settings_dict["ATOMIC_REQUESTS"]:
+            message = f"{setting} is in an SQLite database, which each request locks (ATOMIC_REQUESTS)."
+            yield "E005", message, "Give the cache a database of its own, or use Redis or Memcached."
+
+
+def _check(**_: object) -> list[checks.CheckMessage]:
+    return [
+        checks.Error(message, hint=hint, obj="refresher.DjangoStore", id=f"refresher.{number}")
+        for use in _used
+        for number, message, hint in _problems(*use)
+    ]
+
+
+checks.register(_check, checks.Tags.caches)
+
+
+def _database(cache: Any) -> str:
+    return str(router.db_for_write(cache.cache_model_class))
+
+
+class _CacheStore:
+    """Entries and locks by what every cache of Django's can do."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def get(self, key: str, /) -> str | None:
+        value = self._cache.get(_PREFIX + key)
+        return value if isinstance(value, str) else None
+
+    def set(self, key: str, value: str, seconds: int, /) -> None:
+        self._cache.set(_PREFIX + key, value, seconds)
+        # Some caches say nothing when they can't.
+        if self._cache.get(_PREFIX + key) != value:
+            raise ConnectionError("the cache did not keep an entry")
+
+    def delete(self, key: str, /) -> None:
+        self._cache.delete(_PREFIX + key)
+
+    def acquire(self, key: str, owner: str, lease: float, /) -> float:
+        name, seconds = f"{_PREFIX}{key}:lock", _whole(lease)
+        for _ in range(2):
+            if self._cache.add(name, owner, seconds):
+                return 0.0
+            holder = self._cache.get(name)
+            if holder == owner and self._replace(name, owner, seconds):
+                return 0.0
+            if holder is not None:
+                return float(seconds)
+            # It was released just now, or the cache is down and says nothing.
+        raise ConnectionError("the cache neither gives a lock nor says who holds it")
+
+    def renew(self, key: str, owner: str, lease: float, /) -> bool:
+        return self._replace(f"{_PREFIX}{key}:lock", owner, _whole(lease))
+
+    def release(self, key: str, owner: str, /) -> None:
+        self._replace(f"{_PREFIX}{key}:lock", owner, 0)
+
+    def _replace(self, name: str, owner: str, seconds: int) -> bool:
+        """Let a lock last for *seconds* from now, if it's the owner's."""
+        return self._cache.get(name) == owner and bool(self._cache.touch(name, seconds))
+
+
+class _MemcacheStore(_CacheStore):
+    """What Memcached can do in one step by pymemcache."""
+
+    def _replace(self, name: str, owner: str, seconds: int) -> bool:
+        client, name = self._cache._cache, self._cache.make_and_validate_key(name)
+        holder, version = client.gets(name) or (None, None)
+        return holder == owner and bool(client.cas(name, owner, version, seconds or -1))
+
+
+class _DatabaseStore:
+    """
+    Entries and locks in the table of a database cache, each by one statement.
+
+    Django's own methods give an expired lock to two processes at once, and say nothing if they could not write.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def get(self, key: str, /) -> bytes | None:
+        statement = "SELECT {value} FROM {table} WHERE {cache_key} = %s AND {expires} > %s"
+        _, rows = self._run(statement, self._name(key), timezone.now())
+        return base64.b64decode(rows[0][0]) if rows else None
+
+    def set(self, key: str, value: str, seconds: int, /) -> None:
+        now = timezone.now()
+        self._run("DELETE FROM {table} WHERE {expires} < %s", now)
+        row = base64.b64encode(value.encode()).decode(), now + timedelta(seconds=seconds), self._name(key)
+        if not self._run(_UPDATE, *row)[0]:
+            try:
+                self._run(_INSERT, *row)
+            except IntegrityError:  # another process was faster
+                self._run(_UPDATE, *row)
+
+    def delete(self, key: str, /) -> None:
+        self._run("DELETE FROM {table} WHERE {cache_key} = %s", self._name(key))
+
+    def acquire(self, key: str, owner: str, lease: float, /) -> float:
+        now = timezone.now()
+        row = owner, now + _span(lease), self._name(f"{key}:lock")
+        if not self._run(_UPDATE + " AND ({value} = %s OR {expires} < %s)", *row, owner, now)[0]:
+            try:
+                self._run(_INSERT, *row)
+            except IntegrityError:
+                return lease
+        return 0.0
+
+    def renew(self, key: str, owner: str, lease: float, /) -> bool:
+        now = timezone.now()
+        row = owner, now + _span(lease), self._name(f"{key}:lock")
+        return bool(self._run(_UPDATE + " AND {value} = %s AND {expires} > %s", *row, owner, now)[0])
+
+    def release(self, key: str, owner: str, /) -> None:
+        statement = "DELETE FROM {table} WHERE {cache_key} = %s AND {value} = %s"
+        self._run(statement, self._name(f"{key}:lock"), owner)
+
+    def _name(self, key: str) -> str:
+        return str(self._cache.make_and_validate_key(_PREFIX + key))
+
+    def _run(self, statement: str, *values: str | datetime) -> tuple[int, list[Any]]:
+        """Run a statement. Returns how many rows it found, and what it selected."""
+        database = _database(self._cache)
+        connection = connections[database]
+        quote, adapt = connection.ops.quote_name, connection.ops.adapt_datetimefield_value
+        names = {name: quote(name) for name in ("cache_key", "value", "expires")}
+        with transaction.atomic(using=database), connection.cursor() as cursor:
+            cursor.execute(
+                statement.format(table=quote(self._cache._table), **names),
+                [adapt(value) if isinstance(value, datetime) else value for value in values],
+            )
+            return cursor.rowcount, cursor.fetchall() if cursor.description else []
+
+
+class DjangoStore:
+    """
+    Entries in one of Django's caches. Needs ``refresher[django]``.
+
+    With Redis, with Memcached through ``PyMemcacheCache``, and with a database, a lock is taken, renewed and
+    released in one step each. Machines that share a database need clocks that agree within a second or two.
+
+    Settings under which sessions would be lost are refused. ``manage.py check`` says the same, with the ids
+    ``refresher.E001`` to ``refresher.E005``.
+
+    Args:
+        alias: Which of ``settings.CACHES``.
+        single_process: Whether one process is all there is. Then a ``LocMemCache`` will do as well.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: The cache keeps nothing, is not shared, has no locks, or
+            drops living sessions. The message says what to set.
+    """
+
+    def __init__(self, alias: str = "default", *, single_process: bool = False) -> None:
+        self._alias = alias
+        _used[alias, single_process] = None
+        for _, message, hint in _problems(alias, single_process):
+            raise ImproperlyConfigured(f"{message} {hint}")
+
+    def __repr__(self) -> str:
+        return f"DjangoStore({self._alias!r})"
+
+    @property
+    def _store(self) -> Store:
+        cache: Any = caches[self._alias]  # each thread has its own
+        # Of Django's own backend, or of django-redis. What they do with errors and replicas is not for us.
+        holder: Any = getattr(cache, "client", None) or getattr(cache, "_cache", None)
+        if hasattr(holder, "get_client"):
+            return RedisStore(holder.get_client(write=True), prefix=str(cache.make_key(_PREFIX)))
+        if isinstance(cache, BaseDatabaseCache):
+            return _DatabaseStore(cache)
+        return _MemcacheStore(cache) if isinstance(cache, PyMemcacheCache) else _CacheStore(cache)
+
+    def get(self, key: str, /) -> str | bytes | None:
+        """Return an entry. None if there is none, or it has expired."""
+        return self._store.get(key)
+
+    def set(self, key: str, value: str, seconds: int, /) -> None:
+        """Write an entry that expires after *seconds*."""
+        self._store.set(key, value, seconds)
+
+    def delete(self, key: str, /) -> None:
+        """Remove an entry, if it is there."""
+        self._store.delete(key)
+
+    def acquire(self, key: str, owner: str, lease: float, /) -> float:
+        """Take a lock: 0.0 if *owner* has it now, otherwise how many seconds another has it at most."""
+        return self._store.acquire(key, owner, lease)
+
+    def renew(self, key: str, owner: str, lease: float, /) -> bool:
+        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        return self._store.renew(key, owner, lease)
+
+    def release(self, key: str, owner: str, /) -> None:
+        """Let others take a lock, if *owner* holds it."""
+        self._store.release(key, owner)
+
+    @staticmethod
+    def close() -> None:
+        """Give back what this thread holds of caches and databases, except within a transaction of yours."""
+        close_caches()
+        for connection in connections.all(initialized_only=True):
+            if not connection.in_atomic_block:
+                connection.close()
+
+
+def _span(lease: float) -> timedelta:
+    return timedelta(seconds=min(lease, _LONGEST_LEASE))
+
+
+def _whole(lease: float) -> int:
+    """Round up. Memcached's clock ticks once a second, so it could end a lease a second early."""
+    return math.ceil(min(lease, _LONGEST_LEASE)) + 1

@@ -1,0 +1,93 @@
+"""Entries that only those can read who have a key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from ..errors import InvalidArgumentError
+from . import Store, check_store
+
+_log = logging.getLogger("refresher")
+# What a store may have beyond the protocol.
+_EXTRAS = ("check", "close")
+
+
+class EncryptedStore:
+    """
+    Entries of another store, encrypted by Fernet. Locks and the names of entries pass through as they are.
+
+    An entry that can't be decrypted, or that was written under another name, counts as missing. A warning is
+    logged for the first one. Needs ``refresher[crypto]``.
+
+    Args:
+        store: Where the entries live.
+        keys: Fernet keys: make one with ``cryptography.fernet.Fernet.generate_key()``. The first one encrypts,
+            all of them decrypt. To change keys, put the new one first and remove the old one a month later.
+
+    Raises:
+        InvalidArgumentError: *store* is no store, or *keys* are no keys.
+        ModuleNotFoundError: ``cryptography`` is not installed.
+    """
+
+    def __init__(self, store: Store, keys: str | bytes | Iterable[str | bytes]) -> None:
+        try:
+            from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("EncryptedStore needs cryptography: pip install 'refresher[crypto]'") from None
+        self._store = check_store(store)
+        try:
+            ciphers = [Fernet(key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
+        except (TypeError, ValueError):
+            ciphers = []
+        del keys  # an error's traceback shows what a frame has
+        if not ciphers:
+            raise InvalidArgumentError("keys must be Fernet keys, one at least: use Fernet.generate_key()")
+        self._cipher = MultiFernet(ciphers)
+        self._invalid = InvalidToken
+        self._told = False
+
+    def __repr__(self) -> str:
+        return f"EncryptedStore({self._store!r})"
+
+    def __getattr__(self, name: str) -> object:
+        if name in _EXTRAS:
+            return getattr(self._store, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def get(self, key: str, /) -> bytes | None:
+        """Return an entry. None if there is none that can be decrypted."""
+        content = self._store.get(key)
+        if content is None:
+            return None
+        try:
+            plain = self._cipher.decrypt(content.encode() if isinstance(content, str) else content)
+        except self._invalid:
+            plain = b""
+        name, _, value = plain.partition(b"\n")
+        if name == key.encode():
+            return value
+        if not self._told:
+            self._told = True
+            _log.warning("EncryptedStore can't decrypt %s...: it counts as missing. Has a key gone?", key[:8])
+        return None
+
+    def set(self, key: str, value: str, seconds: int, /) -> object:
+        """Write an entry that expires after *seconds*."""
+        return self._store.set(key, self._cipher.encrypt(f"{key}\n{value}".encode()).decode(), seconds)
+
+    def delete(self, key: str, /) -> object:
+        """Remove an entry, if it is there."""
+        return self._store.delete(key)
+
+    def acquire(self, key: str, owner: str, lease: float, /) -> float:
+        """Take a lock: 0.0 if *owner* has it now, otherwise the seconds that another's lease has left."""
+        return self._store.acquire(key, owner, lease)
+
+    def renew(self, key: str, owner: str, lease: float, /) -> bool:
+        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        return self._store.renew(key, owner, lease)
+
+    def release(self, key: str, owner: str, /) -> object:
+        """Let others take a lock, if *owner* holds it."""
+        return self._store.release(key, owner)

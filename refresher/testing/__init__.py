@@ -1,0 +1,60 @@
+"""
+A Kuzzle and a Circle of your own, on loopback sockets, for tests and demonstrations.
+
+They do what the real services were seen to do: a Kuzzle token is refreshed once, lives for one more
+second, and comes back unchanged within the clock second of its birth; Circle rotates its refresh
+tokens and answers a repeated idempotency key as it did before. Their clock moves when you move it.
+
+Example:
+    >>> from refresher import refresh_kuzzle_token
+    >>> with FakeKuzzle() as kuzzle:
+    ...     old = kuzzle.login("foo", ago=1800)
+    ...     new = refresh_kuzzle_token(kuzzle.url, old)
+    ...     kuzzle.clock.advance(1)
+    ...     print(kuzzle.knows(old), kuzzle.knows(new.jwt))
+    False True
+    >>> kuzzle.assert_spent_once(old)
+
+In a test, ``kuzzle.suffer("lost")`` lets the next request go wrong. `FAULTS` lists all that can.
+
+pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. After a test that uses one of them,
+`refresher.SHARED_CACHE` is empty again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .circle import FakeCircle
+    from .contract import StoreContract
+    from .faults import FAULTS, Fault
+    from .kuzzle import FakeKuzzle
+    from .server import Answer, Clock, Received
+
+__all__ = ["Answer", "Clock", "FAULTS", "FakeCircle", "FakeKuzzle", "Fault", "Received", "StoreContract"]
+
+_MODULES = {
+    "Answer": "server",
+    "Clock": "server",
+    "FAULTS": "faults",
+    "FakeCircle": "circle",
+    "FakeKuzzle": "kuzzle",
+    "Fault": "faults",
+    "Received": "server",
+    "StoreContract": "contract",
+}
+
+
+def __getattr__(name: str) -> object:
+    # pytest imports this package wherever refresher is installed: the rest waits for a test that uses it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,651 @@
+"""
+The one rule: while a session is alive, nobody is told to sign in, and no working token is thrown away.
+
+Each test here is a way in which that was once broken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+import requests
+from helpers import call_with, jwt_with
+
+from refresher import (
+    FileStore,
+    InvalidArgumentError,
+    KuzzleAuth,
+    MemoryStore,
+    OutcomeUnknownError,
+    RedisStore,
+    RefreshError,
+    SignInRequiredError,
+    TokenCache,
+    UnavailableError,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+from refresher._runtime import SystemRuntime
+from refresher.services import Reply
+from refresher.testing import Answer, Clock, FakeKuzzle
+
+HOUR = 3600
+
+
+class SharedStore:
+    """Entries that several caches share, as processes would. It can fail: always, or in some commands."""
+
+    def __init__(self, clock=time.monotonic):
+        self.memory = MemoryStore(timer=clock)
+        self.is_down = False
+        self.failing = []  # names of commands: each fails once
+        self.commands = 0
+
+    def _do(self, name, *arguments):
+        self.commands += 1
+        fails = self.is_down
+        if name in self.failing:
+            self.failing.remove(name)
+            fails = True
+        if fails:
+            raise ConnectionError("no store")
+        return getattr(self.memory, name)(*arguments)
+
+    def get(self, key):
+        return self._do("get", key)
+
+    def set(self, key, value, seconds):
+        return self._do("set", key, value, seconds)
+
+    def delete(self, key):
+        return self._do("delete", key)
+
+    def acquire(self, key, owner, lease):
+        return self._do("acquire", key, owner, lease)
+
+    def renew(self, key, owner, lease):
+        return self._do("renew", key, owner, lease)
+
+    def release(self, key, owner):
+        return self._do("release", key, owner)
+
+
+class Instantly(SystemRuntime):
+    """A Kuzzle that answers at once, without threads and a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = 0
+
+    def start(self, work, *, daemon=False):
+        work()
+
+    def send(self, request, *, depart, **others):
+        depart()
+        self.sent += 1
+        now = int(self.now())
+        jwt = "kauth-" + jwt_with({"_id": "foo", "iat": now, "exp": now + 7200, "jti": self.sent})
+        result = {"_id": "foo", "jwt": jwt, "expiresAt": 1000 * (now + 7200), "ttl": 7_200_000}
+        return Reply(status=200, headers={}, body=json.dumps({"result": result}).encode(), sent_at=now)
+
+
+@pytest.fixture
+def store(clock):
+    return SharedStore(clock)
+
+
+@pytest.fixture
+def cache(store, clock):
+    return TokenCache(store, clock=clock)
+
+
+@pytest.fixture
+def root(kuzzle):
+    return kuzzle.login(ago=1800)
+
+
+def refresh_each(kuzzle, jwts, cache, **arguments):
+    """Refresh tokens at once, and list what came of each."""
+
+    def one(jwt):
+        try:
+            return refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, **arguments)
+        except RefreshError as error:
+            return error
+
+    with ThreadPoolExecutor(len(jwts)) as pool:
+        return list(pool.map(one, jwts))
+
+
+def logins(kuzzle, count):
+    """Let as many users sign in half an hour ago."""
+    return [kuzzle.login("foo", f"{2 * HOUR + number}s", ago=1800) for number in range(count)]
+
+
+# An answer that arrived is kept
+
+
+def test_answer_after_the_entry_has_expired(kuzzle, clock, root):
+    """A service that is slow in a token's last seconds: the answer comes when the old entry is gone, and is kept."""
+    cache = TokenCache(MemoryStore(timer=clock), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 3.5)
+
+    def answer(request):
+        true = kuzzle.truly(request)
+        clock.advance(5)
+        return true
+
+    kuzzle.next_answers.append(answer)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert kuzzle.knows(token.jwt)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert len(kuzzle.requests) == 2
+
+
+def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey):
+    """A FLUSHALL while a refresh is under way: its answer is kept, also for the next process."""
+    client = redis.Redis.from_url(own_valkey.url)
+    cache = TokenCache(RedisStore(client), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.next_answers.append(lambda request: client.flushall() and kuzzle.truly(request))
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(10)
+    next_process = TokenCache(RedisStore(client), clock=clock)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=next_process) == token
+    assert len(kuzzle.requests) == 2
+    client.close()
+
+
+JWT = "kauth-e30.e30.c2ln"
+
+
+def test_spent_tokens_push_out_no_session(kuzzle, clock):
+    """However many tokens an active session spends, idle ones are remembered."""
+    cache = TokenCache(MemoryStore(maxsize=30, timer=clock), clock=clock)
+    idle, (active,) = logins(kuzzle, 10), logins(kuzzle, 1)
+    tokens = [refresh_kuzzle_token(kuzzle.url, jwt, expires_in="10d", cache=cache) for jwt in idle]
+    for _ in range(100):
+        active = refresh_kuzzle_token(kuzzle.url, active, cache=cache).jwt
+        clock.advance(HOUR - 20)
+    assert [refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in idle] == tokens
+    assert kuzzle.knows(active)
+
+
+def test_session_that_is_dropped_is_told(kuzzle, clock, caplog):
+    """What does not fit into memory is dropped, and that is in the log."""
+    cache = TokenCache(MemoryStore(maxsize=3, timer=clock), clock=clock)
+    for jwt in logins(kuzzle, 4):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    assert "MemoryStore is full" in caplog.text
+
+
+# Stores that fail
+
+
+def test_process_that_starts_while_the_store_is_down(kuzzle, clock, store, cache, root):
+    """A process that knows nothing of a session sends nothing while it cannot ask, and goes on when it can."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.is_down = True
+    other = TokenCache(store, clock=clock)
+    started = time.monotonic()
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, cache=other, timeout=0.5)
+    assert caught.value.spent is False
+    assert time.monotonic() - started < 1
+    threading.Timer(0.3, lambda: setattr(store, "is_down", False)).start()
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=other) == token
+    assert len(kuzzle.requests) == 1
+
+
+def test_living_token_while_the_store_is_down(kuzzle, clock, store, cache, root):
+    """A token that this process knows is used while the store is down, and not refreshed when it is due."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.is_down = True
+    time.sleep(0.6)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    clock.advance(HOUR - 22)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    assert len(kuzzle.requests) == 1
+
+
+def test_last_moments_while_the_store_is_down(kuzzle, clock, store, cache, root):
+    """Before it would be lost, a token is refreshed without the store, which has the new one as soon as it's back."""
+    first, other = refresh_kuzzle_token(kuzzle.url, root, cache=cache), logins(kuzzle, 1)[0]
+    store.is_down = True
+    time.sleep(0.6)
+    clock.advance(HOUR - 4)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert token != first
+    assert kuzzle.knows(token.jwt)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    store.is_down = False
+    refresh_kuzzle_token(kuzzle.url, other, cache=cache)
+    deadline = time.monotonic() + 5
+    while refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=5) != token:
+        assert time.monotonic() < deadline
+    assert len(kuzzle.requests) == 3
+
+
+class FullDisk(FileStore):
+    """A folder on a disk that is full."""
+
+    def set(self, key, value, seconds):
+        raise OSError(28, os.strerror(28))
+
+
+def test_disk_that_is_full(kuzzle, root, tmp_path):
+    """A script whose disk is full spends nothing, so its next run can go on."""
+    with pytest.raises(UnavailableError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FullDisk(tmp_path)), timeout=0.5)
+    assert caught.value.spent is False
+    assert kuzzle.requests == []
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path)))
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path))) == token
+
+
+def test_no_verdict_without_the_store(kuzzle, clock, store, cache, root):
+    """A refusal is no reason to sign in as long as the store, which may have a newer token, cannot be read."""
+
+    def answer(request):
+        store.is_down = True
+        return kuzzle.truly(request)
+
+    kuzzle.fail_next("security.token.invalid")
+    refuse = kuzzle.next_answers.pop()
+    kuzzle.next_answers.append(lambda request: answer(request) and refuse(request))
+    with pytest.raises((OutcomeUnknownError, UnavailableError)):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1)
+
+
+def test_redis_that_hangs(kuzzle, root):
+    """A Redis that accepts connections and says nothing delays a call for no longer than its timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = redis.Redis(port=silent.getsockname()[1], socket_timeout=2)
+        started = time.monotonic()
+        with pytest.raises(UnavailableError) as caught:
+            refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(RedisStore(client)), timeout=1)
+        assert time.monotonic() - started < 1.6
+        assert caught.value.spent is False
+        assert kuzzle.requests == []
+
+
+@pytest.mark.parametrize("timeout", [30, None])
+def test_holder_that_is_killed(fleet, kuzzle, valkey_url, timeout):
+    """A process that is killed in mid-refresh delays the others for seconds, whatever its timeout was."""
+    jwt = kuzzle.login(ago=1800)
+    kuzzle.next_answers.append(lambda request: time.sleep(1) or b"")
+    task = {"url": kuzzle.url, "jwt": jwt, "threads": 1, "kind": "redis", "where": valkey_url}
+    fleet.start(1, timeout=timeout, **task)
+    fleet.start(2, timeout=20, **task)
+    fleet.go(0)
+    while not kuzzle.requests:
+        time.sleep(0.01)
+    fleet.processes[0].kill()
+    started = time.monotonic()
+    fleet.go(1, 2)
+    results = fleet.results(1, 2)
+    assert time.monotonic() - started < 12
+    assert len(set(results)) == 1
+    assert kuzzle.knows(results[0])
+
+
+# Entries that others wrote
+
+
+def entries(store):
+    return {key: store.memory.get(key) for key in store.memory}
+
+
+def mutations(value):
+    """Yield what a JSON value could be instead, one change at a time."""
+    yield from (10**400, -(10**400), "planted", None, [], {}, True, -1, 1e308, "1e999", [[1]])
+    if isinstance(value, dict):
+        for name in value:
+            yield {other: value[other] for other in value if other != name}
+            for changed in mutations(value[name]):
+                yield {**value, name: changed}
+
+
+# Tokens that do not live long
+
+
+@pytest.mark.holds
+def test_short_lives():
+    """Tokens of a few seconds are refreshed in time, over and over, by an auth object and by several processes."""
+    store, errors = SharedStore(), []
+    with FakeKuzzle(clock=Clock()) as kuzzle:
+        auths = [
+            KuzzleAuth(kuzzle.url, kuzzle.login("foo", f"{s}s"), expires_in=f"{s}s", cache=TokenCache(store))
+            for s in (4, 5)
+        ]
+        jwt = kuzzle.login("foo", "6s")
+        processes = [TokenCache(store), TokenCache(store)]
+
+        def call(number):
+            while time.monotonic() < end:
+                try:
+                    if number < 2:
+                        answer = requests.get(f"{kuzzle.url}/_me", auth=auths[number], timeout=10)
+                        assert answer.status_code == 200
+                    else:
+                        cache = processes[number % 2]
+                        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, expires_in="3s", cache=cache).jwt)
+                except Exception as error:
+                    errors.append(error)
+                    return
+                time.sleep(0.05)
+
+        end = time.monotonic() + 10
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, range(4)))
+    assert errors == []
+
+
+def test_longer_lifetime(kuzzle, cache, root):
+    """A call that asks for a longer life than the known token was asked for gets it, once."""
+    hour = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    month = refresh_kuzzle_token(kuzzle.url, root, expires_in="30d", cache=cache)
+    assert (hour.ttl.days, month.ttl.days) == (0, 30)
+    for asked in (None, "1h", "30d"):
+        assert refresh_kuzzle_token(kuzzle.url, root, expires_in=asked, cache=cache) == month
+    assert len(kuzzle.requests) == 2
+
+
+# Patience
+
+
+def test_last_attempt_is_at_the_end(kuzzle):
+    """A call uses all of its time: Kuzzle comes back shortly before that is over, and all succeed."""
+    jwts = logins(kuzzle, 20)
+    kuzzle.stop()
+    back = threading.Timer(2.2, kuzzle.start)
+    back.start()
+    results = refresh_each(kuzzle, jwts, TokenCache(), timeout=3)
+    back.join()
+    assert [result for result in results if isinstance(result, RefreshError)] == []
+
+
+@pytest.mark.parametrize("first", [{"timeout": 0.3}, {"queuable": False}])
+def test_patience_of_each_caller(kuzzle, root, first):
+    """Who joins a refresh has patience of their own, whatever the first caller's was."""
+    cache = TokenCache()
+    release = threading.Event()
+
+    def be_busy(request):
+        release.wait(10)
+        kuzzle.fail_next("api.process.overloaded")
+        return kuzzle.next_answers.pop()(request)
+
+    kuzzle.next_answers.append(be_busy)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, **first)
+        while not kuzzle.requests:
+            time.sleep(0.001)
+        two = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=30)
+        time.sleep(0.1)
+        kuzzle.next_answers.append(be_busy)
+        release.set()
+        assert kuzzle.knows(two.result(30).jwt)
+        with pytest.raises(RefreshError):
+            raise one.exception(10) or AssertionError
+        assert len(kuzzle.requests) == 3
+
+
+def test_retry_after_is_for_everybody(kuzzle):
+    """A service that wants to be left alone is left alone by all calls, not only by the one that was told."""
+    cache, jwts = TokenCache(), logins(kuzzle, 10)
+    kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "30"}))
+    for jwt in jwts:
+        with pytest.raises(UnavailableError) as caught:
+            refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5)
+        assert caught.value.spent is False
+        assert 25 < caught.value.retry_after <= 30
+    assert len(kuzzle.requests) == 1
+
+
+# Refusals
+
+
+def test_dead_session_of_a_cron_job(kuzzle, clock, root):
+    """A job that runs every five minutes asks for a dead session less and less often: once an hour."""
+    store = MemoryStore(timer=clock)
+    kuzzle.fail_next("security.token.invalid", 1000)
+    for _ in range(24 * 12):
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock))
+        clock.advance(300)
+    assert len(kuzzle.requests) <= 24 + 3
+
+
+def test_forgetting_a_refusal(kuzzle, cache, root):
+    """What was forgotten is asked for again, also after a refusal."""
+    kuzzle.fail_next("security.token.invalid")
+    for _ in range(2):
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    cache.forget(kuzzle.url, root)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+    assert len(kuzzle.requests) == 2
+
+
+def test_refused_idempotency_key(circle, clock, store):
+    """A key whose request was refused is not sent again, by the next process either."""
+    call = call_with(circle, circle.sign_in())
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock))
+    clock.advance(HOUR)
+    assert refresh_user_token(**call, cache=TokenCache(store, clock=clock)).user_id == "user-1"
+    first, second = (request.json()["idempotencyKey"] for request in circle.requests)
+    assert first != second
+
+
+def test_replayed_answers(circle, clock):
+    """After the store was lost, Circle replays what it answered before: it is followed to the pair that lives."""
+    pairs = [circle.sign_in()]
+    for _ in range(12):
+        pairs.append(refresh_user_token(**call_with(circle, pairs[-1]), cache=TokenCache()))
+        clock.advance(2 * HOUR)
+    cache = TokenCache()
+    token = refresh_user_token(**call_with(circle, pairs[0]), cache=cache)
+    assert circle.knows(token)
+    assert token not in pairs
+    assert refresh_user_token(**call_with(circle, pairs[0]), cache=cache) == token
+
+
+def test_replayed_answers_until_time_is_up(circle, clock):
+    """A pair that has expired is never handed out: if there is no time to find a living one, it's an error."""
+    pairs = [circle.sign_in()]
+    for _ in range(12):
+        pairs.append(refresh_user_token(**call_with(circle, pairs[-1]), cache=TokenCache()))
+        clock.advance(2 * HOUR)
+    cache = TokenCache()
+
+    def slowly(request):
+        circle.next_answers.append(slowly)
+        return circle.truly(request, after=0.1)
+
+    circle.next_answers.append(slowly)
+    with pytest.raises((OutcomeUnknownError, UnavailableError)):
+        refresh_user_token(**call_with(circle, pairs[0]), cache=cache, timeout=0.5)
+    circle.next_answers.clear()
+    assert circle.knows(refresh_user_token(**call_with(circle, pairs[0]), cache=cache))
+
+
+# Interrupts
+
+
+def run(code, *arguments, seconds=60):
+    """Run a script of its own, which must end in time and complain of nothing."""
+    command = [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+PRELUDE = """
+import faulthandler, gc, random, signal, sys, threading
+faulthandler.dump_traceback_later(50, exit=True)
+import refresher
+from refresher import RefreshError, TokenCache, refresh_kuzzle_token
+try:
+    import refresher._rules
+    refresher._rules.BIRTH_SECOND = 0.0
+except ImportError:
+    pass
+url, *jwts = sys.argv[1:]
+"""
+
+INTERRUPTED = """
+class Interrupt(BaseException):
+    pass
+
+
+def call_until(instruction, jwt):
+    # Call, and raise at that instruction of the calling thread. Whether it was reached.
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        if count == instruction:
+            count += 1
+            raise Interrupt
+        return trace
+
+    cache = TokenCache()
+    sys.settrace(trace)
+    try:
+        refresh_kuzzle_token(url, jwt, cache=cache)
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    assert refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).kuid == "foo"
+    return count > instruction
+
+
+refresh_kuzzle_token(url, jwts.pop(), cache=TokenCache())
+instruction = 1
+while call_until(instruction, jwts.pop()):
+    instruction += STEP
+print(instruction)
+"""
+
+
+SIGNALLED = """
+def handle(*_):
+    handled.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
+
+
+handled, own = [], []
+signal.signal(signal.SIGALRM, handle)
+jwt, cache = jwts[0], TokenCache()
+signal.setitimer(signal.ITIMER_REAL, 0.001)
+for each in jwts:
+    jwt, cache = each, TokenCache()
+    own.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert len(own) == len(set(own)) == len(jwts)
+assert handled and set(handled) <= set(own)
+"""
+
+
+FINALIZED = """
+class Goodbye:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        try:
+            told.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=1).jwt)
+        except RefreshError:
+            pass  # its own refresh was interrupted by this
+
+
+told, own = [], []
+jwt, cache = jwts[0], TokenCache()
+gc.set_threshold(1)
+for each in jwts:
+    jwt, cache = each, TokenCache()
+    Goodbye()
+    own.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
+gc.set_threshold(0)
+assert len(own) == len(set(own)) == len(jwts)
+assert told and set(told) <= set(own)
+"""
+
+
+ENDLESS = """
+import time
+auth = refresher.KuzzleAuth(url, jwts[0], timeout=None, cache=TokenCache(lease=1.0))
+import requests
+print(requests.get(url + "/_me", auth=auth, timeout=10).status_code)
+"""
+
+
+def test_process_with_endless_patience_ends(fake_kuzzle):
+    """A call without a timeout that went on with its living token does not keep its process from ending."""
+    with FakeKuzzle(clock=Clock()) as kuzzle:
+        jwt = kuzzle.login("foo", ago=HOUR - 20)
+        release = threading.Event()
+        kuzzle.next_answers.append(lambda request: release.wait(40) and b"")
+        try:
+            assert run(PRELUDE + ENDLESS, kuzzle.url, jwt, seconds=15) == "200\n"
+        finally:
+            release.set()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("store", ["folder", {}, FileStore, object()], ids=["path", "dict", "class", "object"])
+def test_what_is_no_store(store):
+    """What is no store is refused when the cache is made."""
+    with pytest.raises(InvalidArgumentError, match=r"^store must be a Store"):
+        TokenCache(store)
+
+
+@pytest.mark.parametrize("name", ["lease", "ahead"])
+def test_settings_without_end(name):
+    """A lease for ever is refused: it would keep a session locked for ever."""
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be"):
+        TokenCache(**{name: math.inf})
+
+
+def test_arguments_of_a_call_that_hits(kuzzle, cache, root):
+    """A token in the cache is no excuse for a wrong argument, if it equals a right one too."""
+    for _ in range(2):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    with pytest.raises(InvalidArgumentError, match=r"^queuable "):
+        refresh_kuzzle_token(kuzzle.url, root, queuable=1, cache=cache)
+
+
+def test_memory_of_a_shared_store(kuzzle, clock, store, cache, root, monkeypatch):
+    """What others have made of a token counts after half a second; until then a hit does not ask the store."""
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    other = TokenCache(store, clock=clock, ahead=HOUR / 2)
+    refresh_kuzzle_token(kuzzle.url, root, cache=other)
+    clock.advance(HOUR / 2)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == first
+    commands = store.commands
+    assert [refresh_kuzzle_token(kuzzle.url, root, cache=cache) for _ in range(10)] == [first] * 10
+    assert store.commands == commands
+    second = refresh_kuzzle_token(kuzzle.url, root, cache=other)
+    assert second != first
+    time.sleep(0.6)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == second

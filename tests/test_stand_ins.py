@@ -1,0 +1,198 @@
+"""What stands in for HTTP in other people's tests gets our requests, with and without a session of theirs."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from unittest import mock
+
+import pytest
+import requests
+import requests_mock
+import responses
+import vcr
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPResponse
+
+from refresher import _http
+from refresher.errors import OutcomeUnknownError
+from refresher.services import Request
+from refresher.testing import Answer, FakeKuzzle
+
+URL = "http://kuzzle.example/_refreshToken"
+GOOD = {"result": {"jwt": "kauth-new"}}
+
+
+def send(url=URL, session=None):
+    """Send a request, and read the reply."""
+    return _http.send(
+        Request(service="kuzzle", url=url, headers={"Authorization": "Bearer b"}, secret="b", request_id="id-1"),
+        session=session,
+        connect_by=None,
+        answer_by=lambda: time.monotonic() + 5,
+        depart=lambda: None,
+        steady=time.monotonic,
+    )
+
+
+@pytest.fixture(params=["without a session", "with a session"])
+def session(request):
+    """None, or a session."""
+    with requests.Session() as session:
+        yield session if request.param == "with a session" else None
+
+
+def test_requests_mock(session):
+    """requests-mock answers, and what it sets is in no jar."""
+    with requests_mock.Mocker() as mocker:
+        mocker.post(URL, json=GOOD, headers={"Set-Cookie": "authToken=planted", "Date": "now"})
+        reply = send(session=session)
+        assert (reply.json(), reply.headers["date"]) == (GOOD, "now")
+        assert mocker.last_request.headers["Authorization"] == "Bearer b"
+        assert mocker.call_count == 1
+    assert session is None or not session.cookies
+
+
+def test_requests_mock_as_a_fixture(session, requests_mock):
+    """So does its fixture for pytest."""
+    requests_mock.post(URL, json=GOOD, status_code=503)
+    assert send(session=session).status == 503
+
+
+def test_requests_mock_for_one_session(fake_kuzzle):
+    """It can stand in for one session only, and only for a while."""
+    with requests.Session() as session:
+        with requests_mock.Mocker(session=session) as mocker:
+            mocker.post(fake_kuzzle.url, json=GOOD, headers={"Set-Cookie": "authToken=planted"})
+            assert send(fake_kuzzle.url, session).json() == GOOD
+            assert not fake_kuzzle.requests
+        fake_kuzzle.next_answers.extend([Answer(503, b""), Answer(503, b"")])
+        assert send(fake_kuzzle.url, session).status == 503
+        assert send(fake_kuzzle.url).status == 503
+        assert not session.cookies
+
+
+def test_requests_mock_does_not_know(session):
+    """What it knows no answer to leads nowhere."""
+    with requests_mock.Mocker(), pytest.raises(OutcomeUnknownError, match="NoMockAddress"):
+        send(session=session)
+
+
+def test_responses(session):
+    """responses answers."""
+    with responses.RequestsMock() as mocker:
+        mocker.post(URL, json=GOOD, headers={"Set-Cookie": "authToken=planted"})
+        reply = send(session=session)
+        assert (reply.json(), reply.cookies) == (GOOD, {"authToken": "planted"})
+        assert mocker.calls[0].request.headers["Authorization"] == "Bearer b"
+    assert session is None or not session.cookies
+
+
+@responses.activate
+def test_responses_as_a_decorator(session):
+    """So does its decorator. What is not mocked leads nowhere."""
+    responses.post(URL, body=b"", status=429, headers={"Retry-After": "7"})
+    assert send(session=session).headers["Retry-After"] == "7"
+    with pytest.raises(OutcomeUnknownError):
+        send("http://elsewhere.example", session)
+
+
+def test_vcr(session, tmp_path):
+    """A cassette records, right after other traffic too, and then plays without a server. Then it's gone."""
+    cassette = str(tmp_path / "cassette.yaml")
+    with FakeKuzzle() as kuzzle:
+        kuzzle.next_answers.extend([Answer(200, {"n": number}, {"Set-Cookie": "a=b"}) for number in range(3)])
+        url = kuzzle.url + "/_refreshToken"
+        assert send(url, session).json() == {"n": 0}
+        with vcr.use_cassette(cassette) as tape:
+            reply = send(url, session)
+            assert (reply.json(), reply.cookies) == ({"n": 1}, {"a": "b"})
+            assert len(tape) == 1
+        assert send(url, session).json() == {"n": 2}
+        assert len(kuzzle.requests) == 3
+    with vcr.use_cassette(cassette, record_mode="none") as tape:
+        reply = send(url, session)
+        assert (reply.json(), reply.cookies) == ({"n": 1}, {"a": "b"})
+        assert tape.play_count == 1
+        with pytest.raises(OutcomeUnknownError, match="CannotOverwriteExistingCassette"):
+            send(url, session)
+
+
+def test_vcr_over_tls(session, tmp_path):
+    """A cassette plays what was recorded over TLS."""
+    (tmp_path / "cassette.yaml").write_text(
+        textwrap.dedent("""
+            version: 1
+            interactions:
+            - request: {method: POST, uri: "https://kuzzle.example/_refreshToken", body: null, headers: {}}
+              response: {status: {code: 200, message: OK}, headers: {}, body: {string: '{"n": 1}'}}
+        """)
+    )
+    with vcr.use_cassette(str(tmp_path / "cassette.yaml"), record_mode="none"):
+        assert send("https://kuzzle.example/_refreshToken", session).json() == {"n": 1}
+
+
+def test_vcr_before_us(tmp_path):
+    """It may stand in for urllib3 when our module is first imported, and real requests work afterwards."""
+    program = """
+        import sys
+        import vcr
+        from refresher.testing import Answer, FakeKuzzle
+
+        with FakeKuzzle() as kuzzle:
+            kuzzle.next_answers.extend([Answer(200, {"n": 1}), Answer(200, {"n": 2})])
+            with vcr.use_cassette(sys.argv[1]) as tape:
+                assert "refresher._http" not in sys.modules
+                from test_stand_ins import send
+                print(send(kuzzle.url).json(), len(tape))
+            print(send(kuzzle.url).json(), len(tape))
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(program), str(tmp_path / "cassette.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.stdout, done.stderr) == ("{'n': 1} 1\n{'n': 2} 1\n", "")
+
+
+def test_pytest_httpserver(session, httpserver):
+    """pytest-httpserver is a server like any other."""
+    httpserver.expect_request("/_refreshToken", method="POST").respond_with_json(GOOD)
+    assert send(httpserver.url_for("/_refreshToken"), session).json() == GOOD
+    httpserver.check()
+
+
+@pytest.mark.parametrize("how", ["replaced", "mocked", "specified"])
+def test_adapters_that_are_replaced(session, how):
+    """Whoever replaces what requests sends with gets our requests, too."""
+    answer = requests.Response()
+    answer.raw = HTTPResponse(io.BytesIO(b""), status=429, preload_content=False)
+    options = {
+        "replaced": {"new": mock.Mock(return_value=answer)},
+        "mocked": {},
+        "specified": {"autospec": True},
+    }
+    with mock.patch.object(HTTPAdapter, "send", **options[how]) as stand_in:
+        stand_in.return_value = answer
+        assert send(session=session).status == 429
+        assert stand_in.called
+
+
+def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):
+    """So does whoever replaces urllib3's connections."""
+    real, made = HTTPConnectionPool.ConnectionCls, []
+
+    class Recorder:
+        def __init__(self, *args, **options):
+            made.append(self)
+            self.real = real(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    monkeypatch.setattr(HTTPConnectionPool, "ConnectionCls", Recorder)
+    fake_kuzzle.next_answers.append(Answer(200, GOOD))
+    assert send(fake_kuzzle.url, session).json() == GOOD
+    assert made
