@@ -1,0 +1,1 @@
+"""The library's core in virtual time, with all that can go wrong. See README.md."""

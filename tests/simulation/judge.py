@@ -1,0 +1,303 @@
+"""What must not happen: each function looks at one moment, knows the truth, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from refresher.services import Request
+from refresher.testing import Answer
+from refresher.tokens import UserToken
+
+from .world import Process, World
+
+if TYPE_CHECKING:
+    from .service import Session
+
+SLACK = 0.25  # seconds that a call may take longer than its timeout
+PAUSES = (60, 300, 3600)  # seconds between two questions about a dead session
+
+
+@functools.lru_cache(maxsize=4096)
+def _times(jwt: str) -> tuple[float, float]:
+    known = json.loads(base64.urlsafe_b64decode(jwt.split(".")[1] + "=="))
+    return known["iat"], known["exp"]
+
+
+def expiry(token: Any) -> float:
+    """Tell when an access token expires, in seconds since 1970."""
+    return _times(token.user_token if isinstance(token, UserToken) else token)[1]
+
+
+def life(token: Any) -> float:
+    """Tell for how long an access token was issued."""
+    issued, expires = _times(token.user_token if isinstance(token, UserToken) else token)
+    return expires - issued
+
+
+def content(answer: Answer) -> str:
+    """Give the part of an answer that may have tokens in it."""
+    body = answer.body.decode() if isinstance(answer.body, bytes) else json.dumps(answer.body)
+    return body + answer.headers.get("Set-Cookie", "")
+
+
+def window(token: Any, ahead: float = 0.0) -> float:
+    """Tell how many seconds before its end a token is refreshed at the earliest."""
+    return max(min(60.0, life(token) / 10), min(ahead, life(token) / 2))
+
+
+def last_moments(token: Any, ahead: float = 0.0) -> float:
+    """Tell how many seconds before its end a token may be refreshed though that cannot be written down."""
+    return max(0.3, min(10.0, window(token, ahead) / 3))
+
+
+def plain(secret: Any) -> Any:
+    """Take a secret out of its wrapper."""
+    return secret.reveal() if hasattr(secret, "reveal") else secret
+
+
+def scope(session: Session) -> str:
+    """Tell what a Retry-After is about: a service, with the one API key that all use."""
+    return session.server.url
+
+
+# What is sent
+
+
+def addressee(world: World, request: Request) -> Session:
+    """Find out whose a request is. It must carry what is theirs to their service, and nothing else."""
+    sent = plain(request.secret)
+    found = next((session for session in world.sessions if sent in session.secrets), None)
+    if found is None:
+        raise AssertionError("a request with a token that nobody has ever had")
+    if not request.url.startswith(found.server.url + "/"):
+        world.violated("sent to a stranger", f"{found.user}'s token to {request.url}")
+    carried = " ".join([request.url, *map(str, map(plain, [*request.headers.values(), *request.cookies.values()]))])
+    carried += (plain(request.body) or b"").decode()
+    for other in world.sessions:
+        if other is not found and any(secret in carried for secret in other.secrets):
+            world.violated("another user's token was sent", f"{other.user}'s with {found.user}'s")
+    return found
+
+
+def retry_after(world: World, process: Process, session: Session) -> None:
+    """What a service asked to be left alone by must leave it alone."""
+    early = process.not_before.get(scope(session), 0.0) - world.time
+    if early > 0.05:
+        world.violated("Retry-After ignored", f"{session.user}: asked again {early:.1f} s too early")
+
+
+def spending(world: World, process: Process, session: Session, request: Request, began: float) -> None:
+    """Nothing is spent that cannot be kept, but in a token's last moments."""
+    store = world.store
+    if process.machine.offset and session.server.url not in process.heard:
+        return  # it cannot know what the last moments are
+    is_newest = request.spends and plain(request.secret) == session.newest_secret and not session.is_circle
+    if is_newest and store.troubled() and store.trouble_since < began - 0.05:
+        limit = last_moments(session.newest, process.ahead) + 1.5  # clocks are not known better than that
+        if process.wrote_at < world.time - 15.0 and session.left() > limit and session.is_alive():
+            world.violated("spent though it could not be kept", f"{session.user}: the store {store.trouble}")
+
+
+def exchange(world: World, process: Process, session: Session, request: Request, answer: Answer) -> None:
+    """The service has acted. Note what it did."""
+    if answer.status != 200:
+        world.say(f"POST {session.user}: refused, {answer.status}")
+        if answer.status in (401, 404) and not world.faults.happened and session.is_alive():
+            world.violated("two exchanges of one token", session.user)
+        return
+    if session.is_circle:
+        data = answer.body["data"]  # type: ignore[index]
+        if not request.spends:
+            session.secrets[data["userToken"]] = None
+            return
+        new: Any = UserToken.from_dict(data)
+        is_new = new.refresh_token not in session.secrets
+    else:
+        new = json.loads(answer.body)["result"].get("jwt")  # type: ignore[arg-type]
+        new = new or answer.headers["Set-Cookie"].partition(";")[0].partition("=")[2]
+        is_new = True
+        if new == plain(request.secret):
+            world.violated("exchanged in the second of its birth", f"{session.user}: the token came back, and dies")
+    if not is_new:
+        world.say(f"POST {session.user}: the answer to an earlier request")
+        return
+    world.counts["exchanges"] += 1
+    left = session.left()
+    world.say(f"POST {session.user}: exchanged, {left:.2f} s before its end")
+    as_usual = session.asked_alike and not world.faults.happened and not any(p.machine.offset for p in world.processes)
+    if session.newest is not session.first and left > window(session.newest, process.ahead) + 1.0 and as_usual:
+        world.violated("refreshed though it was fresh", f"{session.user}: {left:.1f} s before its end")
+    session.succeed(new, left < last_moments(session.newest, process.ahead) + 0.5)
+
+
+def answered(world: World, process: Process, session: Session, request: Request, answer: Answer) -> None:
+    """An answer has arrived. A dead session may be asked about again after a minute, five, an hour."""
+    refused = answer.status == 401 or (session.is_circle and answer.status == 404)
+    happened = " ".join(world.faults.happened)
+    if not refused or session.is_alive() or any(word in happened for word in ("kill", "suspend", "boot", "store")):
+        return
+    machine = process.machine
+    key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
+    if not session.signed_out:
+        return
+    times = session.refusals.setdefault(key, [])
+    times.append(world.time)
+    for before, after, pause in zip(times, times[1:], PAUSES, strict=False):
+        if after - before < pause - 1:
+            world.violated("a dead session is asked about", f"{session.user}: {after - before:.0f} s after")
+
+
+# What callers are told
+
+
+def excuse(world: World, process: Process, session: Session) -> str:
+    """Tell why a process cannot know a session's newest token. "" if it can, and *session.why* tells how."""
+    session.why = ""
+    if session.newest is session.first:
+        session.why = "nothing has been spent yet"
+    elif world.store.lost and (session.is_circle or process not in session.receipts):
+        return "a fault took entries from the store"
+    elif session.is_circle:
+        session.why = "Circle answers a repeated request as it did before"
+    elif not session.receipts:
+        if session.on_the_way is None:
+            return "the answer was lost"
+        holder, since = session.on_the_way
+        if not holder.alive or world.time - since > 55.0 or holder.asleep_until > world.time:
+            return "the answer is lost"
+        session.why = "the answer is still on its way"
+    elif process in session.receipts:
+        session.why = "this very process has had its newest token"
+    elif world.store.holds(session.newest_secret):
+        session.why = "the store has its newest token"
+    elif session.kept:
+        session.why = "the store had its newest token, and it was removed"
+    elif all(_could_not_keep(world, holder, since, session) for holder, since in session.receipts.items()):
+        return "whoever had it could not keep it"
+    else:
+        session.why = "its newest token was not written down"
+    return ""
+
+
+def _could_not_keep(world: World, holder: Process, since: float, session: Session) -> bool:
+    """Tell whether nobody can help it that a process had a token and the store never got it."""
+    store = world.store
+    until = min(holder.ended_at, world.time)
+    slept = holder.asleep_for - session.slept_before[holder]
+    well_since = until if store.troubled() else min(store.well_since, until)
+    troubled = max(0.0, well_since - since)  # for how long it could not be written, or an upper bound of that
+    if holder.alive:
+        return slept > 60.0 or troubled > 55.0
+    if holder.how == "killed":
+        return until - since < 2.0 + troubled + slept
+    # It has ended by itself, and was to write until then.
+    return session.in_last_moments or (troubled > until - since - 2.0 and store.trouble_since > session.spent_at - 2.0)
+
+
+def told_to_sign_in(world: World, process: Process, session: Session) -> None:
+    """Somebody was told to sign in."""
+    if session.is_alive(2.0) and not excuse(world, process, session):
+        world.violated(f"told to sign in: {session.why}", f"{session.user} is alive, {process.name} was told")
+
+
+def death(world: World, session: Session) -> None:
+    """A session in use, with its service in order, must not end because nobody refreshed it in time."""
+    dead_for = -session.left()
+    if session.judged or session.signed_out or session.is_circle or dead_for < 0:
+        return
+    session.judged = True
+    died = world.time - dead_for
+    due = 0.4 * min(60.0, (life(session.newest) - 1) / 10)
+    if any(kind != "clock is set" for kind in world.faults.happened):
+        due = max(0.3, due / 3)  # then nothing but its service may keep it from being refreshed
+    for call in session.calls:
+        knows_for = call.began - min(call.knows_since, session.receipts.get(call.process, call.began))
+        margin = 0.35 if knows_for > 1.2 else 1.5
+        if (
+            died - min(due, call.process.ahead or due) <= call.began <= died - margin
+            and call.knows
+            and call.knows_time
+            and (call.timeout is None or call.timeout > 1.0)
+            and not call.interrupted
+            and max(session.disturbed_at, session.server.disturbed_at) < died - due - 1
+            and call.process.ended_at > died
+            and call.process.asleep_for == call.asleep
+            and (call.process in session.receipts or world.store.disturbed_at < died - due - 1)
+            and world.store.hung_until < died - due - 30.0
+        ):
+            early = f"{call.process.name} called {died - call.began:.2f} s before its end"
+            world.violated("let die", f"{session.user}, {session.ttl} s: {early}")
+            return
+
+
+def handed_out(world: World, call: Any, token: Any) -> None:
+    """A call has got a token: it must be of this user, and work."""
+    session = call.session
+    secret = token.refresh_token if isinstance(token, UserToken) else token
+    if secret not in session.secrets:
+        world.violated("another user's token was handed out", f"to {session.user}")
+        return
+    world.say(f"{session.user}: got a token{'' if secret == session.newest_secret else ', not the newest'}")
+    if session.server.is_good(token) or call.slept() or not call.knows_time:
+        if token == session.newest and session.kept and token not in session.handed:
+            session.handed.append(token)
+        return
+    if session.signed_out:
+        is_known = call.began > session.forgotten_at + 1.0 and not session.is_circle  # Circle has no sign-out
+        if is_known and not world.faults.happened:
+            world.violated("handed out after it was forgotten", session.user)
+        return
+    stale = expiry(token) <= world.wall()
+    store_was_well = not any(kind.startswith("store") for kind in world.faults.happened)
+    if stale or (session.kept and store_was_well and world.time - session.kept_at > 1.5):
+        world.violated(
+            "a dead token was handed out", f"{session.user}: {'it had expired' if stale else 'it was spent'}"
+        )
+
+
+def gave_up(world: World, call: Any, error: Any, took: float) -> None:
+    """A call has failed. It must have used its time, if trying again was allowed."""
+    session = call.session
+    if call.interrupted or not call.retry or error.status not in (None, 429, 502, 503, 504) or call.slept():
+        return
+    left = 1e9 if call.timeout is None else call.timeout - took
+    # A date has whole seconds.
+    wait = max(one.not_before.get(scope(session), 0.0) for one in world.processes) - world.time + 1.0
+    store = world.store
+    if store.troubled() or store.well_since > call.began or store.lost:
+        return
+    if left > max(1.0, wait):
+        kind = "gives up, as a less patient call did" if left > 5 else "gives up, as its pause would be too long"
+        world.violated(kind, f"{session.user}: {left:.1f} s of {call.timeout} left: {error}")
+
+
+def footprint(process: Process) -> int:
+    """Count what a process remembers: the members of all containers in its cache and its own store."""
+    count, found, seen = 0, [process.cache], {id(process), id(process.world)}
+    while found:
+        one = found.pop()
+        if id(one) in seen or isinstance(one, (str, bytes, type)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Mapping):
+            count, found = count + len(one), [*found, *dict(one).values()]
+        elif isinstance(one, (list, set, tuple, deque)):
+            count, found = count + len(one), [*found, *one]
+        elif type(one).__module__.startswith("refresher") and hasattr(one, "__dict__"):
+            found += vars(one).values()
+    return count
+
+
+def growth(world: World, process: Process, footprints: list[int]) -> None:
+    """What is remembered must not grow with the length of a chain."""
+    half = len(footprints) // 2
+    before, after = max(footprints[:half], default=0), max(footprints[half:], default=0)
+    if half > 20 and after > before * 1.2 + 5:
+        world.violated("memory grows", f"{process.name} remembers {before} things, and then {after}")
+    if world.store.largest > 6000:
+        world.violated("an entry grows", f"{world.store.largest} characters")

@@ -1,0 +1,150 @@
+"""One seed: who runs, for how long, what goes wrong, and whether all is well in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import clients, judge
+from .faults import Faults
+from .service import CIRCLE, KUZZLES, Network, Server
+from .store import SharedStore
+from .world import Machine, Process, World
+
+
+def play(seed: int, *, keep_trace: bool = False) -> World:
+    """Play one schedule. What was found is in the world's *violation*."""
+    world = World(seed, keep_trace=keep_trace)
+    world.faults = Faults(world)
+    world.store = SharedStore(world, world.random.choice(("redis",) * 4 + ("file",) * 3 + ("add",) + ("memory",) * 2))
+    world.network = Network(world)
+    world.say(f"seed {seed}, store {world.store.kind}, faults {world.faults.kinds}, at most {world.faults.left}")
+    try:
+        _play(world)
+    finally:
+        world.end()
+    return world
+
+
+def _machines(world: World) -> list[Machine]:
+    """Make the machines. Most clocks are right, others are off by up to hours."""
+    rng = world.random
+    number = 1 if world.store.kind in ("file", "memory") else rng.randint(1, 2)
+    offsets = (*(0.0,) * 8, 3.0, -3.0, 90.0, -90.0, 7200.0, -7200.0)
+    return [Machine(world, f"machine {n + 1}", rng.choice(offsets)) for n in range(number)]
+
+
+def _sign_in(world: World, scripts: bool) -> None:
+    rng = world.random
+    urls = rng.choice(((KUZZLES[0],), (KUZZLES[0],), KUZZLES, (CIRCLE,), (KUZZLES[0], CIRCLE)))
+    servers = [Server(world, url) for url in urls]
+    for number in range(1 if scripts else max(len(servers), rng.randint(1, 3))):
+        server = servers[number % len(servers)]
+        ttl = (
+            3600
+            if server.url == CIRCLE
+            else rng.choice((300, 3600) if scripts else (2, 4, 8, 8, 16, 30, 60, 120, 3600))
+        )
+        ago = rng.uniform(0, ttl / 2) if ttl < 3600 else rng.uniform(3480, 3590)
+        session = server.sign_in(f"user-{number}", ttl, rng.choice((ago, ago, 0.0)))
+        session.by_user_id = session.is_circle and rng.random() < 0.3
+
+
+def _play(world: World) -> None:
+    rng = world.random
+    if rng.random() < 0.01:
+        _play_long(world)
+        _close(world)
+        return
+    machines = _machines(world)
+    scripts = world.store.kind in ("file", "redis") and rng.random() < 0.4
+    _sign_in(world, scripts)
+    sessions = world.sessions
+    longest = max(session.ttl for session in sessions)
+    until = 2.5 * longest
+    if scripts:
+        period = rng.choice((60.0, 300.0)) if longest == 300 else rng.choice((300.0, 600.0, 1500.0))
+        period = min(period, longest / 3)
+        until = rng.randint(4, 14) * period
+        world.spawn(None, "cron", lambda: clients.cron(world, machines[0], sessions[0], period, until))
+    else:
+        _start_servers(world, machines, until)
+    world.run(until)
+    world.faults.heal()
+    _check_all(world, machines)
+    _close(world)
+
+
+def _start_servers(world: World, machines: list[Machine], until: float) -> None:
+    rng, memory = world.random, world.store.kind == "memory"
+    for number in range(1 if memory else rng.randint(1, 3)):
+        _start_server(world, f"server {number + 1}", rng.choice(machines), until)
+    if rng.random() < 0.15:
+        leaver, at = rng.choice(world.sessions), rng.uniform(0.2, 0.8) * until
+        process = world.processes[0]
+        world.spawn(process, "leaver", lambda: clients.sign_out(process, leaver, at))
+
+
+def _start_server(world: World, name: str, machine: Machine, until: float) -> None:
+    """Start a server, and another in its place when it has ended."""
+    rng = world.random
+    process = clients.start(world, name, machine, rng.choice((None, None, None, 5.0, 120.0)))
+    for thread in range(rng.randint(1, 3)):
+        how = rng.choice(("function", "function", "function", "auth", "cookie"))
+        name_ = "main" if thread == 0 else f"thread {thread}"
+        world.spawn(process, name_, lambda how=how: clients.serve(process, world.sessions, until, how))
+
+    def replace() -> None:
+        world.park(1e9, process.gone)
+        world.park(rng.uniform(0.1, 5.0))
+        if world.time < until:
+            _start_server(world, name + "'", machine, until)
+
+    if world.store.kind != "memory":
+        world.spawn(None, "supervisor", replace)
+
+
+def _play_long(world: World) -> None:
+    """Let one server refresh one session for days, so that all that is kept for a day comes and goes."""
+    [machine] = _machines(world)[:1]
+    session = Server(world, world.random.choice((KUZZLES[0], CIRCLE))).sign_in("user-0", 3600, 0.0)
+    process = clients.start(world, "server 1", machine)
+    footprints: list[int] = []
+    world.spawn(process, "main", lambda: clients.serve_long(process, session, 80, footprints))
+    world.run(90 * 3600.0)
+    judge.growth(world, process, footprints)
+
+
+def _check_all(world: World, machines: list[Machine]) -> None:
+    """See whether every session that is alive works in survivors, and for a newcomer."""
+    survivors = [process for process in world.processes if process.alive and process.cache is not None]
+    waits = [until for process in survivors for until in process.not_before.values()]
+    world.run(max([world.time + 0.1, *waits]))
+    for process in survivors[:3]:
+        _check(world, process)
+    if world.store.kind != "memory":
+        _check(world, clients.start(world, "newcomer", machines[-1]))
+
+
+def _check(world: World, process: Process) -> None:
+    for session in world.sessions:
+        if world.violation or not process.alive or not session.is_alive(3.0):
+            continue
+        results: list[Any] = []
+        excuse = judge.excuse(world, process, session)
+        world.spawn(process, "check", lambda s=session, r=results: clients.run_once(process, s, 30.0, r))
+        world.run(world.time + 31.0)
+        if results in ([], [None]) and not excuse:
+            world.violated("does not work after healing", f"{session.user} in {process.name}: {session.why}")
+
+
+def _close(world: World) -> None:
+    """Let all processes end."""
+    world.closing.set()
+    for process in world.processes:
+        process.leaving.set()
+    world.run(world.time + 75.0)
+    for process in world.processes:
+        left = [task for task in world.tasks if task.process is process and not task.daemon]
+        if left:
+            calling = any(task.in_call for task in left)
+            world.violated("a call never returns" if calling else "cannot end", f"{process.name}, 75 s after it should")

@@ -1,0 +1,40 @@
+"""A bounded share of the simulation: see simulation/README.md for more of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("greenlet")
+_SIMULATION = str(Path(__file__).parent / "simulation")
+
+
+def _simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, _SIMULATION, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_no_schedule_breaks_a_rule(first):
+    """Whatever goes wrong, and in whichever order things happen: no session is lost."""
+    done = _simulate("--schedules", "1000", "--first", str(first))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^1000 schedules, \d+ faults injected, \d+ exchanges, 0 sessions lost", done.stdout, re.MULTILINE)
+
+
+def test_a_seed_means_the_same_schedule():
+    """A seed is all that it takes to see a schedule again."""
+    one, two = (_simulate("--seed", "3").stdout for _ in range(2))
+    assert one == two
+    assert len(one.splitlines()) > 10
+
+
+def test_a_broken_core_is_found_out():
+    """The simulation can fail: it finds a fault that was put into the core."""
+    from simulation.mutants import MUTANTS
+
+    assert "schedules" in MUTANTS[0].hunt(3000)
