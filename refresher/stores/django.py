@@ -59,6 +59,7 @@ def _check(**_: object) -> list[checks.CheckMessage]:
     return [
         checks.Error(message, hint=hint, obj="refresher.DjangoStore", id=f"refresher.{number}")
         for use in _used
+        if use[0] in caches.settings
         for number, message, hint in _problems(*use)
     ]
 
