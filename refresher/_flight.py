@@ -58,6 +58,7 @@ class Flight(Generic[T]):
         self.waiters: list[Waiter] = []
         self._done = False
         self._departed = False  # something is on the wire
+        self._is_in_doubt = False  # an answer was lost
         self._departed_at: Instant | None = None
         self._spent: Credential[T] | None = None
         self._gone_at = -math.inf
@@ -149,7 +150,7 @@ class Flight(Generic[T]):
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt."""
         self._departed = False
-        self.status = str(error)
+        self.status, self._is_in_doubt = str(error), error.spent is not False
         for waiter in [each for each in list(self.waiters) if not each.retry]:
             self.leave(waiter)
             waiter.tell(error)
@@ -166,7 +167,7 @@ class Flight(Generic[T]):
     def too_late(self) -> RefreshError:
         """Make the error of a call whose time is up."""
         credential = self.call.credential
-        if self._departed or self._lease.lock is Lock.HELD:
+        if self._departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
             what = f"{self._service} did not answer in time. The refresh goes on: call again"
             return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)

@@ -811,8 +811,8 @@ def test_slow_answer_while_the_old_token_is_valid(kuzzle, jwt, run):
 
 def test_no_answer_in_time(kuzzle, jwt, run, monkeypatch):
     """If it does not come, the run is to be repeated."""
-    monkeypatch.setattr(_cli, "TokenCache", lambda *given, **options: TokenCache(*given, **options, lease=0.2))
-    kuzzle.delay_next(1.5)
+    monkeypatch.setattr(_cli, "TokenCache", lambda *given, **options: TokenCache(*given, **options, lease=1.0))
+    kuzzle.delay_next(3)
     status, out, err = run("kuzzle", kuzzle.url, "--timeout", "0.5")
     assert (status, out, err.count("\n")) == (75, "", 1)
     assert "did not answer" in err
@@ -888,9 +888,9 @@ def test_ended_by_timeout(kuzzle, jwt, run):
     if shutil.which("timeout") is None:
         pytest.skip("timeout is not installed")
     for _ in range(4):
-        kuzzle.delay_next(3)
+        kuzzle.delay_next(3.5)
         requests = len(kuzzle.requests)
-        status, out, err = shell(f'timeout 2.5 "$refresher" kuzzle {kuzzle.url} --output token --ahead 1d')
+        status, out, err = shell(f'timeout 3 "$refresher" kuzzle {kuzzle.url} --output token --ahead 1d')
         if len(kuzzle.requests) > requests:  # otherwise the machine is slow
             break
     assert (status, err) == (124, "")
