@@ -508,8 +508,8 @@ def key(kuzzle, jwt):
 
 def steady_clock(monkeypatch, clock):
     """Let the steady clock be moved on with the fake one, which nobody sets."""
-    steady, start = time.clock_gettime, clock()
-    monkeypatch.setattr(time, "clock_gettime", lambda which: steady(which) + clock() - start)
+    steady, start = SystemRuntime.steady, clock()
+    monkeypatch.setattr(SystemRuntime, "steady", lambda runtime: steady(runtime) + clock() - start)
 
 
 def test_clock_set_back(kuzzle, clock, root, monkeypatch):
