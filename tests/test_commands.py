@@ -281,7 +281,7 @@ def test_no_token(run, monkeypatch, given):
     assert "KUZZLE_JWT is not set, and standard input has no jwt" in err
 
 
-@pytest.mark.parametrize("given", ["k\xe4uth-1\n".encode("latin-1"), b"\xff\xfek", b"\x00\xd8" * 9, os.urandom(99)])
+@pytest.mark.parametrize("given", ["k\xe4uth-1\n".encode("latin-1"), b"\xff\xfek", b"\0\xd8" * 9, bytes(range(200))])
 def test_strange_input(run, monkeypatch, given):
     """Bytes that are no text are no token."""
     give_input(monkeypatch, given)
