@@ -1,11 +1,18 @@
-"""A server in a process of its own that gives one and the same answer, as fast as it can."""
+"""A server in a process of its own that always gives the same answer, as fast as it can."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 from collections.abc import Iterator
+from email.utils import formatdate
+
+NUMBER = b"0000000000"
+"""Where this stands in an answer, each answer has a number of its own."""
+
+_numbers = itertools.count(1)
 
 
 class _Answering(asyncio.Protocol):
@@ -22,7 +29,7 @@ class _Answering(asyncio.Protocol):
         length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
         if end and len(body) >= int(length or 0):
             self.received = b""
-            self.transport.write(self.answer)
+            self.transport.write(self.answer.replace(NUMBER, b"%010d" % next(_numbers)))
 
 
 def _serve(answer, pipe):
@@ -40,6 +47,7 @@ def serving(body: bytes, *headers: str) -> Iterator[str]:
     head = [
         "HTTP/1.1 200 OK",
         "Content-Type: application/json",
+        f"Date: {formatdate(usegmt=True)}",
         *headers,
         f"Content-Length: {len(body)}",
         "",
