@@ -323,8 +323,9 @@ class FileStore:
 
     def _sweep(self) -> None:
         """Look at a few files of one folder, and remove those that have expired."""
-        folder = random.choice(self._folders())  # noqa: S311 - no secret
-        files = [file for file in folder.iterdir() if _OURS.fullmatch(file.name)]
+        names = [name for name in os.listdir(self._path) if _FOLDER.fullmatch(name)]  # noqa: PTH208 - there may be many
+        folder = self._path / random.choice(names)  # noqa: S311 - no secret
+        files = [folder / name for name in os.listdir(folder) if _OURS.fullmatch(name)]  # noqa: PTH208
         with _guard(folder):
             for file in random.sample(files, min(_SWEPT, len(files))):
                 with contextlib.suppress(FileNotFoundError):
