@@ -134,7 +134,7 @@ def read(key: str, text: str | bytes | None, credential: Credential[T]) -> Chain
             took, asked_for, lifetime = (number(entry.reveal().get(name)) for name in names)
             newest = credential.following(credential.read(entry.reveal()["token"]))
             if newest.lifetime is not None:
-                lifetime = min(newest.lifetime, newest.lifetime if lifetime is None else lifetime)
+                lifetime = max(0.0, min(newest.lifetime, newest.lifetime if lifetime is None else lifetime))
             return Chain(
                 key=key,
                 generation=generation,
