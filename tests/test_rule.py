@@ -6,6 +6,7 @@ Each test here is a way in which that was once broken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._runtime import SystemRuntime
+from refresher._text import key_of
 from refresher.services import Reply
 from refresher.testing import Answer, Clock, FakeKuzzle
 
@@ -129,7 +131,7 @@ def refresh_each(kuzzle, jwts, cache, **arguments):
 
 def logins(kuzzle, count):
     """Let as many users sign in half an hour ago."""
-    return [kuzzle.login("foo", f"{2 * HOUR + number}s", ago=1800) for number in range(count)]
+    return [kuzzle.login(f"user-{number}", ago=1800) for number in range(count)]
 
 
 # An answer that arrived is kept
@@ -153,17 +155,20 @@ def test_answer_after_the_entry_has_expired(kuzzle, clock, root):
     assert len(kuzzle.requests) == 2
 
 
-def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey):
+@pytest.mark.parametrize("of_chain", ["first", "newest"])
+def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey, of_chain):
     """A FLUSHALL while a refresh is under way: its answer is kept, also for the next process."""
     client = redis.Redis.from_url(own_valkey.url)
     cache = TokenCache(RedisStore(client), clock=clock)
-    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    newest = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+    mine = root if of_chain == "first" else newest
     clock.advance(HOUR - 20)
     kuzzle.next_answers.append(lambda request: client.flushall() and kuzzle.truly(request))
-    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    token = refresh_kuzzle_token(kuzzle.url, mine, cache=cache)
+    assert token.jwt != newest
     clock.advance(10)
     next_process = TokenCache(RedisStore(client), clock=clock)
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=next_process) == token
+    assert refresh_kuzzle_token(kuzzle.url, mine, cache=next_process) == token
     assert len(kuzzle.requests) == 2
     client.close()
 
@@ -171,16 +176,30 @@ def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey)
 JWT = "kauth-e30.e30.c2ln"
 
 
+def test_a_hundred_thousand_sessions():
+    """100,000 sessions in memory of the default size: all of them are there when they are called again."""
+    store, runtime = MemoryStore(), Instantly()
+    cache = TokenCache(store, runtime=runtime)
+    urls = [f"http://kuzzle-{number}" for number in range(100_000)]
+    token = refresh_kuzzle_token(urls[0], JWT, cache=cache)
+    entry = store.get(key_of("kuzzle", urls[0], JWT))
+    for url in urls[1:]:
+        store.set(key_of("kuzzle", url, JWT), entry, 2 * HOUR)
+    assert {refresh_kuzzle_token(url, JWT, cache=cache) for url in urls} == {token}
+    assert runtime.sent == 1
+
+
 def test_spent_tokens_push_out_no_session(kuzzle, clock):
     """However many tokens an active session spends, idle ones are remembered."""
     cache = TokenCache(MemoryStore(maxsize=30, timer=clock), clock=clock)
-    idle, (active,) = logins(kuzzle, 10), logins(kuzzle, 1)
+    idle, active = logins(kuzzle, 10), kuzzle.login("bar", ago=1800)
     tokens = [refresh_kuzzle_token(kuzzle.url, jwt, expires_in="10d", cache=cache) for jwt in idle]
     for _ in range(100):
         active = refresh_kuzzle_token(kuzzle.url, active, cache=cache).jwt
         clock.advance(HOUR - 20)
     assert [refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in idle] == tokens
     assert kuzzle.knows(active)
+    assert len(kuzzle.requests) == 110
 
 
 def test_session_that_is_dropped_is_told(kuzzle, clock, caplog):
@@ -192,6 +211,20 @@ def test_session_that_is_dropped_is_told(kuzzle, clock, caplog):
 
 
 # Stores that fail
+
+
+@pytest.mark.parametrize("command", ["get", "set", "acquire", "release", "delete"])
+def test_one_command_that_fails(kuzzle, clock, store, cache, command):
+    """One command of a store fails while 50 users call: nobody is told to sign in."""
+    roots = logins(kuzzle, 50)
+    tokens = refresh_each(kuzzle, roots, cache)
+    assert all(kuzzle.knows(token.jwt) for token in tokens)
+    store.failing.append(command)
+    assert refresh_each(kuzzle, roots, TokenCache(store, clock=clock)) == tokens
+    clock.advance(HOUR - 20)
+    store.failing.append(command)
+    renewed = refresh_each(kuzzle, roots, TokenCache(store, clock=clock))
+    assert all(kuzzle.knows(token.jwt) for token in renewed)
 
 
 def test_process_that_starts_while_the_store_is_down(kuzzle, clock, store, cache, root):
@@ -222,7 +255,7 @@ def test_living_token_while_the_store_is_down(kuzzle, clock, store, cache, root)
 
 def test_last_moments_while_the_store_is_down(kuzzle, clock, store, cache, root):
     """Before it would be lost, a token is refreshed without the store, which has the new one as soon as it's back."""
-    first, other = refresh_kuzzle_token(kuzzle.url, root, cache=cache), logins(kuzzle, 1)[0]
+    first, other = refresh_kuzzle_token(kuzzle.url, root, cache=cache), kuzzle.login("bar", "9h", ago=1800)
     store.is_down = True
     time.sleep(0.6)
     clock.advance(HOUR - 4)
@@ -305,17 +338,68 @@ def test_holder_that_is_killed(fleet, kuzzle, valkey_url, timeout):
 
 
 def entries(store):
-    return {key: store.memory.get(key) for key in store.memory}
+    """Return what a store has, by key."""
+    keys = store.memory.keys()
+    return {key: store.memory.get(key) for key in keys}
 
 
 def mutations(value):
     """Yield what a JSON value could be instead, one change at a time."""
-    yield from (10**400, -(10**400), "planted", None, [], {}, True, -1, 1e308, "1e999", [[1]])
+    yield from (10**400, -(10**400), "planted", None, [], {}, True, -1, 1e308, [[1]])
     if isinstance(value, dict):
         for name in value:
             yield {other: value[other] for other in value if other != name}
             for changed in mutations(value[name]):
                 yield {**value, name: changed}
+
+
+def test_strange_entries(kuzzle, clock, store, cache, root, monkeypatch):
+    """Whatever an entry says, 400 digits too, no call fails of it; who knows the token goes on with it."""
+    monkeypatch.setattr("refresher._rules.TRUSTED", 0.0)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    kept = entries(store)
+
+    def restore():
+        for key in set(entries(store)) - set(kept):
+            store.memory.delete(key)
+        for key, text in kept.items():
+            store.memory.set(key, text, HOUR)
+
+    assert len(kept) >= 2
+    for key, text in kept.items():
+        for changed in mutations(json.loads(text)):
+            if isinstance(changed, dict) and "token" in text and "token" not in changed:
+                continue  # so is what was forgotten written down
+            if '"jwt": "planted"' in json.dumps(changed):
+                continue  # nobody but Kuzzle can tell
+            clock.advance(2)
+            restore()
+            store.memory.set(key, json.dumps(changed), HOUR)
+            assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt)
+            restore()
+            store.memory.set(key, json.dumps(changed), HOUR)
+            kuzzle.fail_next("security.token.invalid", 3)
+            with contextlib.suppress(RefreshError):
+                refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=0.3)
+            kuzzle.next_answers.clear()
+
+
+@pytest.mark.parametrize("whose", ["another user's", "another session's"])
+def test_entries_that_point_elsewhere(kuzzle, clock, store, cache, root, whose):
+    """Who can write to a store, but does not know a session's tokens, cannot make others use that session."""
+    kuzzle.users["bar"] = "foo"
+    user = "bar" if whose == "another user's" else "foo"
+    before = entries(store)
+    theirs = kuzzle.login(user, "2h", ago=1800)
+    token = refresh_kuzzle_token(kuzzle.url, theirs, expires_in="3h", cache=cache)
+    of_theirs = [text for key, text in entries(store).items() if key not in before]
+    mine = key_of("kuzzle", kuzzle.url, root)
+    for text in [*of_theirs, json.dumps({"see": key_of("kuzzle", kuzzle.url, theirs)})]:
+        for key in (mine, f"{mine}-alias"):
+            if whose == "another user's" or "token" not in text:
+                store.memory.set(key, text, HOUR)
+    answer = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert (answer.kuid, answer == token) == ("foo", False)
 
 
 # Tokens that do not live long
@@ -394,8 +478,8 @@ def test_patience_of_each_caller(kuzzle, root, first):
         while not kuzzle.requests:
             time.sleep(0.001)
         two = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=30)
-        time.sleep(0.1)
         kuzzle.next_answers.append(be_busy)
+        time.sleep(0.5)
         release.set()
         assert kuzzle.knows(two.result(30).jwt)
         with pytest.raises(RefreshError):
@@ -489,14 +573,14 @@ def test_replayed_answers_until_time_is_up(circle, clock):
 
 def run(code, *arguments, seconds=60):
     """Run a script of its own, which must end in time and complain of nothing."""
-    command = [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code, *arguments]
+    command = [sys.executable, "-P", "-X", "faulthandler", "-W", "error", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 PRELUDE = """
-import faulthandler, gc, random, signal, sys, threading
+import dis, faulthandler, gc, random, signal, sys, threading
 faulthandler.dump_traceback_later(50, exit=True)
 import refresher
 from refresher import RefreshError, TokenCache, refresh_kuzzle_token
@@ -513,56 +597,63 @@ class Interrupt(BaseException):
     pass
 
 
-def call_until(instruction, jwt):
-    # Call, and raise at that instruction of the calling thread. Whether it was reached.
-    count = 0
+sys.unraisablehook = lambda _: None  # where Python ignores an exception, it tells
+
+# After these, Python runs signal handlers.
+HANDLED = {
+    dis.opmap[name]
+    for name in ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")
+    if name in dis.opmap
+}
+
+
+def call_until(moment, jwt):
+    # Call, and let a signal handler run at that moment in the calling thread. Whether it was reached.
+    count, last, cache, told = 0, {}, TokenCache(), []
+
+    def handle():
+        if MODE == "raises":
+            raise Interrupt
+        told.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10))
 
     def trace(frame, event, argument):
         nonlocal count
         frame.f_trace_opcodes = True
-        count += event == "opcode"
-        if count == instruction:
-            count += 1
-            raise Interrupt
+        if event == "opcode":
+            before, last[frame] = last.get(frame), frame.f_code.co_code[frame.f_lasti]
+            # Python's own conditions do not survive an exception: their locks stay locked.
+            spared = MODE == "raises" and frame.f_code.co_qualname.startswith("Condition.")
+            if before in HANDLED and not spared:
+                count += 1
+                if count == moment:
+                    handle()
         return trace
 
-    cache = TokenCache()
     sys.settrace(trace)
     try:
-        refresh_kuzzle_token(url, jwt, cache=cache)
+        told.append(refresh_kuzzle_token(url, jwt, cache=cache))
     except Interrupt:
         pass
     finally:
         sys.settrace(None)
-    assert refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).kuid == "foo"
-    return count > instruction
+    told.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10))
+    assert len(set(told)) == 1 and told[0].jwt not in (None, jwt)
+    return count >= moment
 
 
 refresh_kuzzle_token(url, jwts.pop(), cache=TokenCache())
-instruction = 1
-while call_until(instruction, jwts.pop()):
-    instruction += STEP
-print(instruction)
+moment = 1
+while call_until(moment, jwts.pop()):
+    moment += 1
+assert moment > 100
 """
 
 
-SIGNALLED = """
-def handle(*_):
-    handled.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
-    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
-
-
-handled, own = [], []
-signal.signal(signal.SIGALRM, handle)
-jwt, cache = jwts[0], TokenCache()
-signal.setitimer(signal.ITIMER_REAL, 0.001)
-for each in jwts:
-    jwt, cache = each, TokenCache()
-    own.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
-signal.setitimer(signal.ITIMER_REAL, 0)
-assert len(own) == len(set(own)) == len(jwts)
-assert handled and set(handled) <= set(own)
-"""
+@pytest.mark.parametrize("mode", ["raises", "calls"])
+def test_signal_at_any_moment(kuzzle, mode):
+    """At any moment of a call, a signal handler may raise, or call with the same cache. It goes on working."""
+    run(PRELUDE + f"MODE = {mode!r}\n" + INTERRUPTED, kuzzle.url, *logins(kuzzle, 1000))
+    assert len(kuzzle.requests) == len({request.headers["Authorization"] for request in kuzzle.requests})
 
 
 FINALIZED = """
@@ -574,20 +665,29 @@ class Goodbye:
         try:
             told.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=1).jwt)
         except RefreshError:
-            pass  # its own refresh was interrupted by this
+            pass  # this interrupted the refresh that it waited for
+        if gc.get_threshold()[0]:
+            Goodbye()
 
 
 told, own = [], []
-jwt, cache = jwts[0], TokenCache()
+jwt, cache = jwts.pop(), TokenCache()
+own.append(refresh_kuzzle_token(url, jwt, cache=cache).jwt)
 gc.set_threshold(1)
+Goodbye()
 for each in jwts:
     jwt, cache = each, TokenCache()
-    Goodbye()
     own.append(refresh_kuzzle_token(url, jwt, cache=cache, timeout=10).jwt)
 gc.set_threshold(0)
-assert len(own) == len(set(own)) == len(jwts)
-assert told and set(told) <= set(own)
+gc.collect()
+assert len(own) == len(set(own)) == len(jwts) + 1
+assert len(told) > len(jwts) and set(told) <= set(own)
 """
+
+
+def test_finalizer_that_refreshes(kuzzle):
+    """A ``__del__`` may call with the cache that is just in use, whenever the garbage collector runs."""
+    run(PRELUDE + FINALIZED, kuzzle.url, *logins(kuzzle, 200))
 
 
 ENDLESS = """
