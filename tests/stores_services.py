@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -29,6 +30,18 @@ class Router:
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+def wait_for(action):
+    """Try until a server that was just started does it."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            action()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def plain_user():
@@ -59,14 +72,7 @@ class Memcached:
     def start(self):
         command = [self.program, "--listen=127.0.0.1", f"--port={self.port}", "--udp-port=0"]
         self.process = subprocess.Popen(command, cwd="/", **plain_user())
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+        wait_for(lambda: socket.create_connection(("127.0.0.1", self.port)).close())
 
     def stop(self):
         if self.process is not None:
@@ -94,17 +100,26 @@ class Postgres:
         folder.mkdir()
         if self.user:
             os.chown(folder, self.user["user"], self.user["group"])
-        self._run("initdb", "--no-sync", "--auth=trust", "--username=test", "--encoding=UTF8", folder / "data")
-        options = f"-p {self.port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off"
-        self._run("pg_ctl", "-w", "-D", folder / "data", "-l", folder / "log", "-o", options, "start")
+        self.log = (folder.parent / "postgres.log").open("a")
+        options = {"cwd": "/", "stdout": self.log, "stderr": self.log, **self.user}
+        command = ["initdb", "--no-sync", "--auth=trust", "--username=test", "--encoding=UTF8", folder / "data"]
+        subprocess.run([self.programs / command[0], *command[1:]], check=True, **options)
+        command = ["postgres", "-D", folder / "data", "-p", f"{self.port}", "-k", "", "-h", "127.0.0.1", "-F"]
+        self.process = subprocess.Popen([self.programs / command[0], *command[1:]], **options)
+        wait_for(self.connect)
+
+    def connect(self):
+        import psycopg
+
+        try:
+            psycopg.connect(host="127.0.0.1", port=self.port, user="test", dbname="postgres").close()
+        except psycopg.OperationalError as error:
+            raise OSError from error
 
     def stop(self):
-        self._run("pg_ctl", "-w", "-m", "immediate", "-D", self.folder / "data", "stop")
-
-    def _run(self, program, *arguments):
-        with (self.folder.parent / "postgres.log").open("a") as log:
-            command = [self.programs / program, *arguments]
-            subprocess.run(command, check=True, cwd="/", stdout=log, stderr=log, **self.user)
+        self.process.send_signal(signal.SIGQUIT)  # at once
+        self.process.wait()
+        self.log.close()
 
     @property
     def settings(self):

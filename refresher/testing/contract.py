@@ -304,8 +304,7 @@ class StoreContract:
         try:
             with self._store() as store:
                 answers.put((work(store, keys, barrier.wait), ""))
-                while kill:
-                    time.sleep(1)
+                time.sleep(_PATIENCE if kill else 0.0)  # and is killed meanwhile
         except BaseException:
             barrier.abort()
             answers.put((None, traceback.format_exc()))
