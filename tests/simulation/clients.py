@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import traceback
 from email.utils import formatdate
@@ -70,7 +71,7 @@ class Call:
         self.world, self.process, self.session, self.token = process.world, process, session, token
         self.timeout, self.retry, self.asked = timeout, retry, asked
         self.began, self.asleep = self.world.time, process.asleep_for
-        self.interrupted = False
+        self.interrupted, self.ended = False, math.inf
         # Whether whoever calls can know of the newest token, and since when.
         self.knows = token == session.newest or process in session.receipts
         self.knows_since = process.first_use.setdefault(session.newest_secret, self.began)
@@ -100,24 +101,27 @@ class Call:
             world.say(traceback.format_exc())
             world.violated("an exception that is none of ours", f"{type(raised).__name__}: {raised}")
         finally:
-            task.in_call, task.pending = None, None
+            task.in_call, task.pending, self.ended = None, None, world.time
         took = world.time - self.began - (process.asleep_for - self.asleep)
         if self.timeout is not None and took > self.timeout + judge.SLACK:
             world.violated("outlasts its timeout", f"timeout={self.timeout:.2f}, took {took:.2f} s")
         if isinstance(error, SignInRequiredError):
             world.say(f"{session.user}: told to sign in: {error}")
-            judge.told_to_sign_in(world, process, session)
+            judge.told_to_sign_in(world, self)
         elif error is not None:
             world.say(f"{session.user}: timeout={self.timeout}: {type(error).__name__}: {error}")
             self._judge(error, took)
         judge.death(world, session)
         if token is not None:
             judge.handed_out(world, self, token)
+            process.link(self.token, token)
             self._judge_lifetime(token)
         return token
 
     def _judge(self, error: RefreshError, took: float) -> None:
         if isinstance(error, (UnavailableError, OutcomeUnknownError)):
+            if isinstance(error, OutcomeUnknownError):
+                judge.unknown(self.world, self)
             judge.gave_up(self.world, self, error, took)
         elif not isinstance(error, RequestRefusedError) or "request refused" not in self.world.faults.happened:
             self.world.violated("a strange error", f"{type(error).__name__}: {error}")
@@ -156,15 +160,18 @@ class InCookieMode:
     def __init__(self) -> None:
         self._jar = requests.Session()
 
+    def held(self) -> str | None:
+        """Tell what is in the jar."""
+        return next((cookie.value for cookie in self._jar.cookies if cookie.name == "authToken"), None)
+
     def __call__(self, call: Call) -> Any:
-        session, jar = call.session, self._jar.cookies
-        held = next((cookie.value for cookie in jar if cookie.name == "authToken"), None)
+        session, held = call.session, self.held()
         refresh_kuzzle_token(
             session.server.url, None if held else call.token, cookie_auth=True,
             expires_in=f"{call.asked or session.ttl}s", queuable=call.retry, timeout=call.timeout,
             cache=call.process.cache, session=self._jar,
         )  # fmt: skip
-        return next(cookie.value for cookie in jar if cookie.name == "authToken")
+        return self.held()
 
 
 class ByAuth:
@@ -189,6 +196,10 @@ class ByAuth:
                 timeout=self.timeout,
                 cache=process.cache,
             )
+
+    def held(self) -> Any:
+        """Tell what it was made with."""
+        return self._session.first
 
     def __call__(self, call: Call) -> Any:
         request = _Sent(self._session)
@@ -258,12 +269,16 @@ def serve(process: Process, sessions: list[Session], until: float, how: str) -> 
         due = judge.window(session.newest)
         left = session.left()
         skip = left - due * 1.1 if rng.random() < 0.8 and left > due * 1.1 else 0.0
+        if rng.random() < 0.2:
+            skip, due = left - rng.uniform(0.46, max(0.6, min(3.0, due / 8))), 0.0
         world.park(max(0.0, skip) + rng.uniform(0.0, 0.25) * due, process.leaving)
         if world.time >= until or process.leaving.happened:
             break
         way = ways.get(session.user, by_function)
         pool = [*own[session.user], *(session.handed if world.store.kind != "memory" else [])]
         token = rng.choice((session.first, pool[-1], rng.choice(pool)))
+        if way is not by_function:
+            token = way.held() or token
         timeout = 30.0 if how == "auth" else rng.choice((0.3, 1.0, 5.0, 30.0, 30.0, None))
         asked = None
         if not session.is_circle and rng.random() < 0.15 and how != "auth":
@@ -311,6 +326,8 @@ def sign_out(process: Process, session: Session, at: float) -> None:
     """Sign a user out: end the session at the service, and forget it."""
     world = process.world
     world.park(at)
+    if world.random.random() < 0.5:  # in the middle of a refresh
+        world.park(at / 4, session.exchanged)
     session.server.sign_out(session)
     world.say(f"{session.user} signs out")
     names: Any = {"url": session.server.url, "jwt": session.first}

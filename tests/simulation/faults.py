@@ -7,7 +7,14 @@ import random
 from .world import InterruptError, Process, Task, World
 
 _STORE = (
-    *("store fails once", "store loses an answer", "store is down", "store is read-only", "store hangs"),
+    *(
+        "store fails once",
+        "store loses an answer",
+        "store is down",
+        "store is read-only",
+        "store is full",
+        "store hangs",
+    ),
     *("store is flushed", "store evicts", "store is mixed up"),
 )
 _AT_SEND = ("service is down", "service is unreachable", "service is slow to connect", "service is busy")
@@ -39,6 +46,11 @@ class Faults:
         self.world, self.random = world, random.Random(world.seed + 1_000_003)
         rng = self.random
         self.kinds = rng.sample(KINDS, rng.choice((0, 1, 1, 1, 1, 2, 2, 3)))
+        if rng.random() < 0.1:  # who writes nothing down, and hears nothing
+            self.kinds = [
+                rng.choice(("store is down", "store is read-only", "store is full")),
+                rng.choice(_AT_DEPARTURE),
+            ]
         self.left = rng.randint(1, 4) if self.kinds else 0
         self.rate = rng.choice((0.003, 0.01, 0.03))
         self.happened: list[str] = []

@@ -103,6 +103,31 @@ def spending(world: World, process: Process, session: Session, request: Request,
             world.violated("spent though it could not be kept", f"{session.user}: the store {store.trouble}")
 
 
+def departing(world: World, mail: Any, pending: list[Any]) -> None:
+    """Nobody spends what another is spending, or has spent long ago, if the store could tell."""
+    process, session, secret, store = mail.process, mail.session, plain(mail.request.secret), world.store
+    if session.is_circle or session.signed_out or store.kind == "memory" or store.lost or process.machine.offset:
+        return
+    if store.hung_until > world.time - 20.0 or any(one.machine.offset for one in world.processes):
+        return
+    others = [one for one in pending if one.process is not process and plain(one.request.secret) == secret]
+    for other in others:
+        holder = other.process
+        is_awake = holder.alive and holder.asleep_for == 0.0 == process.asleep_for
+        was_well = not any(kind.startswith("store") for kind in world.faults.happened)
+        is_later = secret == session.newest_secret and world.time - other.departed_at > 1.0
+        is_certain = session.left() > last_moments(session.newest, process.ahead) + 1.5 or session.left() < -1.0
+        if is_awake and was_well and is_later and is_certain:
+            world.violated("two exchanges of one token", f"{session.user}: at once")
+    known = session.kept and world.time - session.kept_at > 3.0 and session.is_alive()
+    if known and secret != session.newest_secret and not store.troubled() and store.well_since < world.time - 5.0:
+        left = expiry(secret) - world.wall()
+        if not -1.0 < left < 10.0:
+            world.violated(
+                "a spent token is spent again", f"{session.user}: {world.time - session.kept_at:.1f} s later"
+            )
+
+
 def exchange(world: World, process: Process, session: Session, request: Request, answer: Answer) -> None:
     """The service has acted. Note what it did."""
     if answer.status != 200:
@@ -139,7 +164,11 @@ def answered(world: World, process: Process, session: Session, request: Request,
     """An answer has arrived. A dead session may be asked about again after a minute, five, an hour."""
     refused = answer.status == 401 or (session.is_circle and answer.status == 404)
     happened = " ".join(world.faults.happened)
-    if not refused or session.is_alive() or any(word in happened for word in ("kill", "suspend", "boot", "store")):
+    if (
+        not refused
+        or session.is_alive()
+        or any(word in happened for word in ("kill", "suspend", "boot", "store", "request"))
+    ):
         return
     machine = process.machine
     key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
@@ -155,12 +184,12 @@ def answered(world: World, process: Process, session: Session, request: Request,
 # What callers are told
 
 
-def excuse(world: World, process: Process, session: Session) -> str:
-    """Tell why a process cannot know a session's newest token. "" if it can, and *session.why* tells how."""
+def excuse(world: World, process: Process, session: Session, token: Any) -> str:
+    """Tell why a process cannot know what became of a token. "" if it can, and *session.why* tells how."""
     session.why = ""
     if session.newest is session.first:
         session.why = "nothing has been spent yet"
-    elif world.store.lost and (session.is_circle or process not in session.receipts):
+    elif world.store.lost and not _could_tell_anyway(world, process, session, token):
         return "a fault took entries from the store"
     elif session.is_circle:
         session.why = "Circle answers a repeated request as it did before"
@@ -184,6 +213,16 @@ def excuse(world: World, process: Process, session: Session) -> str:
     return ""
 
 
+def _could_tell_anyway(world: World, process: Process, session: Session, token: Any) -> bool:
+    """Tell whether what a fault took from the store was known elsewhere, or must have been put back by now."""
+    if session.is_circle:
+        return False
+    if process in session.receipts and process.links(token, session.newest):
+        return True
+    was_put_back = token == session.first and world.store.lost_at < session.affirmed_at < world.time - 2.0
+    return was_put_back and len(world.store.chains(session.secrets)) < 2
+
+
 def _could_not_keep(world: World, holder: Process, since: float, session: Session) -> bool:
     """Tell whether nobody can help it that a process had a token and the store never got it."""
     store = world.store
@@ -199,9 +238,10 @@ def _could_not_keep(world: World, holder: Process, since: float, session: Sessio
     return session.in_last_moments or (troubled > until - since - 2.0 and store.trouble_since > session.spent_at - 2.0)
 
 
-def told_to_sign_in(world: World, process: Process, session: Session) -> None:
+def told_to_sign_in(world: World, call: Any) -> None:
     """Somebody was told to sign in."""
-    if session.is_alive(2.0) and not excuse(world, process, session):
+    session, process = call.session, call.process
+    if session.is_alive(2.0) and not excuse(world, process, session, call.token):
         world.violated(f"told to sign in: {session.why}", f"{session.user} is alive, {process.name} was told")
 
 
@@ -213,24 +253,28 @@ def death(world: World, session: Session) -> None:
     session.judged = True
     died = world.time - dead_for
     due = 0.4 * min(60.0, (life(session.newest) - 1) / 10)
-    if any(kind != "clock is set" for kind in world.faults.happened):
-        due = max(0.3, due / 3)  # then nothing but its service may keep it from being refreshed
+    # After a fault, only its service may keep a token from being refreshed in its last moments.
+    share = 1 / 8 if any(kind != "clock is set" for kind in world.faults.happened) else 1
     for call in session.calls:
-        knows_for = call.began - min(call.knows_since, session.receipts.get(call.process, call.began))
-        margin = 0.35 if knows_for > 1.2 else 1.5
+        process = call.process
+        last = share * min(due, process.ahead or due)
+        undisturbed = died - due - 1
+        knows_for = call.began - min(call.knows_since, session.receipts.get(process, call.began))
         if (
-            died - min(due, call.process.ahead or due) <= call.began <= died - margin
+            call.began <= died - (0.45 if knows_for > 1.2 else 1.5)
+            and (call.began >= died - last or (call.ended > died - 0.1 and last > 0.5))
             and call.knows
             and call.knows_time
             and (call.timeout is None or call.timeout > 1.0)
             and not call.interrupted
-            and max(session.disturbed_at, session.server.disturbed_at) < died - due - 1
-            and call.process.ended_at > died
-            and call.process.asleep_for == call.asleep
-            and (call.process in session.receipts or world.store.disturbed_at < died - due - 1)
-            and world.store.hung_until < died - due - 30.0
+            and max(session.disturbed_at, session.server.disturbed_at) < undisturbed
+            and process.ended_at > died
+            and process.asleep_for == call.asleep
+            and (process in session.receipts or world.store.disturbed_at < undisturbed)
+            and world.store.hung_until < undisturbed - 30.0
+            and (not world.store.lost or process.links(call.token, session.newest))
         ):
-            early = f"{call.process.name} called {died - call.began:.2f} s before its end"
+            early = f"{process.name} called {died - call.began:.2f} s before its end"
             world.violated("let die", f"{session.user}, {session.ttl} s: {early}")
             return
 
@@ -242,8 +286,9 @@ def handed_out(world: World, call: Any, token: Any) -> None:
     if secret not in session.secrets:
         world.violated("another user's token was handed out", f"to {session.user}")
         return
+    _note_affirmed(world, call, secret)
     world.say(f"{session.user}: got a token{'' if secret == session.newest_secret else ', not the newest'}")
-    if session.server.is_good(token) or call.slept() or not call.knows_time:
+    if session.server.is_good(token) or call.slept() or not call.knows_time or call.process.woke(2.0):
         if token == session.newest and session.kept and token not in session.handed:
             session.handed.append(token)
         return
@@ -252,12 +297,31 @@ def handed_out(world: World, call: Any, token: Any) -> None:
         if is_known and not world.faults.happened:
             world.violated("handed out after it was forgotten", session.user)
         return
-    stale = expiry(token) <= world.wall()
-    store_was_well = not any(kind.startswith("store") for kind in world.faults.happened)
-    if stale or (session.kept and store_was_well and world.time - session.kept_at > 1.5):
+    stale = expiry(token) <= world.wall() - 1.0  # a service's clock is known to the second
+    happened = " ".join(world.faults.happened)
+    was_well = "store" not in happened and not (session.is_circle and "suspend" in happened)
+    is_spent = session.kept and secret != session.newest_secret
+    if stale or (is_spent and was_well and world.time - session.kept_at > 2.5):
         world.violated(
             "a dead token was handed out", f"{session.user}: {'it had expired' if stale else 'it was spent'}"
         )
+
+
+def _note_affirmed(world: World, call: Any, secret: str) -> None:
+    """Whoever has the newest token looks into the store after half a second, and puts back what is not there."""
+    session, process, store = call.session, call.process, world.store
+    is_newest = secret == session.newest_secret and process in session.receipts and call.token == session.first
+    looked = store.lost_at < call.began - 1.0 and store.disturbed_at < call.began - 1.0
+    if is_newest and looked and process.links(session.first, secret):
+        session.affirmed_at = world.time
+
+
+def unknown(world: World, call: Any) -> None:
+    """A call says that something may have been spent: somebody must have sent something, or have the lock."""
+    locked_until = max((until for _, until in world.store.locks.values()), default=0.0)
+    is_sent = call.session.departed_at > call.began - 100.0 or world.network.pending
+    if not is_sent and locked_until < call.began and not world.store.lost:
+        world.violated("an outcome is unknown though nothing was sent", call.session.user)
 
 
 def gave_up(world: World, call: Any, error: Any, took: float) -> None:
@@ -295,9 +359,9 @@ def footprint(process: Process) -> int:
 
 def growth(world: World, process: Process, footprints: list[int]) -> None:
     """What is remembered must not grow with the length of a chain."""
-    half = len(footprints) // 2
-    before, after = max(footprints[:half], default=0), max(footprints[half:], default=0)
-    if half > 20 and after > before * 1.2 + 5:
+    third = len(footprints) // 3  # memory needs a while to fill
+    before, after = (max(footprints[n * third : (n + 1) * third], default=0) for n in (1, 2))
+    if third > 13 and after > before * 1.1 + 5:
         world.violated("memory grows", f"{process.name} remembers {before} things, and then {after}")
     if world.store.largest > 6000:
         world.violated("an entry grows", f"{world.store.largest} characters")

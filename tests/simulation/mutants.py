@@ -1,4 +1,4 @@
-"""Known faults, put back into the core one by one: the simulation has to find each of them."""
+"""Known faults, put into the core one by one: the simulation has to find each of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import attrs
-
 import refresher
 
 
-@attrs.frozen
 class Mutant:
     """
     A fault of a few lines.
@@ -26,8 +23,8 @@ class Mutant:
         changes: Each a module, the text in it that goes, and the text that comes.
     """
 
-    name: str
-    changes: list[tuple[str, str, str]]
+    def __init__(self, name: str, *changes: tuple[str, str, str]) -> None:
+        self.name, self.changes = name, changes
 
     def build(self, folder: Path) -> None:
         """Copy the library into a folder, and put the fault in."""
@@ -41,151 +38,270 @@ class Mutant:
             file.write_text(text.replace(old, new))
 
     def hunt(self, schedules: int, first: int = 0) -> str:
-        """Look for it. Tells what was found, or "" if nothing was."""
+        """Look for it. Tells what was found, or "" if nothing was that the good core does not show as well."""
         with tempfile.TemporaryDirectory() as folder:
             self.build(Path(folder))
-            command = [
-                sys.executable,
-                str(Path(__file__).parent),
-                "--schedules",
-                str(schedules),
-                "--first",
-                str(first),
-            ]
-            done = subprocess.run(
-                [*command, "--stop"],
-                env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if done.returncode not in (0, 1) or done.stderr:
-            raise RuntimeError(f"{self.name}: {done.stdout}{done.stderr}")
-        found = re.search(r"x (.*)\n.*--seed +(\d+)", done.stdout)
-        return "" if found is None else f"{int(found[2]) - first + 1:6} schedules: {found[1]}"
+            seed = first
+            while seed < first + schedules:
+                out = _run(folder, f"--first={seed}", f"--schedules={first + schedules - seed}", "--stop")
+                found = re.search(r"x (.*)\n.*--seed +(\d+)", out)
+                if found is None:
+                    break
+                seed = int(found[2]) + 1
+                if "VIOLATION" not in _run(str(Path(refresher.__file__).parent.parent), f"--seed={found[2]}"):
+                    return f"{seed - first:6}  {found[1]}"
+        return ""
 
 
-_IS_LOST = "Lock.LOST if held is None or trouble else"
+def _run(path: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1) or done.stderr:
+        raise RuntimeError(f"{path}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+_REQUESTS, _LEDGER, _FLIGHT, _CACHE, _RULES = "_exchange.py", "_ledger.py", "_flight.py", "_cache.py", "_rules.py"
+_CIRCLE, _KUZZLE = "services/circle.py", "services/kuzzle.py"
 
 MUTANTS = [
+    # The store
     Mutant(
         "an answer is dropped when the store has lost the entry",
-        [("_ledger.py", "        if there < chain.generation:", "        if 0 <= there < chain.generation:")],
+        (_LEDGER, "        if there < chain.generation:", "        if 0 <= there < chain.generation:"),
     ),
     Mutant(
-        "a lock that cannot be had counts as held by another",
-        [("_ledger.py", _IS_LOST, "Lock.HELD if held is None or trouble else")],
+        "an older entry is written over a newer one",
+        (_LEDGER, "        if there < chain.generation:", "        if True:"),
+    ),
+    Mutant(
+        "what could not be written at once is not written later",
+        (_FLIGHT, "is not None and not ledger.save(chain):", "is not None and False:"),
+    ),
+    Mutant(
+        "what the store has lost is not put back",
+        (_LEDGER, "            self.unsaved[key] = known\n", ""),
+    ),
+    Mutant(
+        "nothing leads from a new token back to its chain",
+        (_LEDGER, "        if newest is not None and there <= chain.generation:", "        if False:"),
+    ),
+    Mutant(
+        "one failure blinds a process for a second",
+        (
+            _LEDGER,
+            "            return command(*args), None\n",
+            (
+                "            blind = self.runtime.steady() - self.troubled_at < 1.0\n"
+                "            return (None if blind else command(*args)), None\n"
+            ),
+        ),
     ),
     Mutant(
         "what cannot be read counts as not there",
-        [("_flight.py", "            readable=trouble is None,", "            readable=True,")],
+        (_FLIGHT, "            readable=trouble is None,", "            readable=True,"),
     ),
-    Mutant("a lease of a minute", [("_rules.py", "LEASE = 5.0 ", "LEASE = 61.0 ")]),
-    Mutant("a lease that does not end", [("_rules.py", "LEASE = 5.0 ", "LEASE = 86400.0 ")]),
+    Mutant(
+        "a caller's own thread asks the store",
+        (
+            _LEDGER,
+            "        return chain or Chain(key=key), is_recent or self.is_local",
+            "        return (chain, True) if chain and is_recent else (self.look(credential)[0], True)",
+        ),
+    ),
+    Mutant("memory is trusted for a minute", (_RULES, "TRUSTED = 0.5 ", "TRUSTED = 60.0 ")),
+    Mutant(
+        "who may point to a chain is not checked, nor whose a token is",
+        (_RULES, 'chain if entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
+        (_KUZZLE, "return user is not None and bool(found - {user, None})", "return False"),
+    ),
+    Mutant(
+        "what was forgotten comes back",
+        (_LEDGER, "        return all([self.save(tombstone), *(", "        return all([self.delete(chain.key), *("),
+        (_LEDGER, "        self.unsaved[chain.key] = tombstone\n", ""),
+        (_LEDGER, "        self.chains.put(chain.key, tombstone)", "        self.chains.drop(chain.key)"),
+    ),
+    # The lock
+    Mutant(
+        "a lock that cannot be had counts as held by another",
+        (_LEDGER, "Lock.LOST if held is None or trouble else", "Lock.HELD if held is None or trouble else"),
+    ),
+    Mutant("a lease of a minute", (_RULES, "LEASE = 5.0 ", "LEASE = 61.0 ")),
+    Mutant("a lease of a day", (_RULES, "LEASE = 5.0 ", "LEASE = 86400.0 ")),
+    Mutant("a lease is not renewed", (_LEDGER, "not runtime.wait(end, _rules.LEASE / 3)", "False")),
+    Mutant(
+        "a request leaves though the lease has ended",
+        (_FLIGHT, "            raise _LookAgain", "            pass"),
+    ),
+    Mutant(
+        "no lock is taken",
+        (_RULES, "        return Step.LOCK\n", "        pass\n"),
+    ),
+    Mutant(
+        "who has got the lock does not look again",
+        (
+            _FLIGHT,
+            "            chain, trouble = ledger.look(call.credential)\n            if chain.key != self.chain:",
+            (
+                "            if lease.lock is not Lock.OURS:\n"
+                "                chain, trouble = ledger.look(call.credential)\n"
+                "            if chain.key != self.chain:"
+            ),
+        ),
+    ),
+    Mutant(
+        "in a token's last moments the lock is still waited for",
+        (_RULES, "view.lock is Lock.HELD and not (is_urgent and view.waited):", "view.lock is Lock.HELD:"),
+    ),
+    # What is written down before
+    Mutant(
+        "a token is spent though that cannot be written down",
+        (_RULES, "Step.SEND if view.announced or is_urgent else without_store", "Step.SEND"),
+    ),
+    Mutant(
+        "nothing is announced",
+        (
+            _FLIGHT,
+            "        return self._ledger.note(spend, begun, ",
+            "        return True or self._ledger.note(spend, begun, ",
+        ),
+    ),
+    Mutant(
+        "in a token's last moments the store is still waited for",
+        (_RULES, "is_urgent = is_valid and view.left.least <= last_moments(view.window)", "is_urgent = False"),
+    ),
+    # Refusals
+    Mutant(
+        "a refusal is the verdict though there is a newer token",
+        (_FLIGHT, "            if is_newer or ledger.adopt(chain, spend):", "            if False:"),
+    ),
+    Mutant(
+        "a refusal is the verdict while another process may have the answer",
+        (_FLIGHT, "and is_settled and not self._is_being_spent(before, tried):", "and is_settled:"),
+    ),
+    Mutant(
+        "a refusal is the verdict though the store cannot be read",
+        (_FLIGHT, "            if trouble is None and announced and is_settled and", "            if announced and"),
+    ),
+    Mutant(
+        "a refusal is the verdict though nothing was announced",
+        (_FLIGHT, "            if trouble is None and announced and", "            if trouble is None and"),
+    ),
+    Mutant(
+        "a refusal is the verdict right after the store was in trouble",
+        (_RULES, "SETTLED = 2.0 ", "SETTLED = 0.0 "),
+    ),
+    Mutant(
+        "each refusal is remembered for a minute",
+        (_RULES, "REFUSALS = (60.0, 300.0, 3600.0)", "REFUSALS = (60.0, 60.0, 60.0)"),
+    ),
+    Mutant("a refusal is not remembered", (_RULES, "        return Step.REFUSE\n", "        pass\n")),
+    Mutant(
+        "a refusal by Circle comes back as the answer to the next request",
+        (_CIRCLE, "self.with_new_key() if anew else self", "self"),
+    ),
+    # Clocks and lifetimes
     Mutant(
         "the hold-back goes by the local clock",
-        [
-            (
-                "_ledger.py",
-                "            service_now=self.observed.service_now(spend.scope),\n            least=left.least,",
-                "            service_now=(self.now().wall, self.now().wall),\n            least=left.least,",
-            )
-        ],
+        (
+            _LEDGER,
+            "            service_now=self.observed.service_now(spend.scope),\n            least=left.least,",
+            "            service_now=(self.now().wall, self.now().wall),\n            least=left.least,",
+        ),
     ),
     Mutant(
         "the hold-back ignores how old a token is known to be",
-        [("_rules.py", "    hold = max(0.0, BIRTH_SECOND - age)", "    hold = BIRTH_SECOND + 2.0")],
+        (_RULES, "    hold = max(0.0, BIRTH_SECOND - age)", "    hold = BIRTH_SECOND"),
     ),
     Mutant(
-        "a clock that is set ends what is remembered",
-        [
-            (
-                "_rules.py",
-                "        return max(0.0, now.steady - self.steady) if self.boot == now.boot else None",
-                "        return max(0.0, now.wall - self.wall)",
-            )
-        ],
+        "the hold-back outlives the token",
+        (_RULES, "    return min(hold, least / 2) if least > 0 else hold", "    return hold"),
+    ),
+    Mutant("there is no hold-back", (_RULES, "        return Step.WAIT_FOR_BIRTH\n", "        pass\n")),
+    Mutant(
+        "ages go by the wall clock, which somebody sets",
+        (
+            _RULES,
+            "        return max(0.0, now.steady - self.steady) if self.boot == now.boot else None",
+            "        return max(0.0, now.wall - self.wall)",
+        ),
     ),
     Mutant(
-        "a token is spent though that cannot be written down",
-        [("_rules.py", "Step.SEND if view.announced or is_urgent else", "Step.SEND if True else")],
-    ),
-    Mutant(
-        "an expired pair of Circle's is handed out",
-        [("services/circle.py", "if is_new or not _has_expired(pair, reply):", "if True:")],
-    ),
-    Mutant(
-        "a call gives up when its pause would be too long",
-        [
-            (
-                "_rules.py",
-                "    return min(drawn * longest, time_left - LAST_CALL)",
-                "    return drawn * longest if drawn * longest < time_left / 4 else None",
-            )
-        ],
-    ),
-    Mutant(
-        "who joins does not extend the time",
-        [
-            (
-                "_flight.py",
-                "return max((waiter.until for waiter in list(self.waiters)), default=-math.inf)",
-                "return min((waiter.until for waiter in list(self.waiters)), default=-math.inf)",
-            )
-        ],
-    ),
-    Mutant(
-        "a refusal is remembered for ten seconds",
-        [("_rules.py", "REFUSALS = (60.0, 300.0, 3600.0)", "REFUSALS = (10.0, 10.0, 10.0)")],
-    ),
-    Mutant(
-        "Retry-After is forgotten",
-        [
-            (
-                "_exchange.py",
-                "                    self._observed.leave_alone(self._scope, error.retry_after)",
-                "                    pass",
-            )
-        ],
+        "a token of another machine is judged by the local clock",
+        (_RULES, "    if service_now is not None and expiry is not None:", "    if False:"),
     ),
     Mutant(
         "a longer lifetime is not asked for while a token is fresh",
-        [("_rules.py", "        if requested is None or self.lifetime is None:", "        if True:")],
+        (_RULES, "        if requested is None or self.lifetime is None:", "        if True:"),
+    ),
+    Mutant(
+        "an expired pair of Circle's is handed out",
+        (_CIRCLE, "if is_new or not _has_expired(pair, reply):", "if True:"),
+    ),
+    Mutant(
+        "an expired pair of Circle's is handed out after five steps",
+        (_CIRCLE, "_MOST_STEPS = 1000", "_MOST_STEPS = 5"),
+        (
+            _CIRCLE,
+            '        raise failure("keeps returning expired tokens", ',
+            "        return step\n        raise failure('', ",
+        ),
+    ),
+    # Patience
+    Mutant(
+        "a call gives up when its pause would end too late",
+        (
+            _RULES,
+            "    return min(drawn * longest, time_left - LAST_CALL)",
+            "    return drawn * longest if drawn * longest < time_left - LAST_CALL else None",
+        ),
+    ),
+    Mutant(
+        "who joins does not extend the time",
+        (
+            _FLIGHT,
+            "return max((waiter.until for waiter in list(self.waiters))",
+            "return min((waiter.until for waiter in list(self.waiters))",
+        ),
+    ),
+    Mutant(
+        "who joins does not ask for another attempt",
+        (
+            _FLIGHT,
+            "        return any(waiter.retry for waiter in list(self.waiters))",
+            "        return self.call.retry",
+        ),
+    ),
+    Mutant(
+        "Retry-After is kept for one call",
+        (
+            _REQUESTS,
+            "                    self._observed.leave_alone(self._scope, error.retry_after)",
+            "                    pass",
+        ),
+        (_FLIGHT, '            pause = getattr(error, "retry_after", None) or 0.0', "            pause = 0.0"),
+    ),
+    Mutant(
+        "what was sent is abandoned when nobody waits any more",
+        (
+            _FLIGHT,
+            "        return max(self.until(), max(self._gone_at, self._left_at) + self._limit)",
+            "        return self.until()",
+        ),
     ),
     Mutant(
         "a flight whose starter was interrupted never starts",
-        [("_cache.py", "                if not flight.is_running:", "                if False:")],
+        (_CACHE, "                if not flight.is_running:", "                if False:"),
     ),
     Mutant(
         "a flight goes on when nobody waits any more",
-        [
-            ("_flight.py", "            raise _Abandoned\n", "            pass\n"),
-            ("_flight.py", "default=-math.inf)", "default=math.inf)"),
-        ],
-    ),
-    Mutant(
-        "aliases and users are not checked",
-        [
-            (
-                "_rules.py",
-                '    return chain if entry.get("proof") == key_of(chain, credential.secret) else None',
-                "    return chain",
-            ),
-            ("services/kuzzle.py", "return user is not None and bool(found - {user, None})", "return False"),
-        ],
-    ),
-    Mutant(
-        "a refusal is a verdict while another process may have the answer",
-        [("_flight.py", "and is_settled and not self._is_being_spent(before, tried):", "and is_settled:")],
-    ),
-    Mutant(
-        "a refusal is a verdict though the store was not asked again",
-        [("_flight.py", "            if is_newer or ledger.adopt(chain, spend):", "            if False:")],
-    ),
-    Mutant("memory is trusted for a minute", [("_rules.py", "TRUSTED = 0.5 ", "TRUSTED = 60.0 ")]),
-    Mutant(
-        "an old entry is written over a newer one",
-        [("_ledger.py", "        if there < chain.generation:", "        if True:")],
+        (_FLIGHT, "            raise _Abandoned\n", "            pass\n"),
+        (_FLIGHT, "default=-math.inf)", "default=math.inf)"),
     ),
 ]
 

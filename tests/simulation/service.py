@@ -36,9 +36,10 @@ class Session:
         self.calls: list[Any] = []
         self.refusals: dict[Any, list[float]] = {}  # by credential
         self.signed_out = self.judged = False
+        self.exchanged = Event()  # the next time that it is
         self.forgotten_at = math.inf
         self.disturbed_at = -math.inf  # when its service last was out of order for it
-        self.spent_at = 0.0
+        self.spent_at, self.departed_at = 0.0, -math.inf
         self._begin(first)
         self.kept, self.kept_at = (
             True,
@@ -48,6 +49,7 @@ class Session:
     def _begin(self, newest: Any) -> None:
         """Go on with a new token."""
         self.newest, self.kept = newest, False
+        self.affirmed_at = -math.inf  # when somebody who has it was asked with the first token, and saw to the store
         self.receipts: dict[Process, float] = {}  # who got an answer with it, and when
         self.slept_before: dict[Process, float] = {}  # how long each of them had been suspended until then
         self.on_the_way: tuple[Process, float] | None = None  # who is to get one, and since when
@@ -68,6 +70,8 @@ class Session:
     def succeed(self, newest: Any, in_last_moments: bool) -> None:
         """Its newest token was exchanged for another."""
         self._begin(newest)
+        self.exchanged.set()
+        self.exchanged = Event()
         self.in_last_moments, self.spent_at = in_last_moments, self.server.world.time
 
     def left(self) -> float:
@@ -171,6 +175,8 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world = world
         self.next = ""  # what is to happen to the next request
+        self.pending: list[_Mail] = []  # what was sent, and whose answer is awaited
+        self.late_until = 0.0  # when the last late answer arrives
 
     def send(
         self,
@@ -194,6 +200,9 @@ class Network:
         sent_at, how, self.next = process.now(), self.next, ""
         process.departures += 1
         mail = _Mail(world, process, session, request)
+        judge.departing(world, mail, self.pending)
+        self.pending.append(mail)
+        session.departed_at = world.time
         if how == "acts late":
             session.disturbed_at = world.time + 20.0
             wait = world.random.choice((0.5, 2.0, 5.0, 15.0))
@@ -202,8 +211,12 @@ class Network:
             mail.turn_away()
         else:
             mail.deliver(how)
-        world.step("answer")
-        self._await(mail, process, request, answer_by)
+        try:
+            world.step("answer")
+            self._await(mail, process, request, answer_by)
+        finally:
+            self.pending.remove(mail)
+            session.departed_at = world.time
         return mail.open(sent_at)
 
     def _connect(
@@ -249,7 +262,7 @@ class _Mail:
 
     def __init__(self, world: World, process: Process, session: Session, request: Request) -> None:
         self.world, self.process, self.session, self.request = world, process, session, request
-        self.written = Event()
+        self.written, self.departed_at = Event(), world.time
         self.answer: Answer | None = None
         self.due = self.lost_at = math.inf
         self.not_before: float | None = None  # what its Retry-After means
@@ -284,6 +297,7 @@ class _Mail:
         elif how == "reply late":
             late = world.random.choice((1.0, 4.0, 12.0, 30.0, 70.0)) * world.random.uniform(0.7, 1.3)
             self.due, session.disturbed_at = self.due + late, world.time + late
+            world.network.late_until = max(world.network.late_until, self.due)
         if self.brings_newest():
             session.on_the_way = (self.process, world.time)
         self.written.set()
@@ -303,6 +317,7 @@ class _Mail:
         self.give_up()
         self.answer, self.lost_at = None, self.world.time + self.world.random.choice((0.0, 0.2, 2.0, 300.0))
         self.due = self.lost_at
+        self.session.disturbed_at = self.lost_at  # it may be waited for
 
     def give_up(self) -> None:
         """Nobody waits for the answer any more."""
@@ -332,6 +347,7 @@ class _Mail:
         self.process.heard.add(session.server.url)
         if self.brings_newest():
             session.receipts.setdefault(self.process, world.time)
+            self.process.link(judge.plain(self.request.secret), session.newest)
             session.slept_before.setdefault(self.process, self.process.asleep_for)
             session.on_the_way = None
         if self.not_before is not None:

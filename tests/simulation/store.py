@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .world import Process, World
@@ -29,11 +29,12 @@ class SharedStore:
         self.world, self.kind = world, kind
         self.entries: dict[str, tuple[str, float]] = {}
         self.locks: dict[str, tuple[str, float]] = {}
-        self.trouble = ""  # "", "is down", "is read-only", "hangs"
+        self.trouble = ""  # "", "is down", "is read-only", "is full", "hangs"
         self.trouble_since, self.trouble_until, self.well_since = 0.0, 0.0, 0.0
         self.hung_until = -math.inf
         self.disturbed_at = -math.inf  # when it last was out of order
         self.lost: list[str] = []  # what faults did to entries
+        self.lost_at = -math.inf
         self.largest = 0  # the length of the longest entry
 
     def troubled(self) -> str:
@@ -56,16 +57,25 @@ class SharedStore:
         """Tell whether a living entry has a secret in it."""
         return any(secret in text and expires > self.world.time for text, expires in self.entries.values())
 
+    def chains(self, secrets: Iterable[str]) -> list[str]:
+        """List the chains that have one of these secrets in them."""
+        entries = [(key, text) for key, (text, _) in self.entries.items() if re.fullmatch("[0-9a-f]{64}", key)]
+        return [key for key, text in entries if any(secret in text for secret in secrets)]
+
+    def _lose(self, how: str) -> None:
+        self.lost.append(how)
+        self.lost_at = self.world.time
+
     def flush(self) -> None:
         """Lose everything."""
-        self.lost.append("flushed")
+        self._lose("flushed")
         self.entries.clear()
         self.locks.clear()
 
     def evict(self) -> None:
         """Lose one entry."""
         if self.entries:
-            self.lost.append("evicted")
+            self._lose("evicted")
             del self.entries[self.world.random.choice(list(self.entries))]
 
     def swap(self) -> None:
@@ -75,7 +85,7 @@ class SharedStore:
         key = self.world.random.choice(pointers if pointers and self.world.random.random() < 0.7 else chains or [""])
         others = [chain for chain in chains if chain != key and key and chain not in self.entries[key][0]]
         if others:
-            self.lost.append("swapped")
+            self._lose("swapped")
             other, (text, expires) = self.world.random.choice(others), self.entries[key]
             text = re.sub("[0-9a-f]{64}", other, text, count=1) if key in pointers else self.entries[other][0]
             self.entries[key] = (text, expires)
@@ -97,11 +107,12 @@ class StoreClient:
         if trouble == "hangs":
             world.say(f"{name} {key[:8]} hangs")
             world.park(min(world.random.uniform(1.0, 12.0), store.trouble_until - world.time))
-        if (trouble and (trouble != "is read-only" or writes)) or fault == "fails":
+        works = (trouble == "is read-only" and not writes) or (trouble == "is full" and name != "set")
+        if (trouble and not works) or fault == "fails":
             world.say(f"{name} {key[:8]}{key[64:]} FAILS: the store {trouble or 'failed once'}")
             raise StoreError(trouble or "timed out")
         answer = work()
-        if writes:
+        if name == "set":
             self._process.wrote_at = world.time
         if world.keep_trace:
             shown = "" if answer is None or (name == "get" and answer) else f": {answer}"

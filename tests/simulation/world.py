@@ -153,7 +153,7 @@ class World:
                 continue
             task = ready[0] if len(ready) == 1 else ready[int(self.random.random() * len(ready))]
             self.counts["switches"] += 1
-            if self.counts["switches"] > 20_000:
+            if self.counts["switches"] > 40_000:
                 self.violated("never comes to rest", f"{task.name} of {task.process and task.process.name}")
             task.switch()
             if task.dead and task in self.tasks:
@@ -223,6 +223,7 @@ class Process:
         self.began_at, self.ended_at, self.how = world.time, math.inf, ""
         self.asleep_until, self.asleep_for = 0.0, 0.0
         self.returned_at: float | None = None  # when the last of its callers had what it wanted
+        self.groups: list[set[str]] = []  # tokens that it knows to be of one session
         self.leaving = Event()  # happens when it is to end, as soon as its calls have
         self.first_use: dict[str, float] = {}  # when each token was the newest for the first time in a call of it
         self.departures = 0  # how many requests it has sent
@@ -296,6 +297,21 @@ class Process:
         self.asleep_until = self.world.time + seconds
         self.asleep_for += seconds
 
+    def link(self, *tokens: Any) -> None:
+        """Let it know that tokens are of one session."""
+        linked = {getattr(token, "refresh_token", token) for token in tokens}
+        others = [group for group in self.groups if not group & linked]
+        self.groups = [*others, linked.union(*(group for group in self.groups if group & linked))]
+
+    def links(self, *tokens: Any) -> bool:
+        """Tell whether it knows that."""
+        linked = {getattr(token, "refresh_token", token) for token in tokens}
+        return len(linked) == 1 or any(linked <= group for group in self.groups)
+
+    def woke(self, seconds: float) -> bool:
+        """Tell whether it was suspended so many seconds ago."""
+        return self.asleep_until > self.world.time - seconds
+
     def end_if_done(self) -> None:
         """End when the last thread that is no daemon has."""
         world = self.world
@@ -304,7 +320,7 @@ class Process:
         self.end("normally")
         world.say(f"process {self.name} has ended")
         took = world.time - (self.returned_at or world.time) - self.asleep_for
-        hangs = 30.0 if "store hangs" in world.faults.happened else 0.0
+        hangs = 60.0 if any(kind.startswith("store") for kind in world.faults.happened) else 0.0
         # What was sent is waited for, and what came is written down.
         if took > (70.0 if self.departures else 5.0) + hangs:
             world.violated("cannot end", f"{self.name} had its answer, and ended {took:.0f} s later")
