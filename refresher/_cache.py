@@ -136,6 +136,8 @@ class TokenCache:
             newest, left, window, wanted = ledger.assess(chain, call)
             is_valid = newest is not None and left.most > 0 and call.rejected != newest.headers
             if isinstance(outcome, RefreshError):
+                if not flight.is_for_all and flight.call is not call and not is_valid:
+                    continue
                 if newest is not None and is_valid and outcome.spent is False:
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
                     return newest

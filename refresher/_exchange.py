@@ -255,7 +255,6 @@ def spend(
         credential.birth,
         age=observed.seen_for(credential.keys[0]),
         service_now=observed.service_now(credential.scope),
-        least=math.inf,
     )
     if hold >= patience.until() - runtime.steady():
         raise not_yet(credential.service, "issued this token just now", hold)

@@ -66,6 +66,7 @@ class Flight(Generic[T]):
         self._left_at = -math.inf
         self._alarm: Event | None = None
         self._claim = [True]
+        self.is_for_all = True  # what comes of it is not about its first caller alone
 
     def run(self) -> None:
         """Refresh, once, in whichever thread is first."""
@@ -196,9 +197,12 @@ class Flight(Generic[T]):
             if view.left.most > 0 and call.rejected is None and ledger.is_held_back(chain.key, view.left):
                 return spend
             if step is Step.USE:
-                is_rejected = call.rejected == spend.headers
-                if not is_rejected or not (ledger.adopt(chain, spend) or self._is_being_spent(attempt)):
+                if call.rejected != spend.headers:
                     return spend
+                if view.readable and not (ledger.adopt(chain, spend) or self._is_being_spent(attempt)):
+                    return spend
+            if step is Step.REFUSE and ledger.adopt(chain, spend):
+                continue
             if step is Step.LOCK:
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
@@ -227,8 +231,8 @@ class Flight(Generic[T]):
             readable=trouble is None,
             lock=self._lease.lock,
             waited=waited,
-            is_refused=attempt is not None and attempt.refusal(ledger.now()) is not None,
-            hold=ledger.hold(spend, chain, left),
+            is_refused=ledger.refusal(attempt) is not None,
+            hold=ledger.hold(spend, chain),
             pause=ledger.pause(spend, attempt),
         )
         return view, spend, attempt
@@ -255,7 +259,7 @@ class Flight(Generic[T]):
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
         service, time_left = self.call.credential.service, self._time_left()
         can_wait = time_left > _rules.LAST_CALL and self.retry()
-        if step is Step.REFUSE and attempt is not None and (refusal := attempt.refusal(self._ledger.now())):
+        if step is Step.REFUSE and (refusal := self._ledger.refusal(attempt)) is not None:
             raise refusal
         if step is Step.USE:
             return self._wait_for_news(poll)
@@ -272,6 +276,7 @@ class Flight(Generic[T]):
         self.status = f"{self._ledger.name} cannot be read or written"
         if can_wait and step is not Step.GO_ON:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
+        self.is_for_all = step is not Step.GO_ON
         what = f"{self.status}, so nothing was sent to {self._service}"
         raise UnavailableError(what, provider=service, spent=False)
 
@@ -337,15 +342,18 @@ class Flight(Generic[T]):
             OutcomeUnknownError: That could not be found out.
         """
         ledger, poll = self._ledger, _rules.POLL
+        refused_at = self._runtime.steady()
         while True:
             newer, trouble = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
             tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
-            # Without having been announced it proves nothing: others may have spent the token in the same way.
-            is_settled = self._runtime.steady() - ledger.troubled_at > _rules.SETTLED
-            if trouble is None and announced and is_settled and not self._is_being_spent(before, tried):
+            now = self._runtime.steady()
+            # If it was not announced, others may have spent the token in the same way, and be about to write that down.
+            proves = announced or now - refused_at > self._limit
+            is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED
+            if proves and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)

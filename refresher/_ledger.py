@@ -14,6 +14,7 @@ from ._exchange import Observed
 from ._rules import Attempt, Chain, Instant, Left, Lock
 from ._runtime import Event, Memo, Runtime
 from ._text import Secret, json_object
+from .errors import RefreshError
 from .services import Credential, T
 from .stores import MemoryStore, Store
 
@@ -140,22 +141,18 @@ class Ledger:
             _log.debug("%s: %.0f s left, and not now", key[:8], left.least)
         return is_held_back
 
-    def hold(self, spend: Credential[T], chain: Chain[T], left: Left) -> float:
+    def hold(self, spend: Credential[T], chain: Chain[T]) -> float:
         """Seconds until a credential may be refreshed."""
         age = None if chain.requested is None else chain.requested.age(self.now())
         return _rules.birth_hold(
             spend.birth,
             age=max(self.observed.seen_for(spend.keys[0]), -1.0 if age is None else age - chain.took),
             service_now=self.observed.service_now(spend.scope),
-            least=left.least,
         )
 
     def pause(self, spend: Credential[T], attempt: Attempt | None) -> float:
         """Seconds for which the service asked to be left alone."""
-        told = 0.0
-        if attempt is not None and attempt.pause > 0:
-            told = attempt.pause - max(0.0, attempt.at.likely_age(self.now()))
-        return max(self.observed.pause(spend.scope), told)
+        return max(self.observed.pause(spend.scope), attempt.pause_left(self.now()) if attempt else 0.0)
 
     # What the store has
 
@@ -270,6 +267,10 @@ class Ledger:
         text, trouble = self.ask("cannot be read", self.store.get, f"{spend.keys[0]}-attempt")
         return Attempt.read(text), trouble
 
+    def refusal(self, attempt: Attempt | None) -> RefreshError | None:
+        """Return what the service said when it refused a credential lately."""
+        return attempt.refusal(self.now(), self.observed.seen_for(attempt.by)) if attempt else None
+
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Tells whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
@@ -278,10 +279,9 @@ class Ledger:
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Remember a spent credential for one more day: its outcome is known now."""
         self.delete(f"{spent.keys[0]}-attempt")
-        if spent.refreshable_for is None or spent.refreshable_for > _rules.DAY:
-            for key in {*spent.keys} - {chain}:
-                entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(_rules.DAY)
-                self.ask("cannot be written", self.store.set, *entry)
+        for key in {*spent.keys} - {chain}:
+            entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(_rules.DAY)
+            self.ask("cannot be written", self.store.set, *entry)
 
     def drop(self, chain: Chain[Any], keys: set[str]) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""

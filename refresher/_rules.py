@@ -40,6 +40,7 @@ DAY = 86400.0  # how long spent tokens are remembered
 FOREVER = 3650 * DAY
 ROOM = 2048  # how many bytes a store must have for what is about to come, at least
 REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
+_CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be before it is not believed
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
 
 
@@ -167,6 +168,8 @@ class Attempt:
     """
     What was last tried with a credential.
 
+    *seen_for* is how many seconds ago this process first saw that. Wall clocks of other machines may be hours off.
+
     Args:
         by: The flight that did.
         at: When it began, or ended.
@@ -204,17 +207,23 @@ class Attempt:
         except (KeyError, TypeError, ValueError):
             return None
 
-    def refusal(self, now: Instant) -> RefreshError | None:
+    def refusal(self, now: Instant, seen_for: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        if not self.refusals or self.at.likely_age(now) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
+        age = max(self.at.likely_age(now), seen_for)
+        if not self.refusals or age >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
             return None
         try:
             return SignInRequiredError(**self.error)
         except TypeError:
             return None
 
+    def pause_left(self, now: Instant) -> float:
+        """Seconds for which the service still asks to be left alone."""
+        age = self.at.likely_age(now)
+        return max(0.0, self.pause - age) if age > -_CLOCKS_DIFFER else 0.0
+
     def is_under_way(self, now: Instant, owner: str, limit: float, seen_for: float) -> bool:
-        """Whether somebody else may still come back with the answer. *seen_for*: seconds since we first saw it."""
+        """Whether somebody else may still come back with the answer."""
         age = self.at.age(now)  # on another machine, wall clocks say nothing
         return self.is_open and self.by != owner and (seen_for if age is None else age) < limit
 
@@ -287,20 +296,20 @@ def last_moments(window: float) -> float:
     return max(0.25, min(LAST_MOMENTS, window / 8))
 
 
-def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None, least: float) -> float:
+def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None) -> float:
     """
     Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
+
+    No token lives for less than two seconds, so this does not outlive it.
 
     Args:
         birth: The second by the service's clock in which that is so. None if there is none.
         age: Seconds that somebody is known to have had it, by a clock that nobody sets.
         service_now: The earliest and the latest that it may be by the service's clock, if known.
-        least: Seconds it is valid. It is not held for longer than half of them.
     """
     if birth is None or (service_now is not None and service_now[0] >= birth + BIRTH_SECOND):
         return 0.0
-    hold = max(0.0, BIRTH_SECOND - age)
-    return min(hold, least / 2) if least > 0 else hold
+    return max(0.0, BIRTH_SECOND - age)
 
 
 def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: float) -> float | None:

@@ -218,10 +218,6 @@ MUTANTS = [
         "the hold-back ignores how old a token is known to be",
         (_RULES, "    hold = max(0.0, BIRTH_SECOND - age)", "    hold = BIRTH_SECOND"),
     ),
-    Mutant(
-        "the hold-back outlives the token",
-        (_RULES, "    return min(hold, least / 2) if least > 0 else hold", "    return hold"),
-    ),
     Mutant("there is no hold-back", (_RULES, "        return Step.WAIT_FOR_BIRTH\n", "        pass\n")),
     Mutant(
         "ages go by the wall clock, which somebody sets",
