@@ -239,8 +239,8 @@ class Flight(Generic[T]):
 
     def _is_being_spent(self, *attempts: Attempt | None) -> bool:
         """Whether another process may come back with the successor of a token."""
-        now, seen_for = self._ledger.now(), self._ledger.observed.seen_for
-        return any(one and one.is_under_way(now, self._name, self._limit, seen_for(one.by)) for one in attempts)
+        age = self._ledger.age
+        return any(one and one.is_under_way(self._name, self._limit, age(one)) for one in attempts)
 
     def _wait_for_lock(self, view: View) -> None:
         """Wait until nobody else has the lock, or a valid token is in its last moments."""
@@ -343,6 +343,9 @@ class Flight(Generic[T]):
         """
         ledger, poll = self._ledger, _rules.POLL
         refused_at = self._runtime.steady()
+        _, left, window, _ = ledger.assess(chain, self.call)
+        # In its last moments, others may have spent the token without saying so, and be about to write that down.
+        wait = self._limit if not announced else _rules.SETTLED if _rules.is_urgent(left, window) else 0.0
         while True:
             newer, trouble = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
@@ -350,10 +353,8 @@ class Flight(Generic[T]):
                 return
             tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
             now = self._runtime.steady()
-            # If it was not announced, others may have spent the token in the same way, and be about to write that down.
-            proves = announced or now - refused_at > self._limit
             is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED
-            if proves and is_settled and not self._is_being_spent(before, tried):
+            if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)

@@ -269,7 +269,12 @@ class Ledger:
 
     def refusal(self, attempt: Attempt | None) -> RefreshError | None:
         """Return what the service said when it refused a credential lately."""
-        return attempt.refusal(self.now(), self.observed.seen_for(attempt.by)) if attempt else None
+        return attempt.refusal(self.now(), self.age(attempt)) if attempt is not None and attempt.refusals else None
+
+    def age(self, attempt: Attempt) -> float:
+        """Seconds since an attempt, or since this process first saw it, if another machine made it."""
+        age = attempt.at.age(self.now())
+        return self.observed.seen_for(f"{attempt.by} {attempt.at.steady}") if age is None else age
 
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Tells whether that is done."""

@@ -168,7 +168,8 @@ class Attempt:
     """
     What was last tried with a credential.
 
-    *seen_for* is how many seconds ago this process first saw that. Wall clocks of other machines may be hours off.
+    *age* is how many seconds ago that was, or when this process first saw it, by a steady clock: wall clocks of other
+    machines may be hours off.
 
     Args:
         by: The flight that did.
@@ -207,10 +208,9 @@ class Attempt:
         except (KeyError, TypeError, ValueError):
             return None
 
-    def refusal(self, now: Instant, seen_for: float) -> RefreshError | None:
+    def refusal(self, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        age = max(self.at.likely_age(now), seen_for)
-        if not self.refusals or age >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
+        if not self.refusals or max(age, self.at.likely_age(now)) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
             return None
         try:
             return SignInRequiredError(**self.error)
@@ -222,10 +222,9 @@ class Attempt:
         age = self.at.likely_age(now)
         return max(0.0, self.pause - age) if age > -_CLOCKS_DIFFER else 0.0
 
-    def is_under_way(self, now: Instant, owner: str, limit: float, seen_for: float) -> bool:
+    def is_under_way(self, owner: str, limit: float, age: float) -> bool:
         """Whether somebody else may still come back with the answer."""
-        age = self.at.age(now)  # on another machine, wall clocks say nothing
-        return self.is_open and self.by != owner and (seen_for if age is None else age) < limit
+        return self.is_open and self.by != owner and age < limit
 
 
 @attrs.frozen
@@ -294,6 +293,11 @@ def window(lifetime: float | None, key: str, ahead: float | None) -> float:
 def last_moments(window: float) -> float:
     """Return how long before its end a token is refreshed whatever the store says."""
     return max(0.25, min(LAST_MOMENTS, window / 8))
+
+
+def is_urgent(left: Left, window: float) -> bool:
+    """Whether a token is in its last moments. A certain loss is worse than a possible one."""
+    return left.most > 0 and left.least <= last_moments(window)
 
 
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None) -> float:
@@ -388,11 +392,9 @@ def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    is_valid = view.left.most > 0
-    # A certain loss is worse than a possible one: then the store is not waited for, nor for long who has the lock.
-    is_urgent = is_valid and view.left.least <= last_moments(view.window)
-    without_store = Step.GO_ON if is_valid else Step.WAIT_FOR_STORE
-    if not view.readable and not is_urgent:
+    urgent = is_urgent(view.left, view.window)  # then the store is not waited for, nor for long who has the lock
+    without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
+    if not view.readable and not urgent:
         return without_store
     if view.is_refused:
         return Step.REFUSE
@@ -402,10 +404,10 @@ def next_step(view: View) -> Step:
         return Step.WAIT_FOR_BIRTH
     if view.lock is Lock.UNTRIED:
         return Step.LOCK
-    if view.lock is Lock.HELD and not (is_urgent and view.waited):
+    if view.lock is Lock.HELD and not (urgent and view.waited):
         return Step.WAIT_FOR_LOCK
-    if view.lock is Lock.LOST and not is_urgent:
+    if view.lock is Lock.LOST and not urgent:
         return without_store
     if view.announced is None:
         return Step.ANNOUNCE
-    return Step.SEND if view.announced or is_urgent else without_store
+    return Step.SEND if view.announced or urgent else without_store

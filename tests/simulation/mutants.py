@@ -156,12 +156,12 @@ MUTANTS = [
     ),
     Mutant(
         "in a token's last moments the lock is still waited for",
-        (_RULES, "view.lock is Lock.HELD and not (is_urgent and view.waited):", "view.lock is Lock.HELD:"),
+        (_RULES, "view.lock is Lock.HELD and not (urgent and view.waited):", "view.lock is Lock.HELD:"),
     ),
     # What is written down before
     Mutant(
         "a token is spent though that cannot be written down",
-        (_RULES, "Step.SEND if view.announced or is_urgent else without_store", "Step.SEND"),
+        (_RULES, "Step.SEND if view.announced or urgent else without_store", "Step.SEND"),
     ),
     Mutant(
         "nothing is announced",
@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "in a token's last moments the store is still waited for",
-        (_RULES, "is_urgent = is_valid and view.left.least <= last_moments(view.window)", "is_urgent = False"),
+        (_RULES, "urgent = is_urgent(view.left, view.window)", "urgent = False"),
     ),
     # Refusals
     Mutant(
@@ -186,11 +186,11 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though the store cannot be read",
-        (_FLIGHT, "            if trouble is None and announced and is_settled and", "            if announced and"),
+        (_FLIGHT, "is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED", "is_settled = True"),
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
-        (_FLIGHT, "            if trouble is None and announced and", "            if trouble is None and"),
+        (_FLIGHT, "wait = self._limit if not announced else", "wait ="),
     ),
     Mutant(
         "a refusal is the verdict right after the store was in trouble",
@@ -210,13 +210,13 @@ MUTANTS = [
         "the hold-back goes by the local clock",
         (
             _LEDGER,
-            "            service_now=self.observed.service_now(spend.scope),\n            least=left.least,",
-            "            service_now=(self.now().wall, self.now().wall),\n            least=left.least,",
+            "            service_now=self.observed.service_now(spend.scope),\n        )\n\n    def pause",
+            "            service_now=(self.now().wall, self.now().wall),\n        )\n\n    def pause",
         ),
     ),
     Mutant(
         "the hold-back ignores how old a token is known to be",
-        (_RULES, "    hold = max(0.0, BIRTH_SECOND - age)", "    hold = BIRTH_SECOND"),
+        (_RULES, "    return max(0.0, BIRTH_SECOND - age)", "    return BIRTH_SECOND"),
     ),
     Mutant("there is no hold-back", (_RULES, "        return Step.WAIT_FOR_BIRTH\n", "        pass\n")),
     Mutant(
