@@ -345,8 +345,9 @@ def test_atomic_requests(kuzzle, programs):
     assert len(refreshes(kuzzle)) == 1
 
 
-def test_celery(kuzzle, old, programs, environment):
+def test_celery(kuzzle, programs, environment):
     """Tasks in several processes are given the first token, and refresh once."""
+    old = kuzzle.login("foo", ago=3000)  # not in its last moments, however long the workers take to start
     programs.start("celery", "--app=shop", "worker", "--concurrency=4", "--loglevel=WARNING")
     code = f"""
         from shop.tasks import get_kuid

@@ -120,11 +120,15 @@ def shell(kuzzle):
 
 
 def test_script(kuzzle, shell):
-    """The script runs, asks Kuzzle as the user, and signs the user out."""
+    """The script runs, asks Kuzzle as the user, signs the user out, and leaves no token behind."""
     _, script = blocks("sh")
     assert re.search('"_id": ?"foo"', shell(script).stdout)
     assert [request.path for request in kuzzle.requests] == ["/_refreshToken", "/_me", "/_logout"]
-    assert not kuzzle.knows(kuzzle.requests[-1].headers["Authorization"].split()[1])
+    last = kuzzle.requests[-1].headers["Authorization"].split()[1]
+    assert not kuzzle.knows(last)
+    kept = [path for path in Path.home().rglob("*") if path.is_file() and path.name != ".kuzzle-token"]
+    assert kept
+    assert not [path for path in kept if last in path.read_text()]
 
 
 def test_script_fails(kuzzle, shell):

@@ -15,10 +15,24 @@ Example:
     False True
     >>> kuzzle.assert_spent_once(old)
 
-In a test, ``kuzzle.suffer("lost")`` lets the next request go wrong. `FAULTS` lists all that can.
+Both do as they are told:
+
+===========================================  =========================================================================
+``suffer("lost")``                           The next request goes wrong in this way. `FAULTS` lists all ways.
+``fail_next("api.process.overloaded")``      The next request is refused with this error of Kuzzle's. For Circle, pass
+                                             a code: ``fail_next(155104)``.
+``delay_next(2)``, ``drip_next(0.1)``        The next response comes two seconds late; byte by byte.
+``next_answers.append(Answer(502, b"no"))``  The next request gets this response; or raw bytes, or what a function of
+                                             the request returns.
+``clock.advance(3600)``                      An hour passes for the service.
+``stop()``, ``start()``                      Nobody answers at its address; somebody does again.
+``assert_spent_once(old)``                   Fails unless a token was refreshed exactly once.
+===========================================  =========================================================================
 
 pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. After a test that uses one of them,
 `refresher.SHARED_CACHE` is empty again.
+
+`StoreContract` tests a `refresher.Store` of your own.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ async def me_async(request):
 def sign_out(request):
     """End a session: first at Kuzzle, with its newest token, then here."""
     if jwt := request.session.get("jwt"):
-        with contextlib.suppress(SignInRequiredError):  # it has ended before: in another tab, for one
+        with contextlib.suppress(SignInRequiredError):  # it has ended already, as in another tab
             ask(jwt, "/_logout", "POST")
         tokens.forget(settings.KUZZLE_URL, jwt)
     request.session.flush()
