@@ -620,6 +620,7 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
         """)
     )
     # Nor do other plugins, which pytest would find.
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     plugins = ["-p", "refresher.testing.fixtures", "-p", "no:cacheprovider"]
     out = subprocess.run(

@@ -174,6 +174,13 @@ def _guard(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _touch(folder: Path) -> float:
+    """Return the time by the clock that dates a folder's files. It's not always this machine's."""
+    guard = folder / "refresher.guard"
+    os.utime(guard)
+    return guard.lstat().st_mtime
+
+
 class FileStore:
     """
     Entries in files of one folder, for programs on one machine: what one run has refreshed, the next finds.
@@ -330,7 +337,7 @@ class FileStore:
             for file in random.sample(files, min(_SWEPT, len(files))):
                 with contextlib.suppress(FileNotFoundError):
                     if file.suffix == ".tmp":
-                        over = file.lstat().st_mtime + _ABANDONED < time.time()
+                        over = file.lstat().st_mtime + _ABANDONED < _touch(folder)
                     else:
                         over = not _left(_read(file)) > 0
                     if over:
