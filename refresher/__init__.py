@@ -81,9 +81,10 @@ from .errors import (
     UnavailableError,
 )
 from .stores import MemoryStore, Store
-from .tokens import KuzzleToken, UserToken
+from .tokens import KuzzleToken, RefreshEvent, SessionStatus, UserToken
 
 if TYPE_CHECKING:
+    from ._keeper import KeepAliveOutcome, keep_alive
     from .auth import CircleAuth, KuzzleAuth
     from .stores import DjangoStore, EncryptedStore, FileStore, RedisStore
 
@@ -93,21 +94,25 @@ __all__ = [
     "EncryptedStore",
     "FileStore",
     "InvalidArgumentError",
+    "KeepAliveOutcome",
     "KuzzleAuth",
     "KuzzleToken",
     "MemoryStore",
     "OutcomeUnknownError",
     "RedisStore",
     "RefreshError",
+    "RefreshEvent",
     "ReplyError",
     "RequestRefusedError",
     "SHARED_CACHE",
+    "SessionStatus",
     "SignInRequiredError",
     "Store",
     "TokenCache",
     "UnavailableError",
     "UserToken",
     "__version__",
+    "keep_alive",
     "refresh_kuzzle_token",
     "refresh_user_token",
 ]
@@ -116,6 +121,7 @@ __all__ = [
 # What takes long to import is imported when it is asked for.
 _LATER = {
     **dict.fromkeys(("CircleAuth", "KuzzleAuth"), "auth"),
+    **dict.fromkeys(("KeepAliveOutcome", "keep_alive"), "_keeper"),
     **dict.fromkeys(("DjangoStore", "EncryptedStore", "FileStore", "RedisStore"), "stores"),
 }
 

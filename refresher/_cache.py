@@ -12,25 +12,29 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 from . import _rules
 from ._exchange import Observed, spend
-from ._flight import Flight, Waiter
+from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain
 from ._runtime import REAL, Runtime
-from ._text import Secret, hide
+from ._text import Secret, fingerprint, hide, hide_all
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
+from .tokens import SessionStatus
 
 _log = logging.getLogger("refresher")
 
 # How much longer than its timeout a caller waits: the flight may be about to say what went wrong. In seconds.
 _GRACE = 0.1
 _KEY = re.compile("[0-9a-f]{64}")
+
+# What a copy has in common with its original.
+_STATE = "_store", "_lease", "_clock", "_ahead", "_on_wait", "_on_event"
 
 OnWait = Callable[[str, float | None], object]
 
@@ -54,10 +58,13 @@ class TokenCache:
         on_wait: Called about once a second by a call that waits for more than one: with what it waits for, and
             how many seconds at most (None: no limit). In the end with ``""`` and None. None means that a
             notebook shows it.
+        on_event: Called with a `RefreshEvent` for each exchange and each verdict, in the context of the call that
+            caused it, and before that returns. So it should be quick. What it raises is logged.
         runtime: What the cache needs of its surroundings: clocks, threads, the network. For simulations.
 
     Raises:
-        InvalidArgumentError: *store* is no `Store`, or *lease* or *ahead* is no number of seconds.
+        InvalidArgumentError: *store* is no `Store`, *lease* or *ahead* is no number of seconds, or *on_event* is no
+            function.
 
     Example:
         >>> from refresher import refresh_kuzzle_token
@@ -79,6 +86,7 @@ class TokenCache:
         clock: Callable[[], float] | None = None,
         ahead: float | None = None,
         on_wait: OnWait | None = None,
+        on_event: OnEvent | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         for name, value in (("lease", lease), ("ahead", 0.0 if ahead is None else ahead)):
@@ -86,7 +94,9 @@ class TokenCache:
                 raise InvalidArgumentError(f"{name} must be a number of seconds, not negative and at most ten years")
         self._store = MemoryStore() if store is None else check_store(store)
         self._lease, self._clock, self._ahead = float(lease), clock, ahead
-        self._on_wait = on_wait or show_wait
+        if on_event is not None and not callable(on_event):
+            raise InvalidArgumentError("on_event must be a function, or None")
+        self._on_wait, self._on_event = on_wait or show_wait, on_event
         self._start_empty(REAL if runtime is None else runtime)
 
     def _start_empty(self, runtime: Runtime) -> None:
@@ -95,7 +105,7 @@ class TokenCache:
         self._flights: dict[str, Flight[Any]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("_store", "_lease", "_clock", "_ahead", "_on_wait")}
+        return {name: getattr(self, name) for name in _STATE}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
@@ -123,14 +133,14 @@ class TokenCache:
             if left.least > window and not wanted:
                 _log.debug("%s %s: fresh, %.0f s left", newest.service, chain.key[:8], left.least)
                 return newest
-            if ledger.is_held_back(chain.key, left):
+            if ledger.is_held_back(chain.key, left, call):
                 return newest
         get_ready()
-        began = self._runtime.steady()
+        began, brief = self._runtime.steady(), math.inf if call.patient else _rules.BRIEFLY
         end = math.inf if call.timeout is None else began + call.timeout
         while True:
             is_valid = newest is not None and left.most > 0 and call.rejected != newest.headers
-            soon = self._runtime.steady() + _rules.BRIEFLY if is_valid and left.least > 0 else math.inf
+            soon = self._runtime.steady() + brief if is_valid and left.least > 0 else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
             newest, left, window, wanted = ledger.assess(chain, call)
@@ -138,7 +148,7 @@ class TokenCache:
             if isinstance(outcome, RefreshError):
                 if not flight.is_for_all and flight.call is not call and not is_valid:
                     continue
-                if newest is not None and is_valid and outcome.spent is False:
+                if newest is not None and is_valid and outcome.spent is False and not call.patient:
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
                     return newest
                 # Each caller has an error of its own, or their tracebacks would become one.
@@ -154,9 +164,11 @@ class TokenCache:
             if self._runtime.steady() >= end:
                 raise flight.too_late()
 
-    def _join(self, key: str, call: Call[T], end: float, until: float) -> tuple[Flight[T], Any]:
+    def _join(
+        self, key: str, call: Call[T], end: float, until: float, kind: type[Flight[T]] = Flight
+    ) -> tuple[Flight[T], Any]:
         """
-        Wait for a refresh that is in progress, or start one. Return its outcome; None is to ask again.
+        Wait for a flight that is in progress, or start one. Return its outcome; None is to ask again.
 
         Args:
             end: Until when the call has time.
@@ -169,7 +181,8 @@ class TokenCache:
         flight = self._flights.get(key)
         is_ours, told = flight is None, False
         if flight is None:
-            flight = self._flights.setdefault(key, Flight(self._ledger, self._flights, key, call, self._lease))
+            new = kind(self._ledger, self._flights, key, call, self._lease, self._on_event)
+            flight = self._flights.setdefault(key, new)
         try:
             flight.join(waiter)
             if is_ours:
@@ -188,7 +201,88 @@ class TokenCache:
             if told:
                 self._on_wait("", None)
 
-    # What can be forgotten
+    def _sign_out(self, call: Call[T]) -> None:
+        """
+        End a session at the service, and forget it.
+
+        Raises:
+            RefreshError: It may live on. Call again.
+        """
+        get_ready()
+        end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
+        while True:
+            key = self._ledger.recall(call.credential)[0].key
+            flight, _ = self._join(key, call, end, end, SignOut)
+            if isinstance(flight, SignOut) and flight.is_over:
+                return
+            if isinstance(flight, SignOut) and flight.error is not None:
+                raise copy.copy(flight.error).with_traceback(flight.error.__traceback__)
+            if self._runtime.steady() >= end:
+                raise flight.too_late()
+
+    # What is known, and can be forgotten
+
+    def peek(
+        self,
+        url: str | None = None,
+        jwt: str | None = None,
+        *,
+        refresh_token: str | None = None,
+        device_id: str | None = None,
+        user_token: str | None = None,
+        user_id: str | None = None,
+        base_url: str = circle.BASE_URL,
+    ) -> SessionStatus:
+        """
+        Return what is known of a session. Nothing is sent to the service. Give any token, as you would to the call.
+
+        Raises:
+            InvalidArgumentError: An argument is wrong.
+            UnavailableError: The store could not be read, and this process knows nothing of the session.
+
+        Example:
+            >>> from refresher import refresh_kuzzle_token
+            >>> from refresher.testing import FakeKuzzle
+            >>> cache = TokenCache()
+            >>> with FakeKuzzle() as kuzzle:
+            ...     jwt = kuzzle.login("foo", ago=1800)
+            ...     print(cache.peek(kuzzle.url, jwt).state)
+            ...     token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+            ...     status = cache.peek(kuzzle.url, jwt)
+            unknown
+            >>> status.user, status.state, status.generation
+            ('foo', 'fresh', 1)
+        """
+        jwt, refresh_token, user_token = hide_all(jwt, refresh_token, user_token)
+        return self._status(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+
+    def _status(self, credential: Credential[T]) -> SessionStatus:
+        ledger = self._ledger
+        chain, trouble = ledger.look(credential)
+        newest, left, window, _ = ledger.assess(chain, Call(credential=credential))
+        if trouble is not None and newest is None:
+            self._fail("cannot be read", credential)
+        last = newest or credential.unspent() or credential
+        is_refused = ledger.refusal(ledger.last_attempt(last)[0]) is not None
+        return SessionStatus(
+            provider=credential.service,
+            user=last.user,
+            fingerprint=fingerprint(last.secret.reveal()),
+            state=_rules.state_of(left, window, is_known=newest is not None, is_refused=is_refused),
+            expires_at=last.token.expires_at if last.token else None,
+            generation=chain.generation if newest else 0,
+        )
+
+    def _is_due(self, call: Call[T]) -> bool:
+        """Whether a session is to be refreshed, by what the store has."""
+        chain, trouble = self._ledger.look(call.credential)
+        newest, left, window, wanted = self._ledger.assess(chain, call)
+        if trouble is not None and newest is None:
+            self._fail("cannot be read", call.credential)
+        return wanted or left.least <= window
+
+    def _fail(self, what: str, credential: Credential[Any]) -> NoReturn:
+        raise UnavailableError(f"{self._ledger.name} {what}", provider=credential.service, spent=False)
 
     def _peek(self, credential: Credential[T]) -> Credential[T]:
         """Return the newest known credential of a chain, as it is."""
@@ -214,28 +308,15 @@ class TokenCache:
             InvalidArgumentError: An argument is wrong.
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
-        jwt, refresh_token, user_token = map(hide, (jwt, refresh_token, user_token))  # type: ignore[assignment]
-        credential: Credential[Any]
-        if url is not None:
-            credential = kuzzle.credential(url=url, jwt=jwt)
-        else:
-            credential = circle.credential(
-                api_key=Secret("any"),
-                base_url=base_url,
-                user_token=user_token,
-                user_id=hide(user_id),
-                refresh_token=refresh_token,
-                device_id=device_id,
-            )
+        jwt, refresh_token, user_token = hide_all(jwt, refresh_token, user_token)
+        self._forget(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+
+    def _forget(self, credential: Credential[Any]) -> None:
         chain, trouble = self._ledger.look(credential)
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
         if trouble is not None or not self._ledger.drop(chain, keys):
-            raise UnavailableError(
-                f"{self._ledger.name} cannot be reached: other processes may remember the session",
-                provider=credential.service,
-                spent=False,
-            )
+            self._fail("cannot be reached: other processes may remember the session", credential)
 
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""
@@ -243,8 +324,23 @@ class TokenCache:
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         flights, self._flights = self._flights, {}
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
-            chain = ledger.chains.get(key)
-            ledger.drop(chain or Chain(key=key, generation=ledger.generation(Chain(key=key))), {key})
+            there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
+            ledger.drop(there if isinstance(there, Chain) else Chain(key=key, generation=there), {key})
+
+
+def _find(
+    url: object,
+    jwt: object,
+    refresh_token: object,
+    device_id: object,
+    user_token: object,
+    user_id: object,
+    base_url: object,
+) -> Credential[Any]:
+    """Make a credential of any of a session's tokens, to look it up."""
+    if url is not None:
+        return kuzzle.credential(url=url, jwt=jwt)
+    return circle.credential(refresh_token, device_id, Secret("any"), user_token, hide(user_id), base_url)
 
 
 def get_ready() -> None:

@@ -38,7 +38,9 @@ from urllib.parse import urlsplit
 from . import __version__, errors
 from ._cache import TokenCache, current
 from ._checks import Checks
+from ._exchange import Exchange, FixedPatience, Observed
 from ._ledger import Call
+from ._runtime import REAL
 from ._text import Secret, fingerprint, json_object, reveal
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
 from .services import Token, circle, kuzzle
@@ -63,6 +65,8 @@ _VARIABLES = {
     "encryptionKey": "CIRCLE_ENCRYPTION_KEY",
 }
 _KEY = "REFRESHER_KEY"
+# How long to wait for the answer to a check, in seconds.
+_CHECK = 10.0
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -83,6 +87,7 @@ class _Run(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.is_quiet = self.is_over = False
+        self.status = 0
         self.ended_by = ""
         self.about: list[str] = []  # the service, its host, the session
 
@@ -186,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if text and (trouble := _write(sys.stdout, text)):
             run.complain(f"standard output: {trouble}. The token is kept: run this again")
             return _TRY_LATER
-    return 0
+    return run.status
 
 
 def _judge(error: BaseException, run: _Run) -> tuple[int, str]:
@@ -215,19 +220,29 @@ def _parser() -> argparse.ArgumentParser:
     exits = (__doc__ or "").strip().partition("\n\n")[2]
     print_kuzzle = add(commands, "kuzzle", functools.partial(_refresh, _kuzzle), _kuzzle, "print a valid Kuzzle token")
     print_circle = add(commands, "circle", functools.partial(_refresh, _circle), _circle, "print a valid Circle token")
+    status = add(commands, "status", _status, _status, "tell how it stands with a session")
+    status = status.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
+    status_kuzzle = add(status, "kuzzle", functools.partial(_status, _kuzzle), _status, "a Kuzzle session")
+    status_circle = add(status, "circle", functools.partial(_status, _circle), _status, "a Circle session")
     forget = add(commands, "forget", _forget, _forget, "forget a session")
     forget = forget.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
     forget_kuzzle = add(forget, "kuzzle", functools.partial(_forget, _kuzzle), _forget, "a Kuzzle session")
     forget_circle = add(forget, "circle", functools.partial(_forget, _circle), _forget, "a Circle session")
     add(commands, "demo", _demo, _demo, "show a refresh of each service, on servers of our own")
 
-    for each in (print_kuzzle, forget_kuzzle):
+    for each in (print_kuzzle, status_kuzzle, forget_kuzzle):
         each.add_argument("url", metavar="URL", help="where Kuzzle answers")
-    for each in (print_circle, forget_circle):
+    for each in (print_circle, status_circle, forget_circle):
         each.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
         each.add_argument("--user-id", metavar="ID", help="the user's id, in place of a user token")
         each.add_argument("--base-url", metavar="URL", default=circle.BASE_URL, help="where Circle answers")
-    forget_kuzzle.set_defaults(expires_in=None, strategy=None, trigger_events=False)
+    for each in (status_kuzzle, forget_kuzzle):
+        each.set_defaults(expires_in=None, strategy=None, trigger_events=False)
+    status_kuzzle.add_argument("--check", action="store_true", help="ask Kuzzle too; that spends nothing")
+    status_circle.set_defaults(check=False)
+    for each in (status_kuzzle, status_circle):
+        about = "what to print (default: json)"
+        each.add_argument("--output", choices=("json", "table"), default="json", help=about)
     option = print_kuzzle.add_argument
     option("--expires-in", metavar="TIME", help='how long new tokens live, such as "2h"')
     option("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
@@ -240,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait no longer (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
-    for each in (print_kuzzle, print_circle, forget_kuzzle, forget_circle):
+    for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
         about = f"where tokens are kept, encrypted if {_KEY} is set (default: ~/.local/state/refresher or its like)"
         each.add_argument("--store", metavar="FOLDER", help=about)
     return parser
@@ -292,6 +307,31 @@ def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
             run.show_wait("A request was sent. Its answer is awaited, for a minute at most", None)
     if polls >= 20:
         run.show_wait("", None)
+
+
+def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> str:
+    """
+    Tell how it stands with a session, without refreshing it.
+
+    Give any token of the session, as you would to print one. The state is fresh, due
+    (valid, and refreshed by the next run that prints it), expired, refused (the
+    service did, lately) or unknown (it was never refreshed from here). The exit
+    status is 77 if its user has to sign in again.
+    """
+    credential = find(arguments, run)
+    cache = TokenCache(_store(arguments))
+    status = cache._status(credential)
+    shown = status.to_dict()
+    newest: Any = cache._peek(credential)
+    if arguments.check:
+        patience = FixedPatience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
+        shown["valid"] = newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None))
+    is_dead = status.state == "expired" and not isinstance(newest, circle.CircleCredential)
+    if status.state == "refused" or is_dead or shown.get("valid") is False:
+        run.status = 77
+    if arguments.output == "json":
+        return json.dumps(shown) + "\n"
+    return "".join(f"{name:12} {'-' if value is None else value}\n" for name, value in shown.items())
 
 
 def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> None:

@@ -149,6 +149,7 @@ class Exchange:
     ) -> None:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
+        self.attempts = 0
 
     @property
     def retry(self) -> bool:
@@ -174,6 +175,7 @@ class Exchange:
                 self._leave_alone(request)
                 self._patience.begin()
                 attempts += 1
+                self.attempts += 1
                 try:
                     reply = self._send(request)
                     token = parse(reply, request)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, Generic
 
 import attrs
 
 from . import _rules
-from ._exchange import Exchange, not_yet
+from ._exchange import Exchange, FixedPatience, not_yet
 from ._ledger import Call, Lease, Ledger
 from ._rules import Attempt, Chain, Instant, Lock, Step, View
 from ._runtime import Event
-from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
+from ._text import fingerprint
+from .errors import (
+    OutcomeUnknownError,
+    RefreshError,
+    ReplyError,
+    RequestRefusedError,
+    SignInRequiredError,
+    UnavailableError,
+)
 from .services import Credential, T
+from .tokens import Outcome, RefreshEvent
 
 _log = logging.getLogger("refresher")
+
+OnEvent = Callable[[RefreshEvent], object]
 
 
 class _Abandoned(Exception):  # noqa: N818
@@ -47,10 +60,19 @@ class Flight(Generic[T]):
     exception at any point leaves it usable.
     """
 
+    kind = "The refresh"
+
     def __init__(
-        self, ledger: Ledger, flights: dict[str, Flight[Any]], chain: str, call: Call[T], limit: float
+        self,
+        ledger: Ledger,
+        flights: dict[str, Flight[Any]],
+        chain: str,
+        call: Call[T],
+        limit: float,
+        on_event: OnEvent | None,
     ) -> None:
         self._ledger, self._runtime, self._flights = ledger, ledger.runtime, flights
+        self._on_event, self._began, self._known = on_event, self._runtime.steady(), ledger.chains.get(chain)
         self.chain, self.call, self._limit = chain, call, limit
         self._name = self._runtime.draw()
         self._service = call.credential.service.title()
@@ -61,6 +83,8 @@ class Flight(Generic[T]):
         self._is_in_doubt = False  # an answer was lost
         self._departed_at: Instant | None = None
         self._spent: Credential[T] | None = None
+        self._exchange: Exchange | None = None
+        self._failure: RefreshError | None = None
         self._gone_at = -math.inf
         self.status = f"{self._service} is slow"
         self._left_at = -math.inf
@@ -93,8 +117,42 @@ class Flight(Generic[T]):
         self._done = True
         if self._flights.get(self.chain) is self:
             del self._flights[self.chain]
+        try:
+            self._report(outcome)
+        except BaseException:  # it may be a SystemExit, and there are callers who wait
+            _log.exception("on_event has failed")
         while self.waiters:
             self.waiters.pop().tell(outcome)
+
+    def _report(self, outcome: Any) -> None:
+        """Say what came of it, if that is an exchange or a verdict, or news of one."""
+        if self._on_event is None:
+            return
+        credential, chain = self._spent or self.call.credential, self._ledger.chains.get(self.chain)
+        error = outcome if isinstance(outcome, RefreshError) else self._failure
+        if error is not None:
+            newest, left, _, _ = self._ledger.assess(chain or Chain(key=self.chain), self.call)
+            credential = newest or credential
+            what: Outcome = _rules.outcome_of(error, is_valid=left.most > 0)
+        elif self._spent is not None:
+            what = "refreshed"
+        elif chain is not None and chain.newest and chain.generation > (self._known.generation if self._known else 0):
+            what = "adopted"
+        else:
+            return
+        successor = chain.newest if chain is not None and what in ("refreshed", "adopted") else None
+        self._on_event(
+            RefreshEvent(
+                provider=credential.service,
+                fingerprint=fingerprint(credential.secret.reveal()),
+                successor=fingerprint(successor.secret.reveal()) if successor else None,
+                outcome=what,
+                spent=error.spent if error else what == "refreshed",
+                attempts=self._exchange.attempts if self._exchange else 0,
+                seconds=self._runtime.steady() - self._began,
+                error=error,
+            )
+        )
 
     def join(self, waiter: Waiter) -> None:
         """Wait for this flight too. It goes on for as long as its most patient caller waits."""
@@ -170,7 +228,7 @@ class Flight(Generic[T]):
         credential = self.call.credential
         if self._departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
-            what = f"{self._service} did not answer in time. The refresh goes on: call again"
+            what = f"{self._service} did not answer in time. {self.kind} goes on: call again"
             return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
         return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
 
@@ -194,7 +252,7 @@ class Flight(Generic[T]):
                 step = _rules.next_step(attrs.evolve(view, announced=announced))
                 if step is Step.SEND and (successor := self._spend(chain, spend, attempt, announced)) is not None:
                     return successor
-            if view.left.most > 0 and call.rejected is None and ledger.is_held_back(chain.key, view.left):
+            if view.left.most > 0 and ledger.is_held_back(chain.key, view.left, call):
                 return spend
             if step is Step.USE:
                 if call.rejected != spend.headers:
@@ -206,7 +264,7 @@ class Flight(Generic[T]):
             if step is Step.LOCK:
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
-                self._wait_for_lock(view)
+                self._wait_for_lock(_rules.patience(view))
                 waited = True
             elif step is not Step.SEND:
                 self._wait_or_fail(step, view, attempt, poll)
@@ -242,10 +300,9 @@ class Flight(Generic[T]):
         age = self._ledger.age
         return any(one and one.is_under_way(self._name, self._limit, age(one)) for one in attempts)
 
-    def _wait_for_lock(self, view: View) -> None:
-        """Wait until nobody else has the lock, or a valid token is in its last moments."""
+    def _wait_for_lock(self, seconds: float = math.inf) -> None:
+        """Wait until nobody else has the lock, for some seconds at most."""
         runtime, poll = self._runtime, _rules.POLL
-        seconds = view.left.least - _rules.last_moments(view.window) if view.left.most > 0 else math.inf
         self.status = f"another process is refreshing the {self._service} token"
         end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
         while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
@@ -293,7 +350,7 @@ class Flight(Generic[T]):
         ledger = self._ledger
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
-        exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
+        exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
         done = Attempt(by=self._name, at=ledger.now(), refusals=attempt.refusals if attempt else 0)
         # What was refused or forgotten must not come back as the answer to an earlier request.
         anew = done.refusals > 0 or (chain.generation > 0 and chain.newest is None)
@@ -308,6 +365,7 @@ class Flight(Generic[T]):
         except (RefreshError, _Abandoned) as error:
             is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
             self._departed = False
+            self._failure = error if isinstance(error, RefreshError) else None
             ledger.hold_back(chain.key)
             pause = getattr(error, "retry_after", None) or 0.0
             ledger.note(spend, attrs.evolve(done, at=ledger.now(), pause=pause))
@@ -321,10 +379,10 @@ class Flight(Generic[T]):
             # It may be the answer to an earlier request.
             lifetime = min(lifetime, successor.expiry - service_now[0] + took)
         ledger.observed.seen_for(successor.keys[0])
-        self._spent = spend
+        self._spent, self._failure = spend, None
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
         ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime))
-        return successor
+        return None if successor.keys[0] in ledger.orphans else successor
 
     def _verify(
         self,
@@ -365,7 +423,7 @@ class Flight(Generic[T]):
 
     def _wait_for_news(self, seconds: float) -> None:
         """Let others come back with the successor of a token that the service does not accept any more."""
-        self.status = f"{self._service} refused the token, and another process may have a newer one"
+        self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
             raise OutcomeUnknownError(self.status, provider=self.call.credential.service)
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
@@ -389,5 +447,72 @@ class Flight(Generic[T]):
             if other.lock is Lock.OURS:
                 ledger.save(chain)
             other.give_back()
+        for key, orphan in list(ledger.orphans.items()):
+            patience = FixedPatience(runtime, self._limit, True, _log.debug)
+            with contextlib.suppress(UnavailableError, RequestRefusedError, ReplyError):  # the next flight tries again
+                with contextlib.suppress(SignInRequiredError):
+                    orphan.sign_out(Exchange(runtime, ledger.observed, patience, orphan.scope, None))
+                ledger.orphans.pop(key, None)
         if (close := getattr(ledger.store, "close", None)) is not None:
             ledger.ask("cannot be closed", close)
+
+
+class SignOut(Flight[T]):
+    """
+    The end of a session: its newest token is signed out, and all of it is forgotten.
+
+    Nobody refreshes it meanwhile, since it holds the lock. Who joins it asks again when it is over.
+    """
+
+    kind = "The sign-out"
+    error: RefreshError | None = None
+    is_over = False
+    _told = ""  # the key of the token that was signed out last
+
+    def _refresh(self) -> None:
+        try:
+            while not self.is_over:
+                self._check()
+                chain, trouble = self._ledger.look(self.call.credential)
+                if chain.key != self.chain:
+                    return
+                self._end(chain, trouble)
+        except RefreshError as error:
+            self._departed = False
+            self.error = error
+
+    def _end(self, chain: Chain[T], trouble: Exception | None) -> None:
+        """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""
+        ledger, lease, credential = self._ledger, self._lease, self.call.credential
+        newest = credential if chain.newest is None else chain.newest
+        if trouble is None and lease.lock is not Lock.LOST and not lease.is_ours():
+            lease.take()
+            return self._wait_for_lock()
+        attempt, trouble = ledger.last_attempt(newest) if trouble is None else (None, trouble)
+        if self._is_being_spent(attempt):
+            return self._wait_for_news(_rules.LONGEST_POLL)
+        if newest.keys[0] != self._told:
+            self.status = f"{self._service} is slow"
+            try:
+                newest.sign_out(Exchange(self._runtime, ledger.observed, self, newest.scope, self.call.session))
+            except _LookAgain:
+                return None
+            except SignInRequiredError:
+                pass  # it has ended already, or been refreshed
+            self._departed, self._told = False, newest.keys[0]
+        if trouble is not None:
+            self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
+            return self.pause(_rules.LONGEST_POLL)
+        verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)
+        try:
+            return self._verify(chain, newest, attempt, True, verdict)
+        except SignInRequiredError:
+            pass
+        if not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
+            what = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
+            raise UnavailableError(what, provider=credential.service, spent=False)
+        self.is_over = True
+        return None
+
+    def _report(self, outcome: object) -> None:
+        """Say nothing: it is no refresh."""

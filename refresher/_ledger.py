@@ -38,6 +38,7 @@ class Call(Generic[T]):
         retry: Whether there may be more than one attempt.
         timeout: How many seconds to wait. None means as long as it takes.
         own_will_do: Whether the caller's own token will do while it is valid and has no successor.
+        patient: Whether it wants a new token when one is due, and waits for that for all of its time.
         rejected: The headers that the service has just rejected. What they came from will not do, unless it is
             new: a newer one would not help.
     """
@@ -47,6 +48,7 @@ class Call(Generic[T]):
     retry: bool = True
     timeout: float | None = None
     own_will_do: bool = False
+    patient: bool = False
     rejected: Headers | None = None
 
 
@@ -73,6 +75,7 @@ class Ledger:
             Memo[float](steady),
         )
         self.unsaved: dict[str, Chain[Any]] = {}
+        self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
 
     # How it stands with a chain
@@ -133,8 +136,10 @@ class Ledger:
         """Remember that a refresh has just failed."""
         self._failed_at.put(key, self.runtime.steady())
 
-    def is_held_back(self, key: str, left: Left) -> bool:
+    def is_held_back(self, key: str, left: Left, call: Call[Any]) -> bool:
         """Whether a refresh has just failed, and the token is still valid for longer than that matters."""
+        if call.patient or call.rejected is not None:
+            return False
         failed = self.runtime.steady() - (self._failed_at.get(key) or -math.inf) < _rules.COOLDOWN
         is_held_back = failed and left.least > _rules.COOLDOWN
         if is_held_back:
@@ -218,7 +223,10 @@ class Ledger:
         return trouble is None
 
     def _save(self, chain: Chain[Any]) -> None:
-        there, newest = self.generation(chain), chain.newest
+        there, has_ended = self._find(chain)
+        newest = chain.newest
+        if newest is not None and has_ended and there > chain.generation:
+            self.orphans[newest.keys[0]] = newest
         if newest is not None and there <= chain.generation:
             # Before the chain: whoever reads its newest token finds the way back.
             seconds = _rules.FOREVER if newest.refreshable_for is None else newest.refreshable_for
@@ -228,14 +236,20 @@ class Ledger:
         if there < chain.generation:
             self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
 
-    def generation(self, chain: Chain[Any]) -> int:
-        """Return the generation that the store has. -1 if it has none: what is gone or malformed forbids nothing."""
-        text = self.store.get(chain.key)
+    def generation(self, key: str) -> int:
+        """Return the generation that the store has. -1 if it has none."""
+        there = json_object(self.store.get(key)).get("generation")
+        return there if type(there) is int and 0 <= there < 2**53 else -1
+
+    def _find(self, chain: Chain[Any]) -> tuple[int, bool]:
+        """Return the generation that the store has, and if the session has ended. What is malformed forbids nothing."""
+        if chain.newest is None:
+            return self.generation(chain.key), False
         try:
-            there = _rules.read(chain.key, text, chain.newest) if chain.newest else None
+            there = _rules.read(chain.key, self.store.get(chain.key), chain.newest)
         except ValueError:
-            return -1
-        return there.generation if there else int(json_object(text).get("generation", -1))
+            there = None
+        return (there.generation, there.has_ended) if there else (-1, False)
 
     def _seconds(self, chain: Chain[Any]) -> float:
         """Return for how long a chain is worth remembering."""
@@ -288,9 +302,10 @@ class Ledger:
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(_rules.DAY)
             self.ask("cannot be written", self.store.set, *entry)
 
-    def drop(self, chain: Chain[Any], keys: set[str]) -> bool:
+    def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
-        tombstone: Chain[Any] = Chain(key=chain.key, generation=max(0, chain.generation) + 2).with_text()
+        generation = max(0, chain.generation) + 2
+        tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])

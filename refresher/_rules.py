@@ -20,8 +20,9 @@ from typing import Any, Generic
 import attrs
 
 from ._text import Secret, json_object, key_of, number
-from .errors import RefreshError, SignInRequiredError
+from .errors import RefreshError, RequestRefusedError, SignInRequiredError
 from .services import Credential, T
+from .tokens import Outcome, State
 
 # In seconds, if nothing else is said.
 WINDOW = 60.0  # before its end a token is refreshed: this long, or a tenth of its life
@@ -84,6 +85,7 @@ class Chain(Generic[T]):
         key: What the store knows it by: the key of the credential it began with.
         generation: Counts its tokens. Of two opinions on a chain, that with the higher generation is right.
         newest: Its newest credential. None if none is known: it was forgotten, or the caller's own is the newest.
+        has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
         requested: When that was asked for.
         took: Seconds until it arrived.
         asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
@@ -98,6 +100,7 @@ class Chain(Generic[T]):
     took: float = 0.0
     asked_for: float | None = None
     lifetime: float | None = None
+    has_ended: bool = False
     text: str | bytes | None = attrs.field(default=None, repr=False)
 
     def covers(self, requested: float | None) -> bool:
@@ -108,7 +111,7 @@ class Chain(Generic[T]):
 
     def with_text(self) -> Chain[T]:
         """Write down what the store has of it."""
-        entry: dict[str, object] = {"generation": self.generation}
+        entry: dict[str, object] = {"generation": self.generation, **({"ended": True} if self.has_ended else {})}
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
             entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
@@ -130,7 +133,8 @@ def read(key: str, text: str | bytes | None, credential: Credential[T]) -> Chain
         generation = entry.reveal()["generation"]
         if type(generation) is int and 0 <= generation < 2**53:
             if "token" not in entry.reveal():
-                return Chain(key=key, generation=generation, text=text)
+                has_ended = entry.reveal().get("ended") is True
+                return Chain(key=key, generation=generation, has_ended=has_ended, text=text)
             names = "took", "asked_for", "lifetime"
             took, asked_for, lifetime = (number(entry.reveal().get(name)) for name in names)
             newest = credential.following(credential.read(entry.reveal()["token"]))
@@ -316,6 +320,15 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
     return max(0.0, BIRTH_SECOND - age)
 
 
+def outcome_of(error: RefreshError, *, is_valid: bool) -> Outcome:
+    """Return what an event says of a failure. *is_valid*: there is a token to go on with."""
+    if isinstance(error, (SignInRequiredError, RequestRefusedError)):
+        return "refused"
+    if error.spent is not False:
+        return "unknown"
+    return "kept" if is_valid else "down"
+
+
 def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: float) -> float | None:
     """
     Return how many seconds to wait before the next attempt. None if there is none.
@@ -332,6 +345,13 @@ def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: flo
         return error.retry_after if error.retry_after < time_left - LAST_CALL else None
     longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(attempts, 10))
     return min(drawn * longest, time_left - LAST_CALL)
+
+
+def state_of(left: Left, window: float, *, is_known: bool, is_refused: bool) -> State:
+    """Return how it stands with a chain."""
+    if is_refused or not is_known:
+        return "refused" if is_refused else "unknown"
+    return "expired" if left.most <= 0 else "fresh" if left.least > window else "due"
 
 
 class Step(enum.Enum):
@@ -386,6 +406,11 @@ class View:
     hold: float
     pause: float
     announced: bool | None = None
+
+
+def patience(view: View) -> float:
+    """Return how long to wait for a lock that another holds: until a valid token is in its last moments."""
+    return view.left.least - last_moments(view.window) if view.left.most > 0 else math.inf
 
 
 def next_step(view: View) -> Step:

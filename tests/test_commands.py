@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 import time_machine
 from cryptography.fernet import Fernet
 from helpers import call_with
@@ -488,6 +489,51 @@ def test_forget_what_nobody_knows(kuzzle, jwt, run):
     """What is not there can be forgotten."""
     assert run("forget", "kuzzle", kuzzle.url) == (0, "", "")
     assert kuzzle.requests == []
+
+
+# How it stands with a session
+
+
+def test_status_of_kuzzle(kuzzle, jwt, run):
+    """What is known of a session, without a request; with --check Kuzzle is asked, which spends nothing."""
+    status, out, _ = run("status", "kuzzle", kuzzle.url)
+    assert (status, json.loads(out)["state"], json.loads(out)["user"]) == (0, "unknown", "foo")
+    _, token, _ = run("kuzzle", kuzzle.url, "--output", "token")
+    status, out, _ = run("status", "kuzzle", kuzzle.url)
+    shown = json.loads(out)
+    assert (status, shown["state"], shown["generation"]) == (0, "fresh", 1)
+    assert len(kuzzle.requests) == 1
+    assert jwt not in out
+    assert token.strip() not in out
+    status, out, _ = run("status", "kuzzle", kuzzle.url, "--check", "--output", "table")
+    assert status == 0
+    assert dict(line.split(maxsplit=1) for line in out.splitlines())["valid"] == "True"
+    assert kuzzle.requests[-1].path == "/_checkToken"
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.strip()}"}, timeout=9)
+    status, out, _ = run("status", "kuzzle", kuzzle.url, "--check")
+    assert (status, json.loads(out)["valid"]) == (77, False)
+    assert run("status", "kuzzle", kuzzle.url)[0] == 0
+
+
+def test_status_of_circle(circle, pair, run, monkeypatch):
+    """The same of Circle. No API key is needed for it."""
+    run("circle", "--base-url", circle.url)
+    monkeypatch.delenv("CIRCLE_WEB3_API_KEY")
+    status, out, _ = run("status", "circle", "--base-url", circle.url)
+    assert (status, json.loads(out)["state"], json.loads(out)["user"]) == (0, "fresh", "user-1")
+    assert len(circle.requests) == 1
+
+
+def test_status_of_the_dead(kuzzle, jwt, run):
+    """Who has to sign in again is told by the exit status, and so is that Kuzzle is down."""
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {jwt}"}, timeout=9)
+    assert run("kuzzle", kuzzle.url)[0] == 77
+    status, out, _ = run("status", "kuzzle", kuzzle.url)
+    assert (status, json.loads(out)["state"]) == (77, "refused")
+    kuzzle.stop()
+    status, out, err = run("status", "kuzzle", kuzzle.url, "--check")
+    assert (status, out) == (75, "")
+    assert "Kuzzle could not be reached" in err
 
 
 # What is complained about

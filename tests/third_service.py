@@ -97,6 +97,14 @@ class HarborCredential:
         return key_of("harbor", self.url)
 
     @property
+    def user(self) -> str | None:
+        """Who owns it."""
+        return self.token and self.token.owner
+
+    def sign_out(self, send: Send, /) -> None:
+        """Do nothing: Harbor has no sign-out."""
+
+    @property
     def headers(self) -> dict[str, str | Secret[str]]:
         """What a request carries that is made with it."""
         return {"X-Ticket": Secret(self.token.ticket)} if self.token else {}

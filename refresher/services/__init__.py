@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import attrs
@@ -30,8 +31,24 @@ class Token(Protocol):
     def fingerprint(self) -> str:
         """Tells it from another without revealing either."""
 
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it dies, by the service's clock. None: never."""
+
     def to_dict(self) -> dict[str, Any]:
         """Write it down."""
+
+
+@attrs.frozen
+class Done:
+    """What a request yields that is no refresh. *fingerprint*: what the log says of it."""
+
+    fingerprint: str
+    expires_at: ClassVar[None] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write down nothing."""
+        return {}
 
 
 T = TypeVar("T", bound=Token)
@@ -117,6 +134,10 @@ class Credential(Protocol[T_co]):
         """What is spent."""
 
     @property
+    def user(self) -> str | None:
+        """Whose it is, if anything tells."""
+
+    @property
     def token(self) -> T_co | None:
         """The result that it came in. None if the caller brought it."""
 
@@ -153,6 +174,15 @@ class Credential(Protocol[T_co]):
 
     def refresh(self, send: Send, /, *, anew: bool) -> Self:
         """Spend it, and return its successor. *anew*: it was refused before, and that answer must not come back."""
+
+    def sign_out(self, send: Send, /) -> None:
+        """
+        End the session at the service, if there is such a thing there.
+
+        Raises:
+            SignInRequiredError: The service does not know this token any more.
+            RefreshError: The session may live on.
+        """
 
     @property
     def expiry(self) -> float | None:

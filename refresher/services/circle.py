@@ -89,6 +89,11 @@ class CircleCredential:
         return self.refresh_token
 
     @property
+    def user(self) -> str | None:
+        """The user's id."""
+        return self.token.user_id if self.user_id is None and self.token else self.user_id
+
+    @property
     def headers(self) -> dict[str, str | Secret[str]]:
         """What a request carries that is made with it."""
         return {
@@ -139,6 +144,9 @@ class CircleCredential:
                 last = pair
         raise failure("keeps returning expired tokens", step.request(user_token, request_id))
 
+    def sign_out(self, send: Send, /) -> None:
+        """Do nothing: Circle has no sign-out."""
+
     def following(self, pair: UserToken, /) -> Self:
         """Return the credential for a successor's pair."""
         user_token, refresh_token = Secret(pair.user_token), Secret(pair.refresh_token)
@@ -164,7 +172,7 @@ class CircleCredential:
 
     def _is_of_another(self, pair: UserToken) -> bool:
         """Whether a pair is another user's. A JWT's ``sub`` counts if the pair shows that it is the user's id."""
-        known = self.user_id or (self.token and self.token.user_id)
+        known = self.user
         if known is None and self.user_token and claims(Secret(pair.user_token)).subject == pair.user_id:
             known = claims(self.user_token).subject
         return None not in (known, pair.user_id) and known != pair.user_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import uuid
@@ -16,7 +17,7 @@ from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, reveal
 from ..errors import InvalidArgumentError, SignInRequiredError
 from ..tokens import KuzzleToken, duration, instant
-from . import BUSY, REFUSED, SIGN_IN, Meaning, Reply, Request, Send, failure, meaning, quotes
+from . import BUSY, REFUSED, SIGN_IN, Done, Meaning, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
 check = Checks("kuzzle")
@@ -123,6 +124,11 @@ class KuzzleCredential:
         return self.jwt
 
     @property
+    def user(self) -> str | None:
+        """The user's id."""
+        return claims(self.jwt).subject
+
+    @property
     def headers(self) -> dict[str, str | Secret[str]]:
         """What a request carries that is made with it."""
         return {"Authorization": Secret(f"Bearer {self.jwt.reveal()}")}
@@ -150,6 +156,18 @@ class KuzzleCredential:
         """Spend it."""
         return self.following(send(self.request(), parse)[0])
 
+    def sign_out(self, send: Send, /) -> None:
+        """End the session."""
+        send(self._post("_logout", [], spends=False), _parse_sign_out)
+
+    def is_valid(self, send: Send, /) -> bool:
+        """Ask Kuzzle whether it accepts the token. That spends nothing."""
+        body, kind = Secret(json.dumps({"token": self.jwt.reveal()}).encode()), {"Content-Type": "application/json"}
+        request = attrs.evolve(
+            self._post("_checkToken", [], spends=False), body=body, headers=kind, cookies={COOKIE: None}
+        )
+        return send(request, _parse_check)[0].fingerprint == "valid"
+
     def following(self, token: KuzzleToken, /) -> Self:
         """Return the credential for a successor's token."""
         return attrs.evolve(self, jwt=Secret(token.jwt) if token.jwt else self.jwt, token=token)
@@ -164,15 +182,19 @@ class KuzzleCredential:
             *(["triggerEvents"] if self.trigger_events else []),
             *([] if self.strategy is None else ["strategy=" + quote(self.strategy, safe="")]),
         ]
+        return self._post("_refreshToken", query)
+
+    def _post(self, route: str, query: list[str], *, spends: bool = True) -> Request:
         request_id = str(uuid.uuid4())
         return Request(
             service="kuzzle",
-            url=f"{self.url}/_refreshToken" + ("?" + "&".join(query) if query else ""),
+            url=f"{self.url}/{route}" + ("?" + "&".join(query) if query else ""),
             headers={"X-Kuzzle-Request-Id": request_id, **({} if self.in_cookie else self.headers)},
             secret=self.jwt,
             request_id=request_id,
             # Bearer and cookie together are a 500, so the session's own stays back.
             cookies={COOKIE: self.jwt if self.in_cookie else None},
+            spends=spends,
         )
 
     def read(self, values: Mapping[str, Any], /) -> KuzzleToken:
@@ -252,17 +274,30 @@ def credential(
 
 def parse(reply: Reply, request: Request) -> KuzzleToken:
     """
-    Read the reply. The token has its jwt in cookie mode too.
+    Read the reply to a refresh. The token has its jwt in cookie mode too.
 
     Raises:
         RefreshError: There is no living new token in it.
     """
+    return _token(_result(reply, request, "refreshToken"), reply, request)
+
+
+def _parse_sign_out(reply: Reply, request: Request) -> Done:
+    _result(reply, request, "logout")
+    return Done("signed out")
+
+
+def _parse_check(reply: Reply, request: Request) -> Done:
+    return Done("valid" if _result(reply, request, "checkToken").get("valid") is True else "not valid")
+
+
+def _result(reply: Reply, request: Request, action: str) -> dict[str, Any]:
     envelope = reply.json()
     # Not by its id: gateways rewrite those, and a token is not to be lost over that.
-    if envelope.get("action") not in ("refreshToken", None):
+    if envelope.get("action") not in (action, None):
         raise failure("or a proxy answered another request", request, reply)
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
-        return _token(result, reply, request)
+        return result
     error = envelope.get("error")
     if error is None and {"id", "status"} <= envelope.keys():
         error = envelope  # what Kuzzle finds before routing has no envelope

@@ -1,0 +1,633 @@
+"""Sessions in operation: peek, sign_out, keep_alive, on_event."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import json
+import pickle
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+import pytest
+import requests
+from helpers import call_with
+
+from refresher import (
+    CircleAuth,
+    FileStore,
+    InvalidArgumentError,
+    KuzzleAuth,
+    OutcomeUnknownError,
+    RequestRefusedError,
+    SignInRequiredError,
+    TokenCache,
+    UnavailableError,
+    keep_alive,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+from refresher.testing import FakeCircle, FakeKuzzle
+
+
+@pytest.fixture
+def kuzzle():
+    """A FakeKuzzle whose clock goes on."""
+    with FakeKuzzle() as kuzzle:
+        yield kuzzle
+
+
+@pytest.fixture
+def circle():
+    """A FakeCircle whose clock goes on."""
+    with FakeCircle() as circle:
+        yield circle
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+class Broken:
+    """A store that is down, or can only be read."""
+
+    def __init__(self, store, *, reads=False):
+        self.store, self.reads, self.is_broken = store, reads, True
+
+    def __getattr__(self, name):
+        if name == "close":
+            raise AttributeError(name)
+        if self.is_broken and not (self.reads and name == "get"):
+            raise ConnectionError("the store is down")
+        return getattr(self.store, name)
+
+    def get(self, key):
+        return self.__getattr__("get")(key)
+
+    def set(self, key, value, seconds):
+        return self.__getattr__("set")(key, value, seconds)
+
+    def delete(self, key):
+        return self.__getattr__("delete")(key)
+
+    def acquire(self, key, owner, lease):
+        return self.__getattr__("acquire")(key, owner, lease)
+
+    def renew(self, key, owner, lease):
+        return self.__getattr__("renew")(key, owner, lease)
+
+    def release(self, key, owner):
+        return self.__getattr__("release")(key, owner)
+
+
+class Unlocked(FileStore):
+    """A FileStore on which every lock's lease has just ended."""
+
+    def acquire(self, key, owner, lease):
+        return 0.0
+
+
+def is_alive(kuzzle, jwt):
+    """Ask Kuzzle whether it accepts a token."""
+    return requests.post(f"{kuzzle.url}/_checkToken", json={"token": jwt}, timeout=10).json()["result"]["valid"]
+
+
+def paths(kuzzle):
+    return [request.path for request in kuzzle.requests]
+
+
+def circle_auth(circle, pair, **options):
+    arguments = call_with(circle, pair)
+    return CircleAuth(**{**arguments, **options})
+
+
+# peek
+
+
+def test_peek(kuzzle):
+    """What is known of a chain, from each of its tokens, without a request and without a secret."""
+    cache, jwt = TokenCache(), kuzzle.login("foo", ago=1800)
+    before = cache.peek(kuzzle.url, jwt)
+    assert (before.provider, before.user, before.state, before.generation) == ("kuzzle", "foo", "unknown", 0)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    sent = len(kuzzle.requests)
+    for each in (jwt, token.jwt):
+        status = cache.peek(kuzzle.url, each)
+        assert (status.user, status.state, status.generation) == ("foo", "fresh", 1)
+        assert (status.expires_at, status.fingerprint) == (token.expires_at, token.fingerprint)
+        assert token.jwt not in repr(status)
+        assert json.loads(json.dumps(status.to_dict()))["expires_at"] == token.expires_at.isoformat()
+    assert len(kuzzle.requests) == sent
+
+
+def test_peek_at_circle(circle):
+    """The same for Circle, with the arguments of its call, less the API key."""
+    cache, pair = TokenCache(), circle.sign_in("user-1")
+    names = {name: value for name, value in call_with(circle, pair).items() if name != "api_key"}
+    assert cache.peek(**names).state == "unknown"
+    newer = refresh_user_token(**call_with(circle, pair), cache=cache)
+    status = cache.peek(**names)
+    assert (status.provider, status.user, status.state) == ("circle", "user-1", "fresh")
+    assert status.expires_at == newer.expires_at
+
+
+def test_states(kuzzle):
+    """A token is fresh, due, expired, refused; a chain that was forgotten is unknown."""
+    now = [time.time()]
+    cache, jwt = TokenCache(clock=lambda: now[0]), kuzzle.login("foo", ago=1800)
+    seen = []
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    for seconds in (3500, 3590, 3700):
+        now[0] = time.time() + seconds
+        seen.append(cache.peek(kuzzle.url, jwt).state)
+    now[0] = time.time()
+    requests.post(
+        f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {_newest(cache, kuzzle, jwt)}"}, timeout=9
+    )
+    now[0] += 3700
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    seen.append(cache.peek(kuzzle.url, jwt).state)
+    cache.forget(kuzzle.url, jwt)
+    seen.append(cache.peek(kuzzle.url, jwt).state)
+    assert seen == ["fresh", "due", "expired", "refused", "unknown"]
+
+
+def _newest(cache, kuzzle, jwt):
+    return KuzzleAuth(kuzzle.url, jwt, cache=cache).jwt
+
+
+def test_peek_asks_the_store(kuzzle, tmp_path):
+    """What another process refreshed is known, and what this one knows is told while the store is down."""
+    jwt = kuzzle.login("foo", ago=1800)
+    mine, broken = TokenCache(FileStore(tmp_path)), Broken(FileStore(tmp_path))
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=mine)
+    theirs = TokenCache(broken)
+    with pytest.raises(UnavailableError, match="Broken cannot be read"):
+        theirs.peek(kuzzle.url, jwt)
+    broken.is_broken = False
+    assert theirs.peek(kuzzle.url, jwt).generation == 1
+    broken.is_broken = True
+    assert theirs.peek(kuzzle.url, jwt).generation == 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"url": "http://x"}, {"refresh_token": "r"}, {"url": "x", "jwt": "y"}])
+def test_peek_at_nothing(arguments):
+    """What is no session is a clear error."""
+    with pytest.raises(InvalidArgumentError):
+        TokenCache().peek(**arguments)
+
+
+# sign_out
+
+
+def test_sign_out(kuzzle):
+    """The newest token is signed out, whichever the auth object was made with, and the session is forgotten."""
+    cache, jwt = TokenCache(), kuzzle.login("foo", ago=1800)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    auth.sign_out()
+    assert not is_alive(kuzzle, token.jwt)
+    assert cache.peek(kuzzle.url, jwt).state == "unknown"
+    assert auth.jwt is None
+    sent = len(kuzzle.requests)
+    auth.sign_out()
+    assert len(kuzzle.requests) == sent, "nobody has signed in"
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    auth.jwt = kuzzle.login("foo")
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=9).json()["result"]["_id"] == "foo"
+
+
+def test_sign_out_contract(running_target):
+    """The same on each Kuzzle."""
+    cache, jwt = TokenCache(), running_target.login()
+    running_target.wait(1.1)
+    token = refresh_kuzzle_token(running_target.url, jwt, cache=cache)
+    KuzzleAuth(running_target.url, jwt, cache=cache).sign_out()
+    assert running_target.me(token.jwt) == 401
+    other = KuzzleAuth(running_target.url, token.jwt, cache=cache)
+    other.sign_out()
+
+
+def test_sign_out_of_an_ended_session(kuzzle):
+    """A session that ended elsewhere, or whose tokens have expired, is signed out."""
+    cache = TokenCache()
+    for jwt in (kuzzle.login("foo"), kuzzle.login("foo", ago=7200)):
+        requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {jwt}"}, timeout=9)
+        KuzzleAuth(kuzzle.url, jwt, cache=cache).sign_out()
+
+
+def test_sign_out_of_circle(circle):
+    """Circle has no sign-out: the session is forgotten, and nothing is sent."""
+    cache, pair = TokenCache(), circle.sign_in("user-1")
+    auth = circle_auth(circle, pair, cache=cache)
+    refresh_user_token(**call_with(circle, pair), cache=cache)
+    sent = len(circle.requests)
+    auth.sign_out()
+    assert len(circle.requests) == sent
+    names = {name: value for name, value in call_with(circle, pair).items() if name != "api_key"}
+    assert cache.peek(**names).state == "unknown"
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one process", "two processes"])
+def test_sign_out_during_a_refresh(kuzzle, tmp_path, shared):
+    """A refresh under way is waited for, and its token is signed out."""
+    jwt = kuzzle.login("foo", ago=1800)
+    caches = [TokenCache(FileStore(tmp_path)) for _ in range(2)] if shared else [TokenCache()] * 2
+    kuzzle.delay_next(1.0)
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=caches[0])
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        KuzzleAuth(kuzzle.url, jwt, cache=caches[1]).sign_out()
+        token = refresh.result()
+    assert paths(kuzzle) == ["/_refreshToken", "/_logout"]
+    assert not is_alive(kuzzle, token.jwt)
+
+
+def test_a_successor_that_comes_too_late(kuzzle, tmp_path, caplog):
+    """A process that was away for so long that its session was signed out signs its new token out."""
+    jwt = kuzzle.login("foo", ago=1800)
+    theirs, mine = TokenCache(FileStore(tmp_path)), TokenCache(Unlocked(tmp_path), lease=0.2)
+
+    def late(request):
+        answer = kuzzle.truly(request)
+        time.sleep(2)
+        return answer
+
+    kuzzle.next_answers.append(late)
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=theirs)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        KuzzleAuth(kuzzle.url, jwt, cache=mine).sign_out()
+        assert paths(kuzzle) == ["/_refreshToken", "/_logout"]
+        with pytest.raises(SignInRequiredError):
+            refresh.result()
+    deadline = time.monotonic() + 10
+    while paths(kuzzle).count("/_logout") < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
+    assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
+    assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
+
+
+def test_calls_during_a_sign_out(kuzzle):
+    """Who wants a token while a session is signed out hears that it has ended."""
+    jwt = kuzzle.login("foo", ago=1800)
+    cache = TokenCache()
+    kuzzle.delay_next(0.5)
+    with ThreadPoolExecutor() as pool:
+        end = pool.submit(KuzzleAuth(kuzzle.url, jwt, cache=cache).sign_out)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+        end.result()
+
+
+def test_two_tabs_sign_out(kuzzle):
+    """Several sign-outs of one session at once are one request, and all succeed."""
+    jwt, cache = kuzzle.login("foo"), TokenCache()
+    kuzzle.delay_next(0.3)
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(KuzzleAuth(kuzzle.url, jwt, cache=cache).sign_out) for _ in range(4)]
+        assert [end.result() for end in ends] == [None] * 4
+    assert not is_alive(kuzzle, jwt)
+    assert paths(kuzzle).count("/_logout") <= 4
+
+
+def test_sign_out_of_a_service_that_is_down(kuzzle):
+    """That says so, keeps the token, and can be called again."""
+    jwt, cache = kuzzle.login("foo"), TokenCache()
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=1)
+    kuzzle.stop()
+    with pytest.raises(UnavailableError) as caught:
+        auth.sign_out()
+    assert caught.value.spent is False
+    assert auth.jwt == jwt
+    kuzzle.start()
+    auth.sign_out()
+    assert not is_alive(kuzzle, jwt)
+
+
+def test_an_answer_to_a_sign_out_is_lost(kuzzle):
+    """It is sent again, and the refusal then says that the session has ended."""
+    jwt = kuzzle.login("foo")
+    kuzzle.lose_next()
+    KuzzleAuth(kuzzle.url, jwt, cache=TokenCache()).sign_out()
+    assert paths(kuzzle) == ["/_logout", "/_logout"]
+    assert not is_alive(kuzzle, jwt)
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["down", "read-only"])
+def test_sign_out_without_the_store(kuzzle, tmp_path, reads):
+    """Others may have a newer token, or remember the session: that is an error, until the store is back."""
+    jwt, store = kuzzle.login("foo", ago=1800), Broken(FileStore(tmp_path), reads=reads)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=5)
+    others = refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+    with pytest.raises(UnavailableError, match="Broken cannot be"):
+        auth.sign_out()
+    store.is_broken = False
+    auth.sign_out()
+    assert not is_alive(kuzzle, others.jwt)
+    assert auth.jwt is None
+
+
+def test_sign_out_of_another_user_is_left_alone(kuzzle):
+    """Nothing of anybody else's ends."""
+    cache = TokenCache()
+    mine, theirs = (kuzzle.login("foo", ago=ago) for ago in (60, 120))
+    KuzzleAuth(kuzzle.url, mine, cache=cache).sign_out()
+    assert is_alive(kuzzle, theirs)
+
+
+# How an auth object looks
+
+
+def test_repr(kuzzle, circle):
+    """It shows whose token goes where, its fingerprint and the time it has left, and no secret."""
+    cache, jwt = TokenCache(), kuzzle.login("foo", ago=1800)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+    assert "user='foo'" in repr(auth)
+    assert "time_left='0:29:5" in repr(auth) or "time_left='0:30:00'" in repr(auth)
+    assert len(kuzzle.requests) == 0
+    assert "user='nobody'" in repr(KuzzleAuth(kuzzle.url))
+    assert "time_left='unlimited'" in repr(KuzzleAuth(kuzzle.url, kuzzle.login("foo", expires_in="-1")))
+    pair = circle.sign_in("user-1")
+    both = [auth, circle_auth(circle, pair)]
+    for each in both:
+        assert each._repr_html_().startswith("<table>")
+        told = f"{each!r} {each._repr_html_()}"
+        for secret in (jwt, pair.user_token, pair.refresh_token, circle.api_key):
+            assert secret not in told
+
+
+# keep_alive
+
+
+def test_keep_alive(kuzzle):
+    """What is due is refreshed, and nothing else."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590 - 10 * i), cache=cache) for i in range(9)]
+    outcomes = list(keep_alive(auths))
+    refreshed = [each.auth for each in outcomes if each.outcome == "refreshed"]
+    assert set(refreshed) <= set(auths)
+    assert 1 <= len(refreshed) < 9
+    assert len(kuzzle.requests) == len(refreshed)
+    assert {each.outcome for each in outcomes} == {"refreshed", "fresh"}
+    assert all(each.error is None and each.seconds >= 0 for each in outcomes)
+    assert {each.outcome for each in keep_alive(auths)} == {"fresh"}
+
+
+def test_keep_alive_of_many(kuzzle):
+    """Of 10,000 sessions, those that are due cost a request each, and auth objects are made one by one."""
+    cache = TokenCache()
+    first = [kuzzle.login(f"u{i}", ago=3590 if i % 100 == 0 else 60) for i in range(1000)]
+    alive = []
+
+    def auths():
+        for jwt in itertools.islice(itertools.cycle(first), 10_000):
+            auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+            alive.append(1)
+            yield auth
+
+    seen = Counter()
+    for number, each in enumerate(keep_alive(auths())):
+        seen[each.outcome] += 1
+        assert len(alive) <= number + 6
+    assert len(kuzzle.requests) == 10
+    assert seen["refreshed"] >= 10, "who joined a refresh has a new token too"
+    assert seen.total() == 10_000
+
+
+def test_at_once(kuzzle):
+    """No more are refreshed at the same time than was said."""
+    now, most, lock = 0, 0, threading.Lock()
+    receive = kuzzle.receive
+
+    def count(request):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.1)
+        with lock:
+            now -= 1
+        return receive(request)
+
+    kuzzle.receive = count
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(9)]
+    assert [each.outcome for each in keep_alive(auths, at_once=3)] == ["refreshed"] * 9
+    assert most == 3
+
+
+def test_keep_alive_of_the_dead(kuzzle):
+    """Who has to sign in again, and who never did, is told apart from who was refreshed."""
+    cache = TokenCache()
+    ended, alive = (KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(2))
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {ended.jwt}"}, timeout=9)
+    nobody = KuzzleAuth(kuzzle.url, cache=cache)
+    forever = KuzzleAuth(kuzzle.url, kuzzle.login("foo", expires_in="-1"), cache=cache)
+    outcomes = {each.auth: each for each in keep_alive([ended, alive, nobody, forever])}
+    assert [outcomes[each].outcome for each in (ended, alive, nobody, forever)] == [
+        "ended", "refreshed", "skipped", "fresh",
+    ]  # fmt: skip
+    assert isinstance(outcomes[ended].error, SignInRequiredError)
+    assert outcomes[nobody].error is None
+
+
+def test_keep_alive_in_an_outage(kuzzle):
+    """After the first failure nothing more is sent to that service; another goes on. Then all are kept."""
+    cache = TokenCache()
+    with FakeKuzzle() as other:
+        down = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, timeout=1) for i in range(20)]
+        up = [KuzzleAuth(other.url, other.login(f"u{i}", ago=3590), cache=cache) for i in range(3)]
+        kuzzle.stop()
+        began = time.monotonic()
+        outcomes = {each.auth: each for each in keep_alive([*down, *up], at_once=2)}
+        assert time.monotonic() - began < 5
+    assert {outcomes[each].outcome for each in down} == {"skipped"}
+    assert all(isinstance(outcomes[each].error, UnavailableError) for each in down)
+    assert {outcomes[each].outcome for each in up} == {"refreshed"}
+    kuzzle.start()
+    assert {each.outcome for each in keep_alive(down)} == {"refreshed"}
+
+
+def test_keep_alive_without_a_store(kuzzle, tmp_path):
+    """Chains that nobody knows are left."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3590), cache=TokenCache(Broken(FileStore(tmp_path))))
+    (outcome,) = keep_alive([auth])
+    assert outcome.outcome in ("skipped", "refreshed")
+
+
+def test_one_that_is_refused_stops_nobody(kuzzle):
+    """What is wrong with one session is no outage."""
+    cache = TokenCache()
+    kuzzle.max_ttl = 3_600_000
+    auths = [
+        KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, expires_in="9h" if i == 0 else None)
+        for i in range(3)
+    ]
+    outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
+    assert [outcomes[each].outcome for each in auths] == ["skipped", "refreshed", "refreshed"]
+    assert isinstance(outcomes[auths[0]].error, RequestRefusedError)
+
+
+def test_on_refresh_fails(kuzzle):
+    """The session is refreshed all the same, and the error is told."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3590), cache=TokenCache(), on_refresh=lambda _: 1 / 0)
+    (outcome,) = keep_alive([auth])
+    assert outcome.outcome == "refreshed"
+    assert isinstance(outcome.error, ZeroDivisionError)
+
+
+def test_rates(circle):
+    """Circle takes five requests a second; another rate may be given."""
+    cache = TokenCache()
+    for rate, least in ((None, 0.8), (50, 0.08)):
+        auths = [circle_auth(circle, circle.sign_in(f"user-{i}"), cache=cache) for i in range(6)]
+        circle.clock.advance(3590)
+        requests.get(f"{circle.url}/v1/w3s/user", auth=auths[0], timeout=9)  # its Date tells what time it is there
+        times = []
+        receive = circle.receive
+
+        def note(request, times=times, receive=receive):
+            times.append(time.monotonic())
+            return receive(request)
+
+        circle.receive = note
+        assert [each.outcome for each in keep_alive(auths, at_once=5, per_second=rate)] == ["refreshed"] * 6
+        assert times[-1] - times[0] >= least - 0.05
+        circle.receive = receive
+
+
+def test_a_run_is_left(kuzzle):
+    """Who stops in the middle leaves no thread, and nothing undone that was begun."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(9)]
+    run = keep_alive(auths, at_once=2)
+    next(run)
+    run.close()
+    assert len(kuzzle.requests) <= 4
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"at_once": 0}, {"at_once": True}, {"at_once": 1.5}, {"per_second": 0}, {"per_second": "5"}]
+)
+def test_bad_arguments(arguments):
+    """Found at once, not when the first outcome is asked for."""
+    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+        keep_alive([], **arguments)
+
+
+def test_no_auth_object():
+    """What is no auth object is a clear error."""
+    with pytest.raises(InvalidArgumentError, match="auths"):
+        list(keep_alive(["x"]))
+
+
+# on_event
+
+
+def test_events(kuzzle, events):
+    """One for each exchange and each verdict, and none for a hit."""
+    cache, jwt = TokenCache(on_event=events.append), kuzzle.login("foo", ago=1800)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    (event,) = events
+    assert (event.provider, event.outcome, event.spent, event.attempts, event.error) == (
+        "kuzzle", "refreshed", True, 1, None,
+    )  # fmt: skip
+    assert event.successor == token.fingerprint
+    assert event.seconds > 0
+    assert jwt not in repr(event)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        event.outcome = "down"
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.jwt}"}, timeout=9)
+    other = kuzzle.login("foo", ago=3000)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {other}"}, timeout=9)
+    for _ in range(2):
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, other, cache=cache)
+    assert [(each.outcome, each.attempts) for each in events[1:]] == [("refused", 1), ("refused", 0)]
+
+
+def test_events_of_failures(kuzzle, events):
+    """A failure is down, unknown, or kept, if there is a token to go on with."""
+    cache = TokenCache(on_event=events.append)
+    jwt, due = kuzzle.login("foo", ago=1800), kuzzle.login("foo", ago=3590)
+    auth = KuzzleAuth(kuzzle.url, due, cache=cache, timeout=1)
+    kuzzle.lose_next()
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, queuable=False)
+    kuzzle.stop()
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=cache, queuable=False)
+    request = requests.Request("GET", f"{kuzzle.url}/_me", auth=auth).prepare()
+    assert request.headers["Authorization"] == f"Bearer {due}"
+    assert [(each.outcome, each.spent) for each in events] == [("unknown", None), ("down", False), ("kept", False)]
+    assert all(each.error is not None for each in events)
+
+
+def test_adopted(kuzzle, events, tmp_path):
+    """What another process has refreshed is adopted, once."""
+    jwt = kuzzle.login("foo", ago=1800)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+    cache = TokenCache(FileStore(tmp_path), on_event=events.append)
+    for _ in range(3):
+        token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+        time.sleep(0.6)
+    assert [(each.outcome, each.successor, each.attempts) for each in events] == [("adopted", token.fingerprint, 0)]
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_on_event_fails(kuzzle, caplog, error):
+    """That is logged, and harms nothing."""
+
+    def fail(event):
+        raise error("mine")
+
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=TokenCache(on_event=fail))
+    assert token.kuid == "foo"
+    assert "on_event" in caplog.text
+
+
+def test_on_event_calls(kuzzle, events):
+    """It may use the cache that it is called by, also for the same session."""
+    jwt = kuzzle.login("foo", ago=1800)
+
+    def look(event):
+        events.append((event.outcome, refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)))
+
+    cache = TokenCache(on_event=look)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5)
+    assert events == [("refreshed", token)]
+
+
+def test_context_of_events(kuzzle, events):
+    """They come in the context of the call that caused them."""
+    request = contextvars.ContextVar("request")
+    cache = TokenCache(on_event=lambda event: events.append(request.get()))
+    request.set("r-1")
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=cache)
+    assert events == ["r-1"]
+
+
+def test_no_function():
+    """What cannot be called is refused when it is handed over."""
+    with pytest.raises(InvalidArgumentError, match="on_event"):
+        TokenCache(on_event="f")
+
+
+def test_copies_have_it_too(kuzzle):
+    """A cache that was pickled tells the same function."""
+    cache = pickle.loads(pickle.dumps(TokenCache(on_event=print)))
+    assert cache._on_event is print
