@@ -329,6 +329,13 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
 
     For example:
       refresher kuzzle https://kuzzle.example.com --output token <first-token
+
+    To keep a session alive, put this into your crontab (crontab -e):
+      KUZZLE=https://kuzzle.example.com
+      */5 * * * * refresher kuzzle $KUZZLE --quiet <~/.kuzzle-token >/dev/null
+
+    Runs may overlap. If they are rarer, raise --ahead. A failure is one line on
+    standard error. If cron does not find refresher, write its full path.
     """
     run.about = ["kuzzle"]
     options = {name: getattr(arguments, name) for name in ("url", "expires_in", "trigger_events", "strategy")}

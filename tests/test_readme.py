@@ -159,6 +159,16 @@ def test_crontab(kuzzle, shell):
     assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
 
 
+def test_crontab_in_help(kuzzle, shell, capsys):
+    """So do the two lines in the command's own help."""
+    with pytest.raises(SystemExit):
+        main(["kuzzle", "--help"])
+    shown = re.search(r"^ +(KUZZLE=.*\n) +\*/5 \* \* \* \* (.*)$", capsys.readouterr().out, re.MULTILINE)
+    result = shell(shown[1] + shown[2])
+    assert (result.stdout, result.stderr) == ("", "")
+    assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
+
+
 def test_exit_statuses(capsys):
     """The exit statuses are those of the command's own help."""
     with pytest.raises(SystemExit):
