@@ -232,7 +232,7 @@ class TokenCache:
         self._flights.pop(chain.key, None)
         if trouble is not None or not self._ledger.drop(chain, keys):
             raise UnavailableError(
-                f"{self._ledger.name} cannot be reached: other processes may remember the session",
+                f"{self._ledger.name} cannot be reached, so other processes may still use the session: call again",
                 provider=credential.service,
                 spent=False,
             )

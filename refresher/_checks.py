@@ -60,7 +60,7 @@ def _base_url(url: str, https: bool) -> tuple[str, str]:
 
             PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
-        return "", "is not a URL"
+        return "", "must be a URL with a valid host and port"
     if not _URL.fullmatch(url) or not host or port == 0:
         return "", "must look like https://host, https://host:port or https://host/path"
     if https and scheme != "https" and not is_loopback(host):

@@ -261,7 +261,7 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     """Return what to print of a session's newest token, refreshed if it is about to expire."""
     run.is_quiet = arguments.quiet
     if sys.stdout is None:
-        raise InvalidArgumentError("standard output is closed: a token could not be printed")
+        raise InvalidArgumentError("standard output is closed, so no token could be printed")
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
     timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
@@ -422,7 +422,7 @@ def _store(arguments: argparse.Namespace) -> Store:
         store.check()
         return EncryptedStore(store, Secret(os.environ[_KEY]).reveal().split()) if _KEY in os.environ else store
     except (BlockingIOError, TimeoutError):
-        failure = UnavailableError("another process does not let go of the store")
+        failure = UnavailableError("another process has locked the store: try again later")
     except (OSError, RuntimeError, ImportError, InvalidArgumentError) as error:
         failure = InvalidArgumentError(f"the store (--store, {_KEY}) can't be used: {error}")
     raise failure

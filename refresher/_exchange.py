@@ -207,8 +207,8 @@ class Exchange:
         """Wait for as long as the service asked to be left alone, whichever call was told."""
         while (pause := self._observed.pause(self._scope)) > 0:
             if not self._patience.retry() or pause >= self._patience.until() - self._runtime.steady():
-                raise not_yet(request.service, "asked to be left alone", pause)
-            self._patience.failed(not_yet(request.service, "asked to be left alone", pause))
+                raise not_yet(request.service, "asked to wait", pause)
+            self._patience.failed(not_yet(request.service, "asked to wait", pause))
             self._patience.pause(pause)
 
     def _send(self, request: Request) -> Reply:

@@ -170,7 +170,7 @@ class Flight(Generic[T]):
         credential = self.call.credential
         if self._departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
-            what = f"{self._service} did not answer in time. The refresh goes on: call again"
+            what = f"{self._service} did not answer in time, and the refresh goes on: call again"
             return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
         return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
 
@@ -250,7 +250,9 @@ class Flight(Generic[T]):
         end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
         while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
             if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-                raise OutcomeUnknownError(f"For too long, {self.status}", provider=self.call.credential.service)
+                raise OutcomeUnknownError(
+                    f"Time is up, and {self.status}: call again", provider=self.call.credential.service
+                )
             self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
             poll = min(1.2 * poll, _rules.LONGEST_POLL)
             self._lease.take()
@@ -272,12 +274,12 @@ class Flight(Generic[T]):
         if step is Step.WAIT_FOR_SERVICE:
             if view.pause < time_left and self.retry():
                 return self.pause(view.pause)
-            raise not_yet(service, "asked to be left alone", view.pause)
+            raise not_yet(service, "asked to wait", view.pause)
         self.status = f"{self._ledger.name} cannot be read or written"
         if can_wait and step is not Step.GO_ON:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON
-        what = f"{self.status}, so nothing was sent to {self._service}"
+        what = f"{self.status}, so nothing was sent to {self._service}: try again later"
         raise UnavailableError(what, provider=service, spent=False)
 
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
@@ -367,7 +369,7 @@ class Flight(Generic[T]):
         """Let others come back with the successor of a token that the service does not accept any more."""
         self.status = f"{self._service} refused the token, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise OutcomeUnknownError(self.status, provider=self.call.credential.service)
+            raise OutcomeUnknownError(f"{self.status}: call again", provider=self.call.credential.service)
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
 
     def _clean_up(self) -> None:

@@ -14,12 +14,13 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from http.client import HTTPException, HTTPResponse, IncompleteRead, ResponseNotReady, parse_headers
+from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
 import attrs
 import requests
+import urllib3
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
 from requests.exceptions import ConnectTimeout, InvalidSchema, InvalidURL
@@ -52,7 +53,13 @@ _OURS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agen
 _NEVER_SENT = (ConnectTimeoutError, NewConnectionError, ProxyError, ConnectTimeout, InvalidSchema, InvalidURL)
 # What fails in here has sent nothing. OpenSSL's errors do not tell.
 _CONNECTING = "urllib3.connection", "connect"
-_REASONS: dict[type, str] = {TimeoutError: "timed out", socket.gaierror: "unknown host name"}
+_REASONS: dict[type, str] = {
+    TimeoutError: "timed out",
+    socket.gaierror: "unknown host name",
+    RemoteDisconnected: "the connection was closed",
+    IncompleteRead: "the response was incomplete",
+    urllib3.exceptions.IncompleteRead: "the response was incomplete",
+}
 
 
 @attrs.define

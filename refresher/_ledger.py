@@ -315,7 +315,7 @@ class Lease:
         asked = runtime.steady()
         # In the memory of one process nobody dies alone.
         seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
-        held, trouble = self._ledger.ask("does not lock", store.acquire, self._chain, self._owner, seconds)
+        held, trouble = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
         self.lock = Lock.LOST if held is None or trouble else Lock.HELD if held > 0 else Lock.OURS
         if self.lock is Lock.OURS:
             self._until = asked + seconds
@@ -329,7 +329,7 @@ class Lease:
             asked = runtime.steady()
             if self.lock is Lock.OURS and asked < self._until:
                 arguments = self._chain, self._owner, _rules.LEASE
-                is_ours, trouble = self._ledger.ask("does not renew a lock", store.renew, *arguments)
+                is_ours, trouble = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
                 if trouble is None:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
 
@@ -344,4 +344,4 @@ class Lease:
         if self.lock is Lock.OURS:
             self.lock = Lock.UNTRIED
             store = self._ledger.store
-            self._ledger.ask("does not release a lock", store.release, self._chain, self._owner)
+            self._ledger.ask("cannot release a lock", store.release, self._chain, self._owner)

@@ -133,7 +133,7 @@ class _Auth(AuthBase, Generic[_Token]):
             response.close()
             status, service = response.status_code, current.service.title()
             raise SignInRequiredError(
-                f"{service} refuses the newest token there is: sign in again ({status})",
+                f"{service} refused the newest token that is known: sign in again ({status})",
                 provider=current.service,
                 status=status,
             )

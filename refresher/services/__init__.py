@@ -197,12 +197,12 @@ class Meaning:
 SIGN_IN = Meaning(SignInRequiredError, None, what="no longer accepts this token: sign in again")
 REFUSED = Meaning(RequestRefusedError, what="refused the request: check the arguments, keys and rights")
 BUSY = Meaning(UnavailableError, retry=True, what="is busy or down: try again later")
-UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached")
-LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part")
-FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: try again")
-STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL")
+UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached: check the URL, or try again later")
+LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part: call again")
+FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: call again")
+STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL and any proxy")
 FOREIGN = Meaning(ReplyError, what="or a proxy found nothing there: check the URL and any proxy")
-REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed")
+REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed: check the URL")
 _GATEWAY = attrs.evolve(FAILED, retry=True)  # the answer is lost, as if the connection had broken
 
 # What a reply means by its status alone. Each service adds the exceptions that it makes by its own codes.
@@ -246,8 +246,8 @@ def failure(
         kind, spent = UnavailableError if kind is OutcomeUnknownError else kind, False
     number = code if type(code) is int and abs(code) < 2**31 else None
     status = reply.status if reply else None
-    details = ", ".join(str(detail) for detail in (status, id or number) if detail is not None)
-    message = f"{request.service.title()} {case.what}" + (f": {reason}" if reason else "")
+    details = ", ".join(str(detail) for detail in (reason or None, status, id or number) if detail is not None)
+    message = f"{request.service.title()} {case.what}"
     return kind(
         message + (f" ({details})" if details else ""),
         provider=request.service,

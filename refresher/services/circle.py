@@ -137,7 +137,7 @@ class CircleCredential:
                 if is_new or not _has_expired(pair, reply):
                     return step
                 last = pair
-        raise failure("keeps returning expired tokens", step.request(user_token, request_id))
+        raise failure("keeps returning expired tokens: try again later", step.request(user_token, request_id))
 
     def following(self, pair: UserToken, /) -> Self:
         """Return the credential for a successor's pair."""
@@ -159,7 +159,7 @@ class CircleCredential:
         """Read the reply to the refresh: see `parse`. It has to be of the same user, as far as both tell."""
         pair = parse(reply, request)
         if self._is_of_another(pair):
-            raise failure("answered with a token of another user", request, reply)
+            raise failure("answered with a token of another user: check the URL and any proxy", request, reply)
         return pair
 
     def _is_of_another(self, pair: UserToken) -> bool:
@@ -245,7 +245,7 @@ def credential(
     Raises:
         InvalidArgumentError: An argument is wrong.
     """
-    check.need((user_token is None) != (user_id is None), "user_token or user_id", "must be given, and not both")
+    check.need((user_token is None) != (user_id is None), "user_token or user_id", "must be given, but not both")
     if not api_key or not api_key.reveal():
         check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
     return CircleCredential(
@@ -288,7 +288,7 @@ def parse(reply: Reply, request: Request) -> UserToken:
     except InvalidArgumentError:
         token = None
     if token is None:
-        raise failure("answered without a user token", request, reply)
+        raise failure("answered without a user token: check the URL and any proxy", request, reply)
     return token
 
 

@@ -237,7 +237,7 @@ def credential(
     Raises:
         InvalidArgumentError: An argument is wrong.
     """
-    check.need(jwt is not None, "jwt", "is missing")
+    check.need(jwt is not None, "jwt", "is missing: give the token of a sign-in")
     in_cookie_mode = check.flag("cookie_auth", cookie_auth)
     return KuzzleCredential(
         url=check.url("url", url, https=False),
@@ -260,7 +260,7 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
     envelope = reply.json()
     # Not by its id: gateways rewrite those, and a token is not to be lost over that.
     if envelope.get("action") not in ("refreshToken", None):
-        raise failure("or a proxy answered another request", request, reply)
+        raise failure("or a proxy answered another request: check the URL and any proxy", request, reply)
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
         return _token(result, reply, request)
     error = envelope.get("error")
@@ -289,11 +289,17 @@ def _token(result: dict[str, Any], reply: Reply, request: Request) -> KuzzleToke
     except InvalidArgumentError:
         token = None
     if token is None or token.jwt is None:
-        raise failure("answered without a token or its lifetime", request, reply)
+        raise failure("answered without a token or its lifetime: check the URL and any proxy", request, reply)
     if _is_of_another(token, request.secret):
-        raise failure("answered with a token of another user", request, reply)
+        raise failure("answered with a token of another user: check the URL and any proxy", request, reply)
     if Secret(token.jwt) == request.secret:
-        raise failure(Meaning(SignInRequiredError, True, what="returned the old token"), request, reply)
+        raise failure(
+            Meaning(SignInRequiredError, True, what="returned the old token, which now expires: sign in again"),
+            request,
+            reply,
+        )
     if token.ttl is not None and token.ttl <= timedelta(0):
-        raise failure(Meaning(SignInRequiredError, True, what="returned an expired token"), request, reply)
+        raise failure(
+            Meaning(SignInRequiredError, True, what="returned an expired token: sign in again"), request, reply
+        )
     return token

@@ -84,7 +84,7 @@ def check_store(value: object) -> Store:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
     if isinstance(value, type):
-        hint = "this is a class: use an instance of it, such as MemoryStore()"
+        hint = "use an instance of this class, such as MemoryStore()"
     elif isinstance(value, Store):
         return value
     elif isinstance(value, (str, os.PathLike)):
@@ -95,7 +95,7 @@ def check_store(value: object) -> Store:
         hint = "use TokenCache(DjangoStore(alias)) for a cache of Django's"
     else:
         missing = [name for name in _METHODS if not hasattr(value, name)]
-        hint = f"{type(value).__name__} has no {', '.join(missing)}. TokenCache() needs none"
+        hint = f"{type(value).__name__} has no {', '.join(missing)}; for a store in memory, use TokenCache()"
     raise InvalidArgumentError(f"store must be a Store: {hint}")
 
 

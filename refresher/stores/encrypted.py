@@ -69,7 +69,7 @@ class EncryptedStore:
             return value
         if not self._told:
             self._told = True
-            _log.warning("EncryptedStore can't decrypt %s...: it counts as missing. Has a key gone?", key[:8])
+            _log.warning("EncryptedStore can't decrypt %s..., which counts as missing: was a key removed?", key[:8])
         return None
 
     def set(self, key: str, value: str, seconds: int, /) -> object:

@@ -217,7 +217,7 @@ class FileStore:
         try:
             return self._given.expanduser() / "refresher"
         except RuntimeError:
-            raise NotADirectoryError(errno.ENOTDIR, "there is no such home", str(self._given)) from None
+            raise NotADirectoryError(errno.ENOTDIR, "there is no such home folder", str(self._given)) from None
 
     def _folder(self, key: str, *, make: bool = False) -> Path:
         """

@@ -16,7 +16,7 @@ from ..errors import InvalidArgumentError
 _log = logging.getLogger("refresher")
 # How many entries that were read lately are passed over before one of them is dropped after all.
 _CHANCES = 16
-# The endings of keys whose entries never push out living sessions.
+# The endings of keys whose entries never push out valid sessions.
 _ASIDE = ("-alias", "-attempt")
 
 
