@@ -879,7 +879,7 @@ sys.exit(_cli.main())
         process.send_signal(number)
         time.sleep(0.1)
     assert finish(process) == (75, "", "")
-    assert "The refresh goes on: call again" in complaint
+    assert "and the refresh goes on: call again" in complaint
     assert kuzzle.knows(finish(start("kuzzle", kuzzle.url, "--output", "token"))[1].strip())
 
 
