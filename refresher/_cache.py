@@ -44,7 +44,7 @@ class TokenCache:
     cache.
 
     Args:
-        store: Where entries live. None means in the memory of this process.
+        store: Where entries are kept. None means in the memory of this process.
         lease: How many seconds a refresh that was sent goes on when nobody waits for it any more.
         clock: Tells the time, in seconds since 1970. It may be wrong. None means the system's clocks: then a
             wall clock that is set does not matter on one machine.

@@ -151,7 +151,7 @@ class Ledger:
         )
 
     def pause(self, spend: Credential[T], attempt: Attempt | None) -> float:
-        """Seconds for which the service asked to be left alone."""
+        """Seconds for which the service asked callers to wait."""
         return max(self.observed.pause(spend.scope), attempt.pause_left(self.now()) if attempt else 0.0)
 
     # What the store has
@@ -211,7 +211,7 @@ class Ledger:
             self._aliases.put(key, chain.key)
 
     def save(self, chain: Chain[Any]) -> bool:
-        """Write a chain down. Tells whether that is done."""
+        """Write a chain down. Return whether that is done."""
         _, trouble = self.ask("cannot be written", self._save, chain)
         if trouble is None and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
@@ -277,7 +277,7 @@ class Ledger:
         return self.observed.seen_for(f"{attempt.by} {attempt.at.steady}") if age is None else age
 
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
-        """Write down what is tried with a credential. Tells whether that is done."""
+        """Write down what is tried with a credential. Return whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
         return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1] is None
 
@@ -296,7 +296,7 @@ class Ledger:
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
     def delete(self, key: str) -> bool:
-        """Remove an entry. Tells whether that is done."""
+        """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
 
 
@@ -313,7 +313,7 @@ class Lease:
         """Try to take the lock."""
         runtime, store = self._ledger.runtime, self._ledger.store
         asked = runtime.steady()
-        # In the memory of one process nobody dies alone.
+        # A lock in memory ends with its process, so its lease need not be short.
         seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
         held, trouble = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
         self.lock = Lock.LOST if held is None or trouble else Lock.HELD if held > 0 else Lock.OURS

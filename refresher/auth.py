@@ -141,7 +141,7 @@ class _Auth(AuthBase, Generic[_Token]):
 
 
 def _is_too_long(response: requests.Response) -> bool:
-    """Tell whether an answer says that it's longer than any error."""
+    """Whether an answer says that it is longer than any error."""
     try:
         return int(response.headers.get("Content-Length", 0)) > _LARGEST_BODY
     except ValueError:

@@ -28,10 +28,10 @@ class Token(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells it from another without revealing either."""
+        """Eight digits that tell tokens apart without revealing them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Write it down."""
+        """Return it in the service's own JSON."""
 
 
 T = TypeVar("T", bound=Token)
@@ -132,7 +132,7 @@ class Credential(Protocol[T_co]):
     def birth(self) -> float | None:
         """
         When it was issued, in whole seconds since 1970 by the service's clock, if a refresh within that second
-        would be fatal. None if it would not.
+        would end the session. None if it would not.
         """
 
     @property
@@ -141,11 +141,11 @@ class Credential(Protocol[T_co]):
 
     @property
     def requested(self) -> float | None:
-        """For how many seconds a successor is asked to be good. None if the service decides."""
+        """The lifetime that is asked for its successor, in seconds. None if the service decides."""
 
     @property
     def lifetime(self) -> float | None:
-        """For how many seconds it is good, from when it was asked for. None means for ever."""
+        """For how many seconds it is valid, from when it was asked for. None means for ever."""
 
     @property
     def refreshable_for(self) -> float | None:
@@ -156,7 +156,7 @@ class Credential(Protocol[T_co]):
 
     @property
     def expiry(self) -> float | None:
-        """When it expires, in seconds since 1970 by the service's clock, if it tells."""
+        """When it expires, in seconds since 1970 by the service's clock, if it says."""
 
     def read(self, values: Mapping[str, Any], /) -> T_co:
         """
@@ -170,10 +170,10 @@ class Credential(Protocol[T_co]):
         """Return the credential for a successor's token: what is sent with it stays as it is."""
 
     def unspent(self) -> Self | None:
-        """Return it with a result of its own, to be used while it is valid. None if it does not tell how long."""
+        """Return it with a result of its own, to be used while it is valid. None if it does not say how long."""
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
-        """Whether an error means that it is no good. None if it may."""
+        """Whether an error means that it was not accepted. None if that is uncertain."""
 
 
 @attrs.frozen
@@ -238,7 +238,7 @@ def failure(
         what: What the reply means, or what is wrong with a token in it.
         code: The ``code`` in the reply, if it is a number.
         id: The ``id`` in the reply, if it is spelled like a name.
-        reason: What the matter was.
+        reason: The root cause.
     """
     case = attrs.evolve(STRANGE, what=what) if isinstance(what, str) else what
     kind, spent = case.error, case.spent

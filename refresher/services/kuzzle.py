@@ -41,7 +41,7 @@ _MEANINGS = {
     "security.rights.unauthorized": _ENDED,
     "security.token.expired": _ENDED,
     "security.token.invalid": SIGN_IN,  # expired, logged out, refreshed already: Kuzzle does not say which
-    # Redis is away. (Token and cookie together have this id too, but are never sent together.) 500.
+    # Redis is down. (Token and cookie together have this id too, but are never sent together.) 500.
     "security.token.verification_error": BUSY,
     "services.cache.not_connected": BUSY,
     "services.cache.notconnected": BUSY,
@@ -54,7 +54,7 @@ _NAME = re.compile("[a-z_]+(?:\\.[a-z_]+){2}")
 
 def milliseconds(timespan: str | timedelta) -> float | None:
     """
-    Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None: it is none.
+    Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None if it is not one.
 
     Example:
         >>> milliseconds("1.5 hrs"), milliseconds("-1"), milliseconds("1mo")
@@ -71,7 +71,7 @@ def milliseconds(timespan: str | timedelta) -> float | None:
 
 
 def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
-    """Accept a lifetime that Kuzzle understands and that leaves a session alive."""
+    """Accept a lifetime that Kuzzle understands and that does not end the session."""
     value = hide(value)  # it might be a secret in the wrong place
     if value is None:
         return None
@@ -137,7 +137,7 @@ class KuzzleCredential:
     def birth(self) -> float | None:
         """
         Its ``iat``: within that second of Kuzzle's clock, a refresh to the same ``exp`` returns the token itself,
-        which dies a second later.
+        which expires a second later.
         """
         known = claims(self.jwt)
         if known.iat is None or known.exp is None:
@@ -189,7 +189,7 @@ class KuzzleCredential:
 
     @property
     def lifetime(self) -> float | None:
-        """For how many seconds it is good, from when it was asked for."""
+        """For how many seconds it is valid, from when it was asked for."""
         if self.token is None or self.token.ttl is None:
             return None
         known = claims(self.jwt).lifetime
@@ -203,7 +203,7 @@ class KuzzleCredential:
         return claims(self.jwt).exp is not None
 
     def unspent(self) -> Self | None:
-        """Return it with a result of its own, if it tells how long it is good."""
+        """Return it with a result of its own, if it says how long it is valid."""
         known = claims(self.jwt)
         if known.exp is None:
             return None
@@ -213,7 +213,7 @@ class KuzzleCredential:
         )
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
-        """Tell whether an error means that the token is no good."""
+        """Whether an error means that the token was not accepted."""
         if status != 401:
             return False
         error = body.get("error")
@@ -255,10 +255,10 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
     Read the reply. The token has its jwt in cookie mode too.
 
     Raises:
-        RefreshError: There is no living new token in it.
+        RefreshError: It has no valid new token.
     """
     envelope = reply.json()
-    # Not by its id: gateways rewrite those, and a token is not to be lost over that.
+    # Request ids are not compared: gateways rewrite them, and a token must not be lost over that.
     if envelope.get("action") not in ("refreshToken", None):
         raise failure("or a proxy answered another request: check the URL and any proxy", request, reply)
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
@@ -277,7 +277,7 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
 
 
 def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
-    """Whether a token and a jwt are of two users, as far as they tell."""
+    """Whether a token and a jwt are of two users, as far as they say."""
     user = claims(jwt).subject
     found = {token.kuid, claims(Secret(token.jwt or "")).subject} if token else set()
     return user is not None and bool(found - {user, None})

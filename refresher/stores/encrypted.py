@@ -1,4 +1,4 @@
-"""Entries that only those can read who have a key."""
+"""Entries that cannot be read without a key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EncryptedStore:
     logged for the first one. Needs ``refresher[crypto]``.
 
     Args:
-        store: Where the entries live.
+        store: Where the entries are kept.
         keys: Fernet keys: make one with ``cryptography.fernet.Fernet.generate_key()``. The first one encrypts,
             all of them decrypt. To change keys, put the new one first and remove the old one a month later.
 

@@ -68,7 +68,7 @@ class _Part:
         # An entry that is not on the shelf yet lives in here.
         self._queue: deque[tuple[str, _Entry | None]] = deque()
         self._shelf = _Shelf(maxsize, timer)
-        # Which generator follows a dead one, or is the first one of a process.
+        # Which generator follows an interrupted one, or is the first one of a process.
         self._followers: dict[object, Iterator[list[str]]] = {}
         self._follow(os.getpid())
 
@@ -85,7 +85,7 @@ class _Part:
         return entry.value
 
     def set(self, key: str, value: str, seconds: float) -> list[str]:
-        """Write an entry. Returns the keys of living ones that had to make room."""
+        """Write an entry. Returns the keys of valid ones that had to make room."""
         entry = _Entry(key, value, self._timer() + seconds)
         self._found[key] = entry
         self._queue.append((key, entry))
@@ -115,7 +115,7 @@ class _Part:
         self._current = os.getpid(), self._followers.setdefault(last, self._tidying())
 
     def _tidying(self) -> Iterator[list[str]]:
-        """Work off the queue, each time. Yields the keys of living entries that were dropped."""
+        """Work off the queue, each time. Yields the keys of valid entries that were dropped."""
         self._shelf = self._full_shelf()
         while True:
             while self._queue:
@@ -161,9 +161,9 @@ class MemoryStore:
     A child that is forked starts with what its parent had. A pickled store is empty.
 
     Args:
-        maxsize: How many sessions there may be. Beyond, those go that have not been used for long, and each is
-            told to the logger ``refresher``. As much again is there for what is known of spent tokens.
-        timer: What time is told by, in seconds.
+        maxsize: How many sessions it holds. Beyond that, it drops those that have not been used for long, and
+            logs each to ``refresher``. It holds as many entries again for spent tokens.
+        timer: The clock, in seconds.
 
     Raises:
         InvalidArgumentError: *maxsize* is less than one.
