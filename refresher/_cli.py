@@ -351,8 +351,8 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
     tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. If those
     are not set, they are read from standard input: JSON with members "userToken"
-    and "refreshToken", such as this command prints. On a terminal, you are asked for
-    what is missing.
+    and "refreshToken", such as this command prints. On a terminal, you are asked
+    for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
     ones. They are refreshed when the user token is about to expire.
