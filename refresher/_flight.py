@@ -124,7 +124,7 @@ class Flight(Generic[T]):
         return self.until() - self._runtime.steady()
 
     def answer_by(self) -> float:
-        """Leave what was sent as long as an exchange may take, when nobody waits any more."""
+        """Give a request that was sent the time that an exchange may take, even if nobody waits any more."""
         if not self._departed:
             return self.until()
         return max(self.until(), max(self._gone_at, self._left_at) + self._limit)
@@ -366,7 +366,7 @@ class Flight(Generic[T]):
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
 
     def _wait_for_news(self, seconds: float) -> None:
-        """Let others come back with the successor of a token that the service does not accept any more."""
+        """Wait for another process to save the successor of a token that the service refused."""
         self.status = f"{self._service} refused the token, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
             raise OutcomeUnknownError(f"{self.status}: call again", provider=self.call.credential.service)

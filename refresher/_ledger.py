@@ -95,7 +95,7 @@ class Ledger:
         return chain or Chain(key=key), is_recent or self.is_local
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
-        """Return the newest credential with a token, how long that is valid, its window, and if it will not do."""
+        """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
         now = self.now()
         newest, requested = chain.newest, chain.requested
         if newest is not None and requested is not None:

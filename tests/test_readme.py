@@ -177,6 +177,16 @@ def test_exit_statuses(capsys):
     assert re.findall(r"\b(\d+) (?:nothing|fix|check|try|sign)", section("Cron").replace("\n", " ")) == listed
 
 
+def test_contributing():
+    """What a contributor is told to run is there."""
+    told = section("Contributing")
+    assert "`python -m tests`" in told
+    named = re.findall(r"`python (tests/\w+(?:\.py)?)`|`(tests/\w+\.py)`|`(refresher/\w+)`", told)
+    assert len(named) >= 7
+    for path in ("".join(each) for each in named):
+        assert (ROOT / path).is_file() or (ROOT / path / "__main__.py").is_file() or (ROOT / path).is_dir(), path
+
+
 def test_names():
     """What people import is spoken of, and nothing that is not there."""
     for name in set(refresher.__all__) - {"KuzzleToken", "SHARED_CACHE", "Store", "UserToken", "__version__"}:

@@ -58,7 +58,7 @@ class Store(Protocol):
 
         Args:
             key: What is locked.
-            owner: Who takes it: a name that nobody else has. If it's the present owner, the lease begins anew.
+            owner: Who takes it: a name that nobody else has. If it's the present owner, the lease starts again.
             lease: Seconds after which others may take it, unless it is renewed.
 
         Returns:
@@ -70,7 +70,7 @@ class Store(Protocol):
         """
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
 
     def release(self, key: str, owner: str, /) -> object:
         """Let others take a lock. Nothing happens if *owner* does not hold it any more."""

@@ -85,7 +85,7 @@ class EncryptedStore:
         return self._store.acquire(key, owner, lease)
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         return self._store.renew(key, owner, lease)
 
     def release(self, key: str, owner: str, /) -> object:

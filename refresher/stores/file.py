@@ -294,7 +294,7 @@ class FileStore:
             return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         with self._locked(key) as (path, holder, left):
             held = left > 0 and holder == owner
             if held:

@@ -56,9 +56,9 @@ class _Part:
     """
     Entries of one kind. No method ever waits, so all may be called from a signal handler or a ``__del__``.
 
-    To read, write or delete an entry is one step of a dictionary, which refers to entries weakly. The shelf keeps
-    them alive. What has to be done on it is queued, and done by a generator, as Python lets nobody resume one that
-    runs already. A generator that was interrupted is followed by another one, which puts everything on a new shelf.
+    Reading, writing or deleting an entry is one step on a dictionary with weak references. The shelf has the strong
+    ones. Changes to the shelf are queued and made by a generator: Python does not resume one that is running, so two
+    threads never change the shelf at once. If a generator was interrupted, another one puts all on a new shelf.
     """
 
     def __init__(self, maxsize: int, timer: Callable[[], float]) -> None:
@@ -233,7 +233,7 @@ class MemoryStore:
         return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         now = self._timer()
         hold = self._locks.get(key)
         if hold is None or hold.owner != owner or hold.ends <= now or not hold.draw():
