@@ -67,7 +67,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from ._api import refresh_kuzzle_token, refresh_user_token
 from ._cache import SHARED_CACHE, TokenCache

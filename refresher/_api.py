@@ -123,7 +123,7 @@ def _in_cookie_mode(
     base = check.url("url", url, https=False)
     found = hide(find_cookie(jar, base, kuzzle.COOKIE)) if jwt is None else jwt
     if found is None:
-        check.fail("jwt", "is missing, and so is an authToken cookie")
+        check.fail("jwt", "is missing, and the session has no authToken cookie")
     in_cookie_mode, in_cookie = True, jwt is None
     token: KuzzleToken = _answer(cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)
     keep_cookie(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))

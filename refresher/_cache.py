@@ -48,7 +48,7 @@ class TokenCache:
     cache.
 
     Args:
-        store: Where entries live. None means in the memory of this process.
+        store: Where entries are kept. None means in the memory of this process.
         lease: How many seconds a refresh that was sent goes on when nobody waits for it any more.
         clock: Tells the time, in seconds since 1970. It may be wrong. None means the system's clocks: then a
             wall clock that is set does not matter on one machine.
@@ -316,7 +316,7 @@ class TokenCache:
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
         if trouble is not None or not self._ledger.drop(chain, keys):
-            self._fail("cannot be reached: other processes may remember the session", credential)
+            self._fail("cannot be reached, so other processes may still use the session: call again", credential)
 
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""

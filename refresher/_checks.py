@@ -1,7 +1,7 @@
 """
 What an argument has to be. Complaints name the argument and never show its value.
 
-Each check takes a value as it is or wrapped in a `Secret`, and returns it unwrapped, but for tokens. The frames of a
+Each check takes a value as it is or wrapped in a `Secret`, and returns it unwrapped, except for tokens. The frames of a
 complaint hold no value: it might be a secret in the wrong place.
 """
 
@@ -24,11 +24,11 @@ from .errors import InvalidArgumentError
 if TYPE_CHECKING:
     import requests
 
-#: A number of seconds, or as long as it takes.
+#: A number of seconds. None means no limit.
 Seconds = float | timedelta | None
 
 _VISIBLE = re.compile(r"[!-~]+")
-# Parsers agree about such a URL. About other hosts requests is asked; it takes a while to import.
+# All parsers read such a URL alike. For other hosts requests is asked, which takes a while to import.
 _URL = re.compile(r"(?i)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{0,5})?(/[^\\?#]*)?", re.ASCII)
 _PLAIN_HOST = re.compile(r"(?i)(?!.*\.\.)[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
 _INVISIBLE = "must not be empty or have white space, control or non-ASCII characters in it"
@@ -60,7 +60,7 @@ def _base_url(url: str, https: bool) -> tuple[str, str]:
 
             PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
-        return "", "is not a URL"
+        return "", "must be a URL with a valid host and port"
     if not _URL.fullmatch(url) or not host or port == 0:
         return "", "must look like https://host, https://host:port or https://host/path"
     if https and scheme != "https" and not is_loopback(host):
@@ -109,7 +109,7 @@ class Checks:
         return str(reveal(value))
 
     def flag(self, name: str, value: Any) -> bool:
-        """Accept True and False, but none of their look-alikes."""
+        """Accept True and False, not 1 or 0."""
         value = hide(value)
         self.need(isinstance(reveal(value), bool), name, "must be True or False")
         return bool(reveal(value))
@@ -130,7 +130,7 @@ class Checks:
         return url
 
     def seconds(self, name: str, value: Any) -> float | None:
-        """Accept a number of seconds or a timedelta; None and -1 mean as long as it takes."""
+        """Accept a number of seconds or a timedelta; None and -1 mean no limit."""
         value = hide(value.total_seconds() if isinstance(value, timedelta) else value)
         if value is None or (reveal(value) == -1 and not isinstance(reveal(value), bool)):
             return None

@@ -116,7 +116,7 @@ class _Run(logging.Handler):
                 log.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a warning, unless it is about a single attempt: how those end is told anyway."""
+        """Print a warning, unless it is about a single attempt: the outcome is printed anyway."""
         if not self.is_quiet and not self.ended_by and record.name != "refresher.attempts":
             self.complain(record.getMessage())
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     Args:
-        argv: The arguments. None: those of this process, which is about to end.
+        argv: The arguments. None means those of this process, which ends afterwards.
 
     Returns:
         The exit status.
@@ -244,15 +244,15 @@ def _parser() -> argparse.ArgumentParser:
         about = "what to print (default: json)"
         each.add_argument("--output", choices=("json", "table"), default="json", help=about)
     option = print_kuzzle.add_argument
-    option("--expires-in", metavar="TIME", help='how long new tokens live, such as "2h"')
+    option("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
     option("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
     option("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
         outputs = ("json", "token", "env", "headers")
         option("--output", choices=outputs, default="json", help="what to print (default: json)")
-        about = "refresh a token with less time left (default: 6m); make it more than what lies between two runs"
+        about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
         option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
-        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait no longer (default: 30s)")
+        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait this long at most (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
@@ -276,7 +276,7 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     """Return what to print of a session's newest token, refreshed if it is about to expire."""
     run.is_quiet = arguments.quiet
     if sys.stdout is None:
-        raise InvalidArgumentError("standard output is closed: a token could not be printed")
+        raise InvalidArgumentError("standard output is closed, so no token could be printed")
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
     timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
@@ -339,7 +339,7 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     Forget a session: remove its tokens from the store.
 
     Give any token of the session, as you would to print one. The service is not
-    told: there, the session lives on until it expires.
+    told: there, the session stays valid until it expires.
     """
     credential: Any = find(arguments, run)
     names = ["refresh_token", "device_id", "user_token", "user_id", "base_url"]
@@ -362,13 +362,20 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
 
     The token of your sign-in is read from the environment variable KUZZLE_JWT. If
     that is not set, it is read from standard input: bare, or as JSON with a member
-    "jwt". A terminal is asked for it.
+    "jwt". On a terminal, you are asked for it.
 
     The newest token is kept in the store, so each run may begin with the same one.
     It is refreshed when it is about to expire.
 
     For example:
       refresher kuzzle https://kuzzle.example.com --output token <first-token
+
+    To keep a session alive, put this into your crontab (crontab -e):
+      KUZZLE=https://kuzzle.example.com
+      */5 * * * * refresher kuzzle $KUZZLE --quiet <~/.kuzzle-token >/dev/null
+
+    Runs may overlap. If they are rarer, raise --ahead. A failure is one line on
+    standard error. If cron does not find refresher, write its full path.
     """
     run.about = ["kuzzle"]
     options = {name: getattr(arguments, name) for name in ("url", "expires_in", "trigger_events", "strategy")}
@@ -384,8 +391,8 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
     tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. If those
     are not set, they are read from standard input: JSON with members "userToken"
-    and "refreshToken", such as this command prints. A terminal is asked for what is
-    missing.
+    and "refreshToken", such as this command prints. On a terminal, you are asked
+    for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
     ones. They are refreshed when the user token is about to expire.
@@ -455,7 +462,7 @@ def _store(arguments: argparse.Namespace) -> Store:
         store.check()
         return EncryptedStore(store, Secret(os.environ[_KEY]).reveal().split()) if _KEY in os.environ else store
     except (BlockingIOError, TimeoutError):
-        failure = UnavailableError("another process does not let go of the store")
+        failure = UnavailableError("another process has locked the store: try again later")
     except (OSError, RuntimeError, ImportError, InvalidArgumentError) as error:
         failure = InvalidArgumentError(f"the store (--store, {_KEY}) can't be used: {error}")
     raise failure

@@ -27,7 +27,7 @@ _SILENCE = 10.0
 
 
 class Observed:
-    """What a process has learned about services and tokens: their clocks, their pauses, when tokens came up."""
+    """What a process has learned: clocks and pauses of services, and when it first saw each token."""
 
     def __init__(self, runtime: Runtime, clock: Callable[[], float] | None = None) -> None:
         self._runtime = runtime
@@ -71,11 +71,11 @@ class Observed:
         return earliest, max(earliest, self._wall() + offsets[1])
 
     def leave_alone(self, scope: str, seconds: float) -> None:
-        """Remember that a service asked to be left alone."""
+        """Remember that a service asked callers to wait."""
         self._pauses.put(scope, max(self._pauses.get(scope) or 0.0, self._runtime.steady() + seconds))
 
     def pause(self, scope: str) -> float:
-        """Seconds that a service still wants to be left alone."""
+        """Seconds for which a service still asks callers to wait."""
         return max(0.0, (self._pauses.get(scope) or 0.0) - self._runtime.steady())
 
 
@@ -105,7 +105,7 @@ class Patience(Protocol):
 
 
 class FixedPatience:
-    """The patience of one call that does its refresh itself: it is given up when time is up."""
+    """The patience of one call that does its refresh itself: it ends when time is up."""
 
     def __init__(self, runtime: Runtime, timeout: float | None, retry: bool, tell: Callable[[str], object]) -> None:
         self._runtime, self._retry, self._tell = runtime, retry, tell
@@ -158,10 +158,10 @@ class Exchange:
 
     def __call__(self, request: Request, parse: Callable[[Reply, Request], T]) -> tuple[T, Reply]:
         """
-        Send a request, again if need be, read the reply and log what came of it.
+        Send a request, again if need be, read the reply and log the outcome.
 
-        Where nothing was spent, it is sent again. Where the answer was lost it is too: Circle knows a repetition by
-        its idempotency key; Kuzzle refuses a token that is spent, which then shows that it is.
+        It is sent again if nothing was spent, and also if the answer was lost: Circle recognizes a repetition by its
+        idempotency key; Kuzzle refuses a token that was spent, which shows that it was.
 
         Raises:
             RefreshError: There was no answer in time, or it was a refusal.
@@ -206,11 +206,11 @@ class Exchange:
             )
 
     def _leave_alone(self, request: Request) -> None:
-        """Wait for as long as the service asked to be left alone, whichever call was told."""
+        """Wait for as long as the service asked, whichever call it told."""
         while (pause := self._observed.pause(self._scope)) > 0:
             if not self._patience.retry() or pause >= self._patience.until() - self._runtime.steady():
-                raise not_yet(request.service, "asked to be left alone", pause)
-            self._patience.failed(not_yet(request.service, "asked to be left alone", pause))
+                raise not_yet(request.service, "asked to wait", pause)
+            self._patience.failed(not_yet(request.service, "asked to wait", pause))
             self._patience.pause(pause)
 
     def _send(self, request: Request) -> Reply:

@@ -60,7 +60,7 @@ class Flight(Generic[T]):
     exception at any point leaves it usable.
     """
 
-    kind = "The refresh"
+    kind = "refresh"
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class Flight(Generic[T]):
         return self.until() - self._runtime.steady()
 
     def answer_by(self) -> float:
-        """Leave what was sent as long as an exchange may take, when nobody waits any more."""
+        """Give a request that was sent the time that an exchange may take, even if nobody waits any more."""
         if not self._departed:
             return self.until()
         return max(self.until(), max(self._gone_at, self._left_at) + self._limit)
@@ -228,7 +228,7 @@ class Flight(Generic[T]):
         credential = self.call.credential
         if self._departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
-            what = f"{self._service} did not answer in time. {self.kind} goes on: call again"
+            what = f"{self._service} did not answer in time, and the {self.kind} goes on: call again"
             return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
         return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
 
@@ -307,7 +307,9 @@ class Flight(Generic[T]):
         end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
         while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
             if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-                raise OutcomeUnknownError(f"For too long, {self.status}", provider=self.call.credential.service)
+                raise OutcomeUnknownError(
+                    f"Time is up, and {self.status}: call again", provider=self.call.credential.service
+                )
             self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
             poll = min(1.2 * poll, _rules.LONGEST_POLL)
             self._lease.take()
@@ -329,12 +331,12 @@ class Flight(Generic[T]):
         if step is Step.WAIT_FOR_SERVICE:
             if view.pause < time_left and self.retry():
                 return self.pause(view.pause)
-            raise not_yet(service, "asked to be left alone", view.pause)
+            raise not_yet(service, "asked to wait", view.pause)
         self.status = f"{self._ledger.name} cannot be read or written"
         if can_wait and step is not Step.GO_ON:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON
-        what = f"{self.status}, so nothing was sent to {self._service}"
+        what = f"{self.status}, so nothing was sent to {self._service}: try again later"
         raise UnavailableError(what, provider=service, spent=False)
 
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
@@ -422,10 +424,10 @@ class Flight(Generic[T]):
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
 
     def _wait_for_news(self, seconds: float) -> None:
-        """Let others come back with the successor of a token that the service does not accept any more."""
+        """Wait for another process to save the successor of a token that the service refused."""
         self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise OutcomeUnknownError(self.status, provider=self.call.credential.service)
+            raise OutcomeUnknownError(f"{self.status}: call again", provider=self.call.credential.service)
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
 
     def _clean_up(self) -> None:
@@ -464,7 +466,7 @@ class SignOut(Flight[T]):
     Nobody refreshes it meanwhile, since it holds the lock. Who joins it asks again when it is over.
     """
 
-    kind = "The sign-out"
+    kind = "sign-out"
     error: RefreshError | None = None
     is_over = False
     _told = ""  # the key of the token that was signed out last

@@ -14,12 +14,13 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from http.client import HTTPException, HTTPResponse, IncompleteRead, ResponseNotReady, parse_headers
+from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
 import attrs
 import requests
+import urllib3
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
 from requests.exceptions import ConnectTimeout, InvalidSchema, InvalidURL
@@ -46,13 +47,19 @@ _PERIOD = 5.0
 _ONCE = Retry(0, read=False)
 _RAW: Any = {"retries": _ONCE, "redirect": False, "assert_same_host": False, "preload_content": False}
 
-# An answer is short. Packed, it could be a bomb.
+# A reply is short. Compressed, a few bytes could become gigabytes.
 _OURS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"refresher/{__version__}"}
 
 _NEVER_SENT = (ConnectTimeoutError, NewConnectionError, ProxyError, ConnectTimeout, InvalidSchema, InvalidURL)
-# What fails in here has sent nothing. OpenSSL's errors do not tell.
+# If this fails, nothing was sent. OpenSSL's errors do not say so.
 _CONNECTING = "urllib3.connection", "connect"
-_REASONS: dict[type, str] = {TimeoutError: "timed out", socket.gaierror: "unknown host name"}
+_REASONS: dict[type, str] = {
+    TimeoutError: "timed out",
+    socket.gaierror: "unknown host name",
+    RemoteDisconnected: "the connection was closed",
+    IncompleteRead: "the response was incomplete",
+    urllib3.exceptions.IncompleteRead: "the response was incomplete",
+}
 
 
 @attrs.define
@@ -68,12 +75,12 @@ class _Call:
     overtime: int = 0
 
     def remaining(self) -> float:
-        """Count the seconds until the caller gives up: on connecting, or on the answer."""
+        """Seconds until the caller gives up: on connecting, or on the answer."""
         by = self.answer_by()
         return (min(by, self.connect_by) if self.sent_at is None else by) - self.steady()
 
     def leave(self) -> None:
-        """Pass the point of no return, unless the caller stops it."""
+        """Note that the request leaves now, unless the caller stops it."""
         if self.answer_by() <= self.steady():
             raise TimeoutError
         try:
@@ -115,13 +122,13 @@ def send(
     """
     Send a request once and read the reply, whatever it is. `Runtime.send` says more; *steady* is its clock.
 
-    Whatever the peer does, dripping bytes too, there is an end to the wait. As long as nothing was sent, it
-    ends as soon as `answer_by()` is over.
+    The wait ends, whatever the peer does, even if it sends byte by byte. As long as nothing was sent, it ends
+    when `answer_by()` is over.
 
     A caller's session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is not
-    changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so it is passed by. Its
-    adapters do not tell when a connection stands, so *depart* is called before they connect. And they take an
-    interim answer for the answer: that leaves the outcome open.
+    changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so that is not used. Its
+    adapters do not say when they have connected, so *depart* is called before. And they mistake an interim
+    answer for the final one, which leaves the outcome unknown.
 
     Raises:
         UnavailableError: Nothing was sent.
@@ -163,10 +170,10 @@ def _send_on_lent(request: Request, session: requests.Session, call: _Call) -> R
 
 def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
     """
-    Do in a thread of its own what may not keep to its time, and wait for it as long as time remains.
+    Run *work* in a thread of its own, as it may take too long, and wait for it while time remains.
 
     Raises:
-        TimeoutError: It isn't done. It goes on, and nobody is told.
+        TimeoutError: It is not done. It goes on, and its outcome is dropped.
     """
     outcome: Future[_T] = Future()
 
@@ -191,7 +198,7 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
 
 
 def _timeout(seconds: float) -> float | None:
-    """Make a timeout that a socket takes. None: there is none."""
+    """Return a timeout that a socket accepts. None means no limit."""
     return None if seconds > 1e9 else max(seconds, 0.001)
 
 
@@ -221,7 +228,7 @@ def _prepare(request: Request, session: requests.Session) -> requests.PreparedRe
 
 
 def _is_replaced(*parts: Any) -> bool:
-    """Tell that something stands in for parts of requests or urllib3, as in tests: it gets our requests too."""
+    """Whether parts of requests or urllib3 are replaced, as in tests. What replaces them gets our requests too."""
     homes = "requests.adapters", "requests.sessions", "urllib3.connection"
     return any(part.__module__ not in homes for part in parts)
 
@@ -253,7 +260,7 @@ def _reply(response: Any, call: _Call) -> Reply:
 
 
 def _body(response: Any) -> bytes:
-    """Read the body. One of more than 1 MiB, or packed in an unknown way, is no answer and reads as empty."""
+    """Read the body. One of more than 1 MiB, or with an unknown compression, reads as empty."""
     received = io.BytesIO()
     for _ in map(received.write, response.stream(65536, decode_content=False)):
         if received.tell() > _LARGEST_BODY:
@@ -261,7 +268,7 @@ def _body(response: Any) -> bytes:
     if response.headers.get("Content-Encoding", "identity") == "identity":
         return received.getvalue()
     try:
-        # 32 + 15: gzip or deflate, it sees which.
+        # 32 + 15: gzip or deflate, as the header says.
         body = zlib.decompressobj(47).decompress(received.getvalue(), _LARGEST_BODY + 1)
     except zlib.error:
         return b""
@@ -278,7 +285,7 @@ def _cookies(headers: Any) -> dict[str, str]:
 
 
 def _links(error: BaseException) -> Iterator[BaseException]:
-    """Walk from what the HTTP library raised down to what was the matter."""
+    """Yield the HTTP library's error and its causes. The last one is the root."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -287,7 +294,7 @@ def _links(error: BaseException) -> Iterator[BaseException]:
 
 
 def _was_never_sent(error: Exception) -> bool:
-    """Tell whether the service cannot have seen the request, although an adapter had it."""
+    """Whether the service cannot have seen the request, although an adapter had it."""
     if type(error) is OSError and error.errno is None:  # requests' complaint about a missing CA bundle
         return True
     links = list(_links(error))
@@ -297,7 +304,7 @@ def _was_never_sent(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Say what was the matter, in words that cannot hold a secret."""
+    """Return the root cause, in words that cannot contain a secret."""
     *_, root = _links(error)
     if isinstance(root, ssl.SSLCertVerificationError):
         return str(root.verify_message)
@@ -329,7 +336,7 @@ def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[st
     """
     Put a cookie into the session's jar, in place of all of its *name* that would go to *url*.
 
-    It has no expiry: by that, a jar whose clock is ahead would throw away what may be the only copy of a token.
+    It has no expiry, by which a jar whose clock is ahead would drop what may be the only copy of a token.
     """
     host = eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1]
     details: Any = {"domain": host, "path": "/", "rest": {"HttpOnly": ""}}
@@ -441,9 +448,9 @@ def _pools(process: int, period: float) -> Callable[[str], tuple[Any, str]]:  # 
     """
     Get what finds our connections to a URL, and what to ask for on them.
 
-    They are new every few seconds: a connection that was idle for longer may be dead, and a request on it be
-    lost, where a new one tells that nothing was sent. And they are new in each process: a forked child that
-    used its parent's connections would read its parent's answers.
+    They are new every few seconds: a connection that was idle for longer may be broken, and a request on it
+    would be lost. If connecting anew fails, it is certain that nothing was sent. And they are new in each
+    process: a forked child that used its parent's connections would read its parent's answers.
     """
     return functools.lru_cache(maxsize=64)(functools.partial(_find_pool, HTTPAdapter(pool_maxsize=64)))
 

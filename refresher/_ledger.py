@@ -98,7 +98,7 @@ class Ledger:
         return chain or Chain(key=key), is_recent or self.is_local
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
-        """Return the newest credential with a token, how long that is valid, its window, and if it will not do."""
+        """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
         now = self.now()
         newest, requested = chain.newest, chain.requested
         if newest is not None and requested is not None:
@@ -156,7 +156,7 @@ class Ledger:
         )
 
     def pause(self, spend: Credential[T], attempt: Attempt | None) -> float:
-        """Seconds for which the service asked to be left alone."""
+        """Seconds for which the service asked callers to wait."""
         return max(self.observed.pause(spend.scope), attempt.pause_left(self.now()) if attempt else 0.0)
 
     # What the store has
@@ -216,7 +216,7 @@ class Ledger:
             self._aliases.put(key, chain.key)
 
     def save(self, chain: Chain[Any]) -> bool:
-        """Write a chain down. Tells whether that is done."""
+        """Write a chain down. Return whether that is done."""
         _, trouble = self.ask("cannot be written", self._save, chain)
         if trouble is None and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
@@ -291,7 +291,7 @@ class Ledger:
         return self.observed.seen_for(f"{attempt.by} {attempt.at.steady}") if age is None else age
 
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
-        """Write down what is tried with a credential. Tells whether that is done."""
+        """Write down what is tried with a credential. Return whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
         return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1] is None
 
@@ -311,7 +311,7 @@ class Ledger:
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
     def delete(self, key: str) -> bool:
-        """Remove an entry. Tells whether that is done."""
+        """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
 
 
@@ -328,9 +328,9 @@ class Lease:
         """Try to take the lock."""
         runtime, store = self._ledger.runtime, self._ledger.store
         asked = runtime.steady()
-        # In the memory of one process nobody dies alone.
+        # A lock in memory ends with its process, so its lease need not be short.
         seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
-        held, trouble = self._ledger.ask("does not lock", store.acquire, self._chain, self._owner, seconds)
+        held, trouble = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
         self.lock = Lock.LOST if held is None or trouble else Lock.HELD if held > 0 else Lock.OURS
         if self.lock is Lock.OURS:
             self._until = asked + seconds
@@ -344,7 +344,7 @@ class Lease:
             asked = runtime.steady()
             if self.lock is Lock.OURS and asked < self._until:
                 arguments = self._chain, self._owner, _rules.LEASE
-                is_ours, trouble = self._ledger.ask("does not renew a lock", store.renew, *arguments)
+                is_ours, trouble = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
                 if trouble is None:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
 
@@ -359,4 +359,4 @@ class Lease:
         if self.lock is Lock.OURS:
             self.lock = Lock.UNTRIED
             store = self._ledger.store
-            self._ledger.ask("does not release a lock", store.release, self._chain, self._owner)
+            self._ledger.ask("cannot release a lock", store.release, self._chain, self._owner)

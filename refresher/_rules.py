@@ -36,7 +36,7 @@ LEASE = 5.0  # of a lock, renewed by its holder
 TRUSTED = 0.5  # how long memory is trusted where others share the store
 SETTLED = 2.0  # how long a store must have been well before it proves anything
 POLL, LONGEST_POLL = 0.05, 0.25  # how often a lock that another holds is tried
-ONE_EXCHANGE = 0.2  # how long who has the lock is waited for in any case
+ONE_EXCHANGE = 0.2  # how long the lock's holder is waited for in any case
 DAY = 86400.0  # how long spent tokens are remembered
 FOREVER = 3650 * DAY
 ROOM = 2048  # how many bytes a store must have for what is about to come, at least
@@ -83,13 +83,13 @@ class Chain(Generic[T]):
 
     Args:
         key: What the store knows it by: the key of the credential it began with.
-        generation: Counts its tokens. Of two opinions on a chain, that with the higher generation is right.
+        generation: Counts its tokens. If two copies of a chain differ, the higher generation wins.
         newest: Its newest credential. None if none is known: it was forgotten, or the caller's own is the newest.
         has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
         requested: When that was asked for.
         took: Seconds until it arrived.
         asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
-        lifetime: Seconds it is good for, from when it was asked for. None means for ever.
+        lifetime: Seconds it is valid for, from when it was asked for. None means for ever.
         text: The store's entry.
     """
 
@@ -104,7 +104,7 @@ class Chain(Generic[T]):
     text: str | bytes | None = attrs.field(default=None, repr=False)
 
     def covers(self, requested: float | None) -> bool:
-        """Whether its newest token was asked for to be good for as long as a call wants."""
+        """Whether its newest token was requested with the lifetime that a call asks for, or more."""
         if requested is None or self.lifetime is None:
             return True
         return requested <= (self.lifetime + 1 if self.asked_for is None else self.asked_for)
@@ -156,12 +156,12 @@ def read(key: str, text: str | bytes | None, credential: Credential[T]) -> Chain
 
 
 def write_alias(chain: str, credential: Credential[Any]) -> str:
-    """Write down that a credential belongs to a chain. Only who has its secret can."""
+    """Write down that a credential belongs to a chain. Only a process that has its secret can."""
     return json.dumps({"chain": chain, "proof": key_of(chain, credential.secret)})
 
 
 def read_alias(text: str | bytes | None, credential: Credential[Any]) -> str | None:
-    """Return the chain that a credential belongs to. None if nobody knows, or who wrote it did not."""
+    """Return the chain that a credential belongs to. None if the store does not say, or the proof is wrong."""
     entry = json_object(text)
     chain = str(entry.get("chain"))
     return chain if entry.get("proof") == key_of(chain, credential.secret) else None
@@ -181,7 +181,7 @@ class Attempt:
         is_open: Whether its outcome is not known to anybody else.
         refusals: How often the service has refused the credential in a row.
         error: What it said, as arguments of `SignInRequiredError`.
-        pause: Seconds from *at* for which the service asked to be left alone.
+        pause: Seconds from *at* for which the service asked callers to wait.
     """
 
     by: str
@@ -222,7 +222,7 @@ class Attempt:
             return None
 
     def pause_left(self, now: Instant) -> float:
-        """Seconds for which the service still asks to be left alone."""
+        """Seconds for which the service still asks callers to wait."""
         age = self.at.likely_age(now)
         return max(0.0, self.pause - age) if age > -_CLOCKS_DIFFER else 0.0
 
@@ -233,7 +233,7 @@ class Attempt:
 
 @attrs.frozen
 class Left:
-    """How many seconds a token is still valid: *least* if all doubt is against it, *most* if the clocks are wrong."""
+    """How many seconds a token is still valid: *least* at worst, *most* at best, as clocks may be wrong."""
 
     least: float
     most: float
@@ -266,8 +266,8 @@ def left_elsewhere(
     Return how long a token is still valid that another machine asked for, or the caller. Wall clocks may be hours off.
 
     Args:
-        lifetime: Seconds it is good for, from when it was asked for. None means for ever.
-        expiry: When it expires, by the service's clock, if it tells.
+        lifetime: Seconds it is valid for, from when it was asked for. None means for ever.
+        expiry: When it expires, by the service's clock, if it says.
         requested: When it was asked for. None if nobody knows.
         now: The time.
         seen_for: Seconds since this process first saw it.
@@ -287,7 +287,7 @@ def left_elsewhere(
 
 
 def window(lifetime: float | None, key: str, ahead: float | None) -> float:
-    """Return how long before its end a token is refreshed: tokens of one birth not all at once."""
+    """Return how long before its end a token is refreshed. It varies from token to token."""
     lifetime = lifetime or 0.0
     if ahead is not None:
         return min(ahead, lifetime / 2)
@@ -308,7 +308,7 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
     """
     Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
 
-    No token lives for less than two seconds, so this does not outlive it.
+    No token is valid for less than two seconds, so this ends before the token does.
 
     Args:
         birth: The second by the service's clock in which that is so. None if there is none.
@@ -393,7 +393,7 @@ class View:
         announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
         is_refused: Whether the service has refused the token lately.
         hold: Seconds until it may be refreshed.
-        pause: Seconds for which the service asked to be left alone.
+        pause: Seconds for which the service asked callers to wait.
     """
 
     left: Left
@@ -417,7 +417,7 @@ def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    urgent = is_urgent(view.left, view.window)  # then the store is not waited for, nor for long who has the lock
+    urgent = is_urgent(view.left, view.window)  # then it waits neither for the store nor, for long, for the lock
     without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
         return without_store

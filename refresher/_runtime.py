@@ -64,7 +64,7 @@ class Runtime(Protocol):
         """Let time pass."""
 
     def wait(self, event: Event, seconds: float) -> bool:
-        """Wait for an event, for some seconds at most. Tells whether it has happened."""
+        """Wait for an event, for some seconds at most. Return whether it has happened."""
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
         """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""

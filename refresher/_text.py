@@ -22,7 +22,7 @@ def fingerprint(secret: str) -> str:
 
 
 def masked(secret: object) -> str:
-    """Stand in for a secret where people look."""
+    """Return what to show in place of a secret."""
     return f"<secret {fingerprint(secret)}>" if isinstance(secret, str) else str(secret)
 
 
@@ -81,7 +81,7 @@ def key_of(*parts: str | Secret[str]) -> str:
 
 
 def number(value: object) -> float | None:
-    """Take a finite number out of JSON. True and False are none."""
+    """Take a finite number out of JSON. True and False do not count."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if isinstance(value, int) or math.isfinite(value) else None
@@ -97,7 +97,7 @@ def json_object(text: str | bytes | None) -> dict[str, Any]:
 
 
 def is_uuid(value: str) -> bool:
-    """Tell whether *value* is a UUID in its usual spelling."""
+    """Whether *value* is a UUID in its usual spelling."""
     return re.fullmatch("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.ASCII) is not None
 
 
@@ -114,12 +114,12 @@ def read_date(text: str | None) -> float | None:
 @attrs.frozen
 class Claims:
     """
-    What a token says. None: nothing.
+    What a token says of itself. None if it does not say.
 
     Args:
         iat: When it was issued, in seconds since 1970.
         exp: When it expires, in seconds since 1970.
-        subject: Whose it is: ``_id``, as Kuzzle writes it, or ``sub``.
+        subject: The user: ``_id``, as Kuzzle writes it, or ``sub``.
     """
 
     iat: float | None = None
@@ -128,7 +128,7 @@ class Claims:
 
     @property
     def lifetime(self) -> float | None:
-        """Seconds from issue to expiry. Both are whole seconds, so it may live for a second less than it says."""
+        """Seconds from issue to expiry. Both are whole seconds, so it may be valid for a second less."""
         if self.iat is None or self.exp is None:
             return None
         return max(0.0, self.exp - self.iat - 1)
@@ -136,7 +136,7 @@ class Claims:
 
 @functools.lru_cache(maxsize=16)
 def claims(token: str | Secret[str]) -> Claims:
-    """Read a token's claims. What is no JWT has none. Nobody checks the signature: that is up to the service."""
+    """Read a token's claims. A text that is not a JWT has none. The signature is up to the service."""
     try:
         values = json.loads(base64.urlsafe_b64decode(reveal(token).split(".")[1] + "=="))
         subject = values.get("_id", values.get("sub"))

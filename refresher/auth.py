@@ -204,7 +204,7 @@ class Auth(AuthBase, Generic[_Token]):
             response.close()
             status, service = response.status_code, current.service.title()
             raise SignInRequiredError(
-                f"{service} refuses the newest token there is: sign in again ({status})",
+                f"{service} refused the newest token that is known: sign in again ({status})",
                 provider=current.service,
                 status=status,
             )
@@ -212,7 +212,7 @@ class Auth(AuthBase, Generic[_Token]):
 
 
 def _is_too_long(response: requests.Response) -> bool:
-    """Tell whether an answer says that it's longer than any error."""
+    """Whether an answer says that it is longer than any error."""
     try:
         return int(response.headers.get("Content-Length", 0)) > _LARGEST_BODY
     except ValueError:

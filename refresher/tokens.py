@@ -66,9 +66,9 @@ class KuzzleToken:
 
     Args:
         kuid: The user's id.
-        jwt: The token, with its prefix ``kauth-``. None in cookie mode: it's in the session's cookie jar.
-        expires_at: When the token dies, in UTC by Kuzzle's clock. None: never.
-        ttl: How long it lives from its birth. None: for ever.
+        jwt: The token, with its prefix ``kauth-``. None in cookie mode: it is in the session's cookie jar.
+        expires_at: When the token expires, in UTC by Kuzzle's clock. None means never.
+        ttl: How long it is valid, from when it was issued. None means for ever.
 
     Example:
         >>> token = KuzzleToken("foo", "kauth-e30", expires_at=None, ttl=None)
@@ -88,11 +88,11 @@ class KuzzleToken:
 
     @property
     def fingerprint(self) -> str:
-        """Tells it from another token without revealing either."""
+        """Eight digits that tell tokens apart without revealing them."""
         return fingerprint(self.jwt or "")
 
     def to_dict(self) -> dict[str, object]:
-        """Write the token down, unmasked, as Kuzzle does: ``_id``, ``expiresAt`` and ``ttl`` in ms, ``jwt``."""
+        """Return the token, unmasked, in Kuzzle's own JSON: ``_id``, ``expiresAt`` and ``ttl`` in ms, ``jwt``."""
         return {
             "_id": self.kuid,
             "expiresAt": _to_milliseconds(self.expires_at),
@@ -105,7 +105,7 @@ class KuzzleToken:
         """
         Read what `to_dict` wrote, or the ``result`` of Kuzzle's answer to a login or a refresh.
 
-        The token dies at the earlier of ``expiresAt`` and the JWT's own ``exp``: Kuzzle's ``expiresAt``
+        The token expires at the earlier of ``expiresAt`` and the JWT's own ``exp``: Kuzzle's ``expiresAt``
         is up to two seconds late, and the JWT is what Kuzzle goes by.
 
         Raises:
@@ -137,7 +137,7 @@ class UserToken:
         encryption_key: What Circle's client SDKs ask for beside it. None if Circle sent none.
         user_id: The user's id. None if Circle sent none.
         refresh_token: The one to use next: the new one, or the one that was sent if none came.
-        expires_at: When *user_token* dies, in UTC.
+        expires_at: When *user_token* expires, in UTC.
 
     Example:
         >>> token = UserToken.from_dict({"userToken": "u", "refreshToken": "r", "expiresAt": 1795293527300})
@@ -156,11 +156,11 @@ class UserToken:
 
     @property
     def fingerprint(self) -> str:
-        """Tells it from another pair without revealing either."""
+        """Eight digits that tell pairs apart without revealing them."""
         return fingerprint(self.refresh_token)
 
     def to_dict(self) -> dict[str, object]:
-        """Write the token down, unmasked, as Circle does, and ``expiresAt`` in ms, which Circle leaves out."""
+        """Return the token, unmasked, in Circle's own JSON, and ``expiresAt`` in ms, which Circle leaves out."""
         values = {
             "userToken": self.user_token,
             "encryptionKey": self.encryption_key,
@@ -175,7 +175,7 @@ class UserToken:
         """
         Read what `to_dict` wrote, or the ``data`` of Circle's answer where its user token is a JWT.
 
-        A JWT's own ``exp`` goes before ``expiresAt``. Null and ``""`` stand for a missing member.
+        A JWT's own ``exp`` takes precedence over ``expiresAt``. Null and ``""`` stand for a missing member.
 
         Raises:
             InvalidArgumentError: A member is missing or malformed.

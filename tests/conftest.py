@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -233,9 +234,11 @@ class Valkey:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self):
+        if self.port is None:  # the server's own choice is the same in tests that run side by side
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                self.port = probe.getsockname()[1]
         self.server = ValkeyServer(port=self.port)
         self.server.start()
-        self.port = self.server.port
 
     def stop(self):
         if self.server is not None:

@@ -348,7 +348,7 @@ def test_no_loop(kuzzle, root):
 
     kuzzle.next_answers.extend([refuse] * 6)
     for _ in range(4):
-        with pytest.raises(SignInRequiredError, match="the newest token there is"):
+        with pytest.raises(SignInRequiredError, match="the newest token that is known"):
             me(kuzzle, auth)
     assert len(refreshes(kuzzle)) == 1
     assert len(sent(kuzzle, "/_me")) == 5
@@ -598,7 +598,7 @@ def test_circle_never_content(circle, pair):
 
     circle.next_answers.extend([refuse] * 6)
     for _ in range(4):
-        with pytest.raises(SignInRequiredError, match=r"the newest token there is: sign in again \(403\)"):
+        with pytest.raises(SignInRequiredError, match=r"the newest token that is known: sign in again \(403\)"):
             user(circle, auth)
     assert len(refreshes(circle)) == 1
     assert user(circle, auth).status_code == 200

@@ -293,7 +293,7 @@ def test_different_tokens_do_not_wait_for_each_other(kuzzle, cache, clock):
 def test_caller_gives_up_and_exchange_goes_on(kuzzle, cache, root):
     """A caller that gives up has its error in time; the next one has the token, without another request."""
     kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=0.8))
-    with pytest.raises(OutcomeUnknownError, match="The refresh goes on") as caught:
+    with pytest.raises(OutcomeUnknownError, match="the refresh goes on") as caught:
         refresh_kuzzle_token(kuzzle.url, root, timeout=0.1, cache=cache)
     assert (caught.value.provider, caught.value.spent) == ("kuzzle", None)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)

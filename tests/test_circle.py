@@ -134,7 +134,7 @@ def test_exchange_spends_nothing(circle, answer, kind):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param({"user_id": "user-1"}, "user_token or user_id must be given, and not both", id="both"),
+        pytest.param({"user_id": "user-1"}, "user_token or user_id must be given, but not both", id="both"),
         pytest.param({"user_token": None}, "user_token or user_id must be given", id="neither"),
         pytest.param({"user_token": ""}, "user_token must not be empty", id="an empty user token"),
         pytest.param({"user_token": "planted\r\n"}, "user_token must not", id="a line break in the user token"),

@@ -422,7 +422,7 @@ def test_store_that_is_busy(kuzzle, jwt, run, tmp_path):
         fcntl.flock(guard, fcntl.LOCK_EX)
         status, _, err = run("kuzzle", kuzzle.url, "--store", tmp_path)
     assert (status, err.count("\n")) == (75, 1)
-    assert "another process does not let go of the store" in err
+    assert "another process has locked the store: try again later" in err
 
 
 def content_of(folder):
@@ -925,7 +925,7 @@ sys.exit(_cli.main())
         process.send_signal(number)
         time.sleep(0.1)
     assert finish(process) == (75, "", "")
-    assert "The refresh goes on: call again" in complaint
+    assert "and the refresh goes on: call again" in complaint
     assert kuzzle.knows(finish(start("kuzzle", kuzzle.url, "--output", "token"))[1].strip())
 
 

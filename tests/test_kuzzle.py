@@ -116,10 +116,14 @@ def test_wrong_types(kuzzle, name, value):
         pytest.param({"url": "ftp://planted"}, "url must look like", id="another scheme"),
         pytest.param({"url": "http://"}, "url must look like", id="no host"),
         pytest.param({"url": "http:planted"}, "url", id="no slashes"),
-        pytest.param({"url": "http://planted:99999"}, "url is not a URL", id="a port too high"),
+        pytest.param(
+            {"url": "http://planted:99999"}, "url must be a URL with a valid host and port", id="a port too high"
+        ),
         pytest.param({"url": "http://planted:0"}, "url must look like", id="port 0"),
-        pytest.param({"url": "http://planted:x"}, "url is not a URL", id="a port that is none"),
-        pytest.param({"url": "http://[planted"}, "url is not a URL", id="half a bracket"),
+        pytest.param(
+            {"url": "http://planted:x"}, "url must be a URL with a valid host and port", id="a port that is none"
+        ),
+        pytest.param({"url": "http://[planted"}, "url must be a URL with a valid host and port", id="half a bracket"),
         pytest.param({"url": "http://u:planted@host"}, "url must have no user name", id="a password in the URL"),
         pytest.param({"url": "http://host?planted"}, "url must have no user name", id="a query"),
         pytest.param({"url": "http://host#planted"}, "url must have no user name", id="a fragment"),
@@ -152,7 +156,7 @@ def test_wrong_types(kuzzle, name, value):
         pytest.param({"cookie_auth": True}, "session is needed in cookie mode", id="no jar"),
         pytest.param(
             {"cookie_auth": True, "session": requests.Session(), "jwt": None},
-            "jwt is missing, and so is an authToken cookie",
+            "jwt is missing, and the session has no authToken cookie",
             id="no cookie",
         ),
         pytest.param(
@@ -167,7 +171,7 @@ def test_wrong_types(kuzzle, name, value):
         ),
         pytest.param(
             {"url": "http://[", "cookie_auth": True, "session": requests.Session(), "jwt": None},
-            "url is not a URL",
+            "url must be a URL with a valid host and port",
             id="a URL whose cookies can't be looked up",
         ),
     ],
@@ -451,7 +455,7 @@ def test_down(kuzzle):
     jwt = kuzzle.login()
     kuzzle.stop()
     kuzzle.stop()
-    with pytest.raises(UnavailableError, match="could not be reached: Connection refused") as caught:
+    with pytest.raises(UnavailableError, match=r"could not be reached: .* \(Connection refused\)") as caught:
         refresh_kuzzle_token(kuzzle.url, jwt)
     assert (caught.value.spent, caught.value.status) == (False, None)
     kuzzle.start()

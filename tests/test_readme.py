@@ -159,12 +159,32 @@ def test_crontab(kuzzle, shell):
     assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
 
 
+def test_crontab_in_help(kuzzle, shell, capsys):
+    """So do the two lines in the command's own help."""
+    with pytest.raises(SystemExit):
+        main(["kuzzle", "--help"])
+    shown = re.search(r"^ +(KUZZLE=.*\n) +\*/5 \* \* \* \* (.*)$", capsys.readouterr().out, re.MULTILINE)
+    result = shell(shown[1] + shown[2])
+    assert (result.stdout, result.stderr) == ("", "")
+    assert [request.path for request in kuzzle.requests] == ["/_refreshToken"]
+
+
 def test_exit_statuses(capsys):
     """The exit statuses are those of the command's own help."""
     with pytest.raises(SystemExit):
         main(["kuzzle", "--help"])
     listed = re.findall(r"^ +(\d+) +\w", capsys.readouterr().out.partition("xit status")[2], re.MULTILINE)
     assert re.findall(r"\b(\d+) (?:nothing|fix|check|try|sign)", section("Cron").replace("\n", " ")) == listed
+
+
+def test_contributing():
+    """What a contributor is told to run is there."""
+    told = section("Contributing")
+    assert "`python -m tests`" in told
+    named = re.findall(r"`python (tests/\w+(?:\.py)?)`|`(tests/\w+\.py)`|`(refresher/\w+)`", told)
+    assert len(named) >= 7
+    for path in ("".join(each) for each in named):
+        assert (ROOT / path).is_file() or (ROOT / path / "__main__.py").is_file() or (ROOT / path).is_dir(), path
 
 
 def test_names():

@@ -449,15 +449,15 @@ class Shelf:
         pytest.param(Path("/planted"), "use TokenCache(FileStore(path))", id="path"),
         pytest.param(Hub(), "use TokenCache(RedisStore(client))", id="client"),
         pytest.param(Shelf(), "use TokenCache(DjangoStore(alias)) for a cache of Django's", id="Django's cache"),
-        pytest.param(MemoryStore, "this is a class: use an instance of it, such as MemoryStore()", id="class"),
+        pytest.param(MemoryStore, "use an instance of this class, such as MemoryStore()", id="class"),
         pytest.param(
             {"planted": 1},
-            "dict has no set, delete, acquire, renew, release. TokenCache() needs none",
+            "dict has no set, delete, acquire, renew, release; for a store in memory, use TokenCache()",
             id="dictionary",
         ),
         pytest.param(
             None,
-            "NoneType has no get, set, delete, acquire, renew, release. TokenCache() needs none",
+            "NoneType has no get, set, delete, acquire, renew, release; for a store in memory, use TokenCache()",
             id="nothing",
         ),
     ],
@@ -1469,7 +1469,7 @@ ALL_SHARE = "Use a cache that all processes share: Redis, Memcached or a databas
         pytest.param(
             {"BACKEND": BACKENDS + "db.DatabaseCache", "LOCATION": "default_entries"},
             "E004",
-            "settings.CACHES['bad'] keeps 300 entries, and drops living sessions beyond that. "
+            "settings.CACHES['bad'] keeps 300 entries, and drops valid sessions beyond that. "
             "Set its OPTIONS: {'MAX_ENTRIES': 100000} or more.",
             id="small database",
         ),
@@ -1670,7 +1670,7 @@ def test_keys_are_changed(caplog):
     assert after.get("new") == b"value"
     assert caplog.messages == []
     assert (after.get("old"), after.get("old")) == (None, None)
-    assert caplog.messages == ["EncryptedStore can't decrypt old...: it counts as missing. Has a key gone?"]
+    assert caplog.messages == ["EncryptedStore can't decrypt old..., which counts as missing: was a key removed?"]
 
 
 @pytest.mark.parametrize("content", ["", "planted", "wälue", "\x00", "g" * 200])

@@ -29,14 +29,14 @@ class Token(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells it from another without revealing either."""
+        """Eight digits that tell tokens apart without revealing them."""
 
     @property
     def expires_at(self) -> datetime | None:
         """When it dies, by the service's clock. None: never."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Write it down."""
+        """Return it in the service's own JSON."""
 
 
 @attrs.frozen
@@ -153,7 +153,7 @@ class Credential(Protocol[T_co]):
     def birth(self) -> float | None:
         """
         When it was issued, in whole seconds since 1970 by the service's clock, if a refresh within that second
-        would be fatal. None if it would not.
+        would end the session. None if it would not.
         """
 
     @property
@@ -162,11 +162,11 @@ class Credential(Protocol[T_co]):
 
     @property
     def requested(self) -> float | None:
-        """For how many seconds a successor is asked to be good. None if the service decides."""
+        """The lifetime that is asked for its successor, in seconds. None if the service decides."""
 
     @property
     def lifetime(self) -> float | None:
-        """For how many seconds it is good, from when it was asked for. None means for ever."""
+        """For how many seconds it is valid, from when it was asked for. None means for ever."""
 
     @property
     def refreshable_for(self) -> float | None:
@@ -186,7 +186,7 @@ class Credential(Protocol[T_co]):
 
     @property
     def expiry(self) -> float | None:
-        """When it expires, in seconds since 1970 by the service's clock, if it tells."""
+        """When it expires, in seconds since 1970 by the service's clock, if it says."""
 
     def read(self, values: Mapping[str, Any], /) -> T_co:
         """
@@ -200,10 +200,10 @@ class Credential(Protocol[T_co]):
         """Return the credential for a successor's token: what is sent with it stays as it is."""
 
     def unspent(self) -> Self | None:
-        """Return it with a result of its own, to be used while it is valid. None if it does not tell how long."""
+        """Return it with a result of its own, to be used while it is valid. None if it does not say how long."""
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
-        """Whether an error means that it is no good. None if it may."""
+        """Whether an error means that it was not accepted. None if that is uncertain."""
 
 
 @attrs.frozen
@@ -227,12 +227,12 @@ class Meaning:
 SIGN_IN = Meaning(SignInRequiredError, None, what="no longer accepts this token: sign in again")
 REFUSED = Meaning(RequestRefusedError, what="refused the request: check the arguments, keys and rights")
 BUSY = Meaning(UnavailableError, retry=True, what="is busy or down: try again later")
-UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached")
-LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part")
-FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: try again")
-STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL")
+UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached: check the URL, or try again later")
+LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part: call again")
+FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: call again")
+STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL and any proxy")
 FOREIGN = Meaning(ReplyError, what="or a proxy found nothing there: check the URL and any proxy")
-REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed")
+REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed: check the URL")
 _GATEWAY = attrs.evolve(FAILED, retry=True)  # the answer is lost, as if the connection had broken
 
 # What a reply means by its status alone. Each service adds the exceptions that it makes by its own codes.
@@ -268,7 +268,7 @@ def failure(
         what: What the reply means, or what is wrong with a token in it.
         code: The ``code`` in the reply, if it is a number.
         id: The ``id`` in the reply, if it is spelled like a name.
-        reason: What the matter was.
+        reason: The root cause.
     """
     case = attrs.evolve(STRANGE, what=what) if isinstance(what, str) else what
     kind, spent = case.error, case.spent
@@ -276,8 +276,8 @@ def failure(
         kind, spent = UnavailableError if kind is OutcomeUnknownError else kind, False
     number = code if type(code) is int and abs(code) < 2**31 else None
     status = reply.status if reply else None
-    details = ", ".join(str(detail) for detail in (status, id or number) if detail is not None)
-    message = f"{request.service.title()} {case.what}" + (f": {reason}" if reason else "")
+    details = ", ".join(str(detail) for detail in (reason or None, status, id or number) if detail is not None)
+    message = f"{request.service.title()} {case.what}"
     return kind(
         message + (f" ({details})" if details else ""),
         provider=request.service,

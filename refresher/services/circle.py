@@ -19,7 +19,7 @@ from . import BUSY, FAILED, REFUSED, SIGN_IN, Reply, Request, Send, failure, mea
 BASE_URL = "https://api.circle.com"
 check = Checks("circle")
 
-# Documented. Nothing in the reply tells, unless the user token is a JWT that does. In seconds.
+# In seconds, as documented. The reply does not say, unless the user token is a JWT.
 _LIFETIME = 60 * 60.0
 # Undocumented: an assumption.
 _REFRESH_LIFETIME = 30 * 86400.0
@@ -55,7 +55,7 @@ class CircleCredential:
 
     Args:
         user_id: What it was known by before there was a user token. It leads to the successors as well.
-        given_key: The idempotency key to send. None: a derived one.
+        given_key: The idempotency key to send. None means a derived one.
     """
 
     service: ClassVar[str] = "circle"
@@ -121,8 +121,8 @@ class CircleCredential:
         """
         Spend it.
 
-        An answer whose user token has expired by Circle's own clock is that to an earlier run of this call, which
-        nobody took. It is refreshed in its turn, until there is a valid one or time is up.
+        If the user token in the answer has expired by Circle's own clock, the answer is that to an earlier run of this
+        call, and nobody received it. That pair is refreshed in turn, until there is a valid one or time is up.
         """
         request_id = self.request_id or str(uuid.uuid4())
         step = self.with_new_key() if anew else self
@@ -142,7 +142,7 @@ class CircleCredential:
                 if is_new or not _has_expired(pair, reply):
                     return step
                 last = pair
-        raise failure("keeps returning expired tokens", step.request(user_token, request_id))
+        raise failure("keeps returning expired tokens: try again later", step.request(user_token, request_id))
 
     def sign_out(self, send: Send, /) -> None:
         """Do nothing: Circle has no sign-out."""
@@ -164,10 +164,10 @@ class CircleCredential:
         return self._post("/v1/w3s/users/token/refresh", request_id, headers, body, idempotency_key=key)
 
     def parse(self, reply: Reply, request: Request) -> UserToken:
-        """Read the reply to the refresh: see `parse`. It has to be of the same user, as far as both tell."""
+        """Read the reply to the refresh: see `parse`. It has to be of the same user, as far as both say."""
         pair = parse(reply, request)
         if self._is_of_another(pair):
-            raise failure("answered with a token of another user", request, reply)
+            raise failure("answered with a token of another user: check the URL and any proxy", request, reply)
         return pair
 
     def _is_of_another(self, pair: UserToken) -> bool:
@@ -203,32 +203,32 @@ class CircleCredential:
 
     @property
     def expiry(self) -> float | None:
-        """When the user token expires, by Circle's clock, if it is a JWT that tells."""
+        """When the user token expires, by Circle's clock, if it is a JWT that says."""
         return None if self.user_token is None else claims(self.user_token).exp
 
     @property
     def lifetime(self) -> float:
-        """For how many seconds its user token is good, from when it was asked for."""
+        """For how many seconds its user token is valid, from when it was asked for."""
         known = None if self.user_token is None else claims(self.user_token).lifetime
         return _LIFETIME if known is None else known
 
     @property
     def refreshable_for(self) -> float:
-        """For how many seconds its refresh token is good, from when it was asked for."""
+        """For how many seconds its refresh token is valid, from when it was asked for."""
         known = claims(self.refresh_token)
         if known.exp is None or self.token is None:
             return _REFRESH_LIFETIME
         return known.exp - (self.token.expires_at.timestamp() - self.lifetime if known.iat is None else known.iat)
 
     def unspent(self) -> Self | None:
-        """Return it with a result of its own, if its user token is a JWT that tells how long it is good."""
+        """Return it with a result of its own, if its user token is a JWT that says how long it is valid."""
         if self.user_token is None or self.expiry is None or claims(self.user_token).iat is None:
             return None
         tokens = self.user_token.reveal(), None, self.user_id, self.refresh_token.reveal()
         return attrs.evolve(self, token=UserToken(*tokens, instant(1000 * self.expiry)))
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool:  # noqa: ARG002
-        """Tell whether an error means that the user token is unknown, expired or invalid."""
+        """Whether an error means that the user token is unknown, expired or invalid."""
         return body.get("code") in (155103, 155104, 155105)
 
 
@@ -253,7 +253,7 @@ def credential(
     Raises:
         InvalidArgumentError: An argument is wrong.
     """
-    check.need((user_token is None) != (user_id is None), "user_token or user_id", "must be given, and not both")
+    check.need((user_token is None) != (user_id is None), "user_token or user_id", "must be given, but not both")
     if not api_key or not api_key.reveal():
         check.fail("api_key", "is missing: give it, or set CIRCLE_WEB3_API_KEY")
     return CircleCredential(
@@ -296,7 +296,7 @@ def parse(reply: Reply, request: Request) -> UserToken:
     except InvalidArgumentError:
         token = None
     if token is None:
-        raise failure("answered without a user token", request, reply)
+        raise failure("answered without a user token: check the URL and any proxy", request, reply)
     return token
 
 

@@ -42,7 +42,7 @@ _MEANINGS = {
     "security.rights.unauthorized": _ENDED,
     "security.token.expired": _ENDED,
     "security.token.invalid": SIGN_IN,  # expired, logged out, refreshed already: Kuzzle does not say which
-    # Redis is away. (Token and cookie together have this id too, but are never sent together.) 500.
+    # Redis is down. (Token and cookie together have this id too, but are never sent together.) 500.
     "security.token.verification_error": BUSY,
     "services.cache.not_connected": BUSY,
     "services.cache.notconnected": BUSY,
@@ -55,7 +55,7 @@ _NAME = re.compile("[a-z_]+(?:\\.[a-z_]+){2}")
 
 def milliseconds(timespan: str | timedelta) -> float | None:
     """
-    Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None: it is none.
+    Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None if it is not one.
 
     Example:
         >>> milliseconds("1.5 hrs"), milliseconds("-1"), milliseconds("1mo")
@@ -72,7 +72,7 @@ def milliseconds(timespan: str | timedelta) -> float | None:
 
 
 def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
-    """Accept a lifetime that Kuzzle understands and that leaves a session alive."""
+    """Accept a lifetime that Kuzzle understands and that does not end the session."""
     value = hide(value)  # it might be a secret in the wrong place
     if value is None:
         return None
@@ -143,7 +143,7 @@ class KuzzleCredential:
     def birth(self) -> float | None:
         """
         Its ``iat``: within that second of Kuzzle's clock, a refresh to the same ``exp`` returns the token itself,
-        which dies a second later.
+        which expires a second later.
         """
         known = claims(self.jwt)
         if known.iat is None or known.exp is None:
@@ -211,7 +211,7 @@ class KuzzleCredential:
 
     @property
     def lifetime(self) -> float | None:
-        """For how many seconds it is good, from when it was asked for."""
+        """For how many seconds it is valid, from when it was asked for."""
         if self.token is None or self.token.ttl is None:
             return None
         known = claims(self.jwt).lifetime
@@ -225,7 +225,7 @@ class KuzzleCredential:
         return claims(self.jwt).exp is not None
 
     def unspent(self) -> Self | None:
-        """Return it with a result of its own, if it tells how long it is good."""
+        """Return it with a result of its own, if it says how long it is valid."""
         known = claims(self.jwt)
         if known.exp is None:
             return None
@@ -235,7 +235,7 @@ class KuzzleCredential:
         )
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
-        """Tell whether an error means that the token is no good."""
+        """Whether an error means that the token was not accepted."""
         if status != 401:
             return False
         error = body.get("error")
@@ -259,7 +259,7 @@ def credential(
     Raises:
         InvalidArgumentError: An argument is wrong.
     """
-    check.need(jwt is not None, "jwt", "is missing")
+    check.need(jwt is not None, "jwt", "is missing: give the token of a sign-in")
     in_cookie_mode = check.flag("cookie_auth", cookie_auth)
     return KuzzleCredential(
         url=check.url("url", url, https=False),
@@ -277,7 +277,7 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
     Read the reply to a refresh. The token has its jwt in cookie mode too.
 
     Raises:
-        RefreshError: There is no living new token in it.
+        RefreshError: It has no valid new token.
     """
     return _token(_result(reply, request, "refreshToken"), reply, request)
 
@@ -293,9 +293,9 @@ def _parse_check(reply: Reply, request: Request) -> Done:
 
 def _result(reply: Reply, request: Request, action: str) -> dict[str, Any]:
     envelope = reply.json()
-    # Not by its id: gateways rewrite those, and a token is not to be lost over that.
+    # Request ids are not compared: gateways rewrite them, and a token must not be lost over that.
     if envelope.get("action") not in (action, None):
-        raise failure("or a proxy answered another request", request, reply)
+        raise failure("or a proxy answered another request: check the URL and any proxy", request, reply)
     if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
         return result
     error = envelope.get("error")
@@ -312,7 +312,7 @@ def _result(reply: Reply, request: Request, action: str) -> dict[str, Any]:
 
 
 def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
-    """Whether a token and a jwt are of two users, as far as they tell."""
+    """Whether a token and a jwt are of two users, as far as they say."""
     user = claims(jwt).subject
     found = {token.kuid, claims(Secret(token.jwt or "")).subject} if token else set()
     return user is not None and bool(found - {user, None})
@@ -324,11 +324,17 @@ def _token(result: dict[str, Any], reply: Reply, request: Request) -> KuzzleToke
     except InvalidArgumentError:
         token = None
     if token is None or token.jwt is None:
-        raise failure("answered without a token or its lifetime", request, reply)
+        raise failure("answered without a token or its lifetime: check the URL and any proxy", request, reply)
     if _is_of_another(token, request.secret):
-        raise failure("answered with a token of another user", request, reply)
+        raise failure("answered with a token of another user: check the URL and any proxy", request, reply)
     if Secret(token.jwt) == request.secret:
-        raise failure(Meaning(SignInRequiredError, True, what="returned the old token"), request, reply)
+        raise failure(
+            Meaning(SignInRequiredError, True, what="returned the old token, which now expires: sign in again"),
+            request,
+            reply,
+        )
     if token.ttl is not None and token.ttl <= timedelta(0):
-        raise failure(Meaning(SignInRequiredError, True, what="returned an expired token"), request, reply)
+        raise failure(
+            Meaning(SignInRequiredError, True, what="returned an expired token: sign in again"), request, reply
+        )
     return token

@@ -1,8 +1,8 @@
 """
 Where a `TokenCache` keeps its entries: in the process, in files, in Redis or Valkey, in Django's cache.
 
-An entry is a text under a key, and lives for some seconds. Keys are hashes; the texts hold tokens, so whoever
-can read a store can use them, unless an `EncryptedStore` is put before it.
+An entry is a text under a key, and expires after some seconds. Keys are hashes; the texts contain tokens, so anyone
+who can read a store can use them, unless an `EncryptedStore` encrypts them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Store(Protocol):
     A place for entries, and for locks that all of its users share.
 
     Keys consist of ``0-9``, ``a-z`` and ``-``. An entry and a lock may have the same key: they have nothing to
-    do with each other. A lock whose owner dies is held until its lease ends, and not for much longer.
+    do with each other. A lock whose owner was killed is held until its lease ends, and not for much longer.
 
     Any method may raise whatever it likes when the place is out of reach, and may be called by several threads
     at once. An error in one call says nothing about the next one. Test your own store with
@@ -58,7 +58,7 @@ class Store(Protocol):
 
         Args:
             key: What is locked.
-            owner: Who takes it: a name that nobody else has. If it's the present owner, the lease begins anew.
+            owner: Who takes it: a name that nobody else has. If it's the present owner, the lease starts again.
             lease: Seconds after which others may take it, unless it is renewed.
 
         Returns:
@@ -66,11 +66,11 @@ class Store(Protocol):
             present owner ends, or an upper bound of them.
 
         Raises:
-            Exception: It cannot be told whether the lock is taken. That is not the same as "held".
+            Exception: It is not known whether the lock is taken. That is not the same as "held".
         """
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
 
     def release(self, key: str, owner: str, /) -> object:
         """Let others take a lock. Nothing happens if *owner* does not hold it any more."""
@@ -84,7 +84,7 @@ def check_store(value: object) -> Store:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
     if isinstance(value, type):
-        hint = "this is a class: use an instance of it, such as MemoryStore()"
+        hint = "use an instance of this class, such as MemoryStore()"
     elif isinstance(value, Store):
         return value
     elif isinstance(value, (str, os.PathLike)):
@@ -95,7 +95,7 @@ def check_store(value: object) -> Store:
         hint = "use TokenCache(DjangoStore(alias)) for a cache of Django's"
     else:
         missing = [name for name in _METHODS if not hasattr(value, name)]
-        hint = f"{type(value).__name__} has no {', '.join(missing)}. TokenCache() needs none"
+        hint = f"{type(value).__name__} has no {', '.join(missing)}; for a store in memory, use TokenCache()"
     raise InvalidArgumentError(f"store must be a Store: {hint}")
 
 

@@ -46,7 +46,7 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
         message = f"{setting} is a LocMemCache, unseen by other processes: two of them could spend one token."
         yield "E003", message, f"{shared}, or DjangoStore(single_process=True) if there is one process only."
     if isinstance(cache, (BaseDatabaseCache, LocMemCache)) and cache._max_entries < _LEAST_MAX_ENTRIES:
-        message = f"{setting} keeps {cache._max_entries} entries, and drops living sessions beyond that."
+        message = f"{setting} keeps {cache._max_entries} entries, and drops valid sessions beyond that."
         yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
@@ -203,7 +203,7 @@ class DjangoStore:
 
     Raises:
         django.core.exceptions.ImproperlyConfigured: The cache keeps nothing, is not shared, has no locks, or
-            drops living sessions. The message says what to set.
+            drops valid sessions. The message says what to set.
     """
 
     def __init__(self, alias: str = "default", *, single_process: bool = False) -> None:
@@ -243,7 +243,7 @@ class DjangoStore:
         return self._store.acquire(key, owner, lease)
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         return self._store.renew(key, owner, lease)
 
     def release(self, key: str, owner: str, /) -> None:

@@ -1,4 +1,4 @@
-"""Entries that only those can read who have a key."""
+"""Entries that cannot be read without a key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EncryptedStore:
     logged for the first one. Needs ``refresher[crypto]``.
 
     Args:
-        store: Where the entries live.
+        store: Where the entries are kept.
         keys: Fernet keys: make one with ``cryptography.fernet.Fernet.generate_key()``. The first one encrypts,
             all of them decrypt. To change keys, put the new one first and remove the old one a month later.
 
@@ -69,7 +69,7 @@ class EncryptedStore:
             return value
         if not self._told:
             self._told = True
-            _log.warning("EncryptedStore can't decrypt %s...: it counts as missing. Has a key gone?", key[:8])
+            _log.warning("EncryptedStore can't decrypt %s..., which counts as missing: was a key removed?", key[:8])
         return None
 
     def set(self, key: str, value: str, seconds: int, /) -> object:
@@ -85,7 +85,7 @@ class EncryptedStore:
         return self._store.acquire(key, owner, lease)
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         return self._store.renew(key, owner, lease)
 
     def release(self, key: str, owner: str, /) -> object:

@@ -50,7 +50,7 @@ def _steady() -> float:
 
 @functools.cache
 def _boot() -> str | None:
-    """Name what the steady clock counts from. None: processes can't compare it here."""
+    """Name what the steady clock counts from. None if processes can't compare it on this system."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
@@ -66,8 +66,8 @@ def _left(content: bytes, *, leeway: float = _LEEWAY) -> float:
     """
     Read a stamp: how many seconds are left.
 
-    If the steady clock has begun anew since, the wall clock tells. As that may be wrong, *leeway* is added.
-    Without a leeway, what ends later than it can is over: the clock was set back.
+    After a reboot, the wall clock counts. As that may be wrong, *leeway* is added.
+    Without a leeway, a stamp that lasts longer than it can is over: the clock was set back.
     """
     try:
         boot, steady, wall, seconds = content.partition(b"\n")[0].decode("ascii").split()
@@ -145,7 +145,7 @@ def _system_lock() -> tuple[Callable[[int], None], Callable[[int], None]]:
         )
     return (
         lambda handle: module.flock(handle, module.LOCK_EX | module.LOCK_NB),
-        # Told, since a child that was forked just now has the file open as well.
+        # Not just by closing it: a child that was forked just now has the file open as well.
         lambda handle: module.flock(handle, module.LOCK_UN),
     )
 
@@ -183,7 +183,7 @@ def _touch(folder: Path) -> float:
 
 class FileStore:
     """
-    Entries in files of one folder, for programs on one machine: what one run has refreshed, the next finds.
+    Entries in files of one folder, for programs on one machine: each run finds what the last one refreshed.
 
     Everything is in a subfolder, ``refresher``, which is made with mode 0700; files have mode 0600 from their
     first byte. A file is written aside, synced and renamed: a crash leaves the old entry or the new one. Each
@@ -217,7 +217,7 @@ class FileStore:
         try:
             return self._given.expanduser() / "refresher"
         except RuntimeError:
-            raise NotADirectoryError(errno.ENOTDIR, "there is no such home", str(self._given)) from None
+            raise NotADirectoryError(errno.ENOTDIR, "there is no such home folder", str(self._given)) from None
 
     def _folder(self, key: str, *, make: bool = False) -> Path:
         """
@@ -294,7 +294,7 @@ class FileStore:
             return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         with self._locked(key) as (path, holder, left):
             held = left > 0 and holder == owner
             if held:

@@ -16,7 +16,7 @@ from ..errors import InvalidArgumentError
 _log = logging.getLogger("refresher")
 # How many entries that were read lately are passed over before one of them is dropped after all.
 _CHANCES = 16
-# The endings of keys whose entries never push out living sessions.
+# The endings of keys whose entries never push out valid sessions.
 _ASIDE = ("-alias", "-attempt")
 
 
@@ -56,9 +56,9 @@ class _Part:
     """
     Entries of one kind. No method ever waits, so all may be called from a signal handler or a ``__del__``.
 
-    To read, write or delete an entry is one step of a dictionary, which refers to entries weakly. The shelf keeps
-    them alive. What has to be done on it is queued, and done by a generator, as Python lets nobody resume one that
-    runs already. A generator that was interrupted is followed by another one, which puts everything on a new shelf.
+    Reading, writing or deleting an entry is one step on a dictionary with weak references. The shelf has the strong
+    ones. Changes to the shelf are queued and made by a generator: Python does not resume one that is running, so two
+    threads never change the shelf at once. If a generator was interrupted, another one puts all on a new shelf.
     """
 
     def __init__(self, maxsize: int, timer: Callable[[], float]) -> None:
@@ -68,7 +68,7 @@ class _Part:
         # An entry that is not on the shelf yet lives in here.
         self._queue: deque[tuple[str, _Entry | None]] = deque()
         self._shelf = _Shelf(maxsize, timer)
-        # Which generator follows a dead one, or is the first one of a process.
+        # Which generator follows an interrupted one, or is the first one of a process.
         self._followers: dict[object, Iterator[list[str]]] = {}
         self._follow(os.getpid())
 
@@ -85,7 +85,7 @@ class _Part:
         return entry.value
 
     def set(self, key: str, value: str, seconds: float) -> list[str]:
-        """Write an entry. Returns the keys of living ones that had to make room."""
+        """Write an entry. Returns the keys of valid ones that had to make room."""
         entry = _Entry(key, value, self._timer() + seconds)
         self._found[key] = entry
         self._queue.append((key, entry))
@@ -115,7 +115,7 @@ class _Part:
         self._current = os.getpid(), self._followers.setdefault(last, self._tidying())
 
     def _tidying(self) -> Iterator[list[str]]:
-        """Work off the queue, each time. Yields the keys of living entries that were dropped."""
+        """Work off the queue, each time. Yields the keys of valid entries that were dropped."""
         self._shelf = self._full_shelf()
         while True:
             while self._queue:
@@ -161,9 +161,9 @@ class MemoryStore:
     A child that is forked starts with what its parent had. A pickled store is empty.
 
     Args:
-        maxsize: How many sessions there may be. Beyond, those go that have not been used for long, and each is
-            told to the logger ``refresher``. As much again is there for what is known of spent tokens.
-        timer: What time is told by, in seconds.
+        maxsize: How many sessions it holds. Beyond that, it drops those that have not been used for long, and
+            logs each to ``refresher``. It holds as many entries again for spent tokens.
+        timer: The clock, in seconds.
 
     Raises:
         InvalidArgumentError: *maxsize* is less than one.
@@ -233,7 +233,7 @@ class MemoryStore:
         return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         now = self._timer()
         hold = self._locks.get(key)
         if hold is None or hold.owner != owner or hold.ends <= now or not hold.draw():

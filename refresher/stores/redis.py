@@ -72,7 +72,7 @@ class RedisStore:
         return self._run(_ACQUIRE, key, owner, _milliseconds(lease)) / 1000
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        """Let a lock's lease begin anew. False if *owner* does not hold it any more."""
+        """Restart a lock's lease. False if *owner* does not hold it any more."""
         return bool(self._run(_RENEW, key, owner, _milliseconds(lease)))
 
     def release(self, key: str, owner: str, /) -> None:

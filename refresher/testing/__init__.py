@@ -1,9 +1,9 @@
 """
 A Kuzzle and a Circle of your own, on loopback sockets, for tests and demonstrations.
 
-They do what the real services were seen to do: a Kuzzle token is refreshed once, lives for one more
-second, and comes back unchanged within the clock second of its birth; Circle rotates its refresh
-tokens and answers a repeated idempotency key as it did before. Their clock moves when you move it.
+They do what the real services were seen to do. A Kuzzle token is refreshed once, is valid for one more
+second, and comes back unchanged within the clock second in which it was issued. Circle rotates its refresh
+tokens and answers a repeated idempotency key as it did before. You can move their clocks.
 
 Example:
     >>> from refresher import refresh_kuzzle_token
@@ -25,7 +25,7 @@ Both do as they are told:
 ``next_answers.append(Answer(502, b"no"))``  The next request gets this response; or raw bytes, or what a function of
                                              the request returns.
 ``clock.advance(3600)``                      An hour passes for the service.
-``stop()``, ``start()``                      Nobody answers at its address; somebody does again.
+``stop()``, ``start()``                      The service is down; it is up again.
 ``assert_spent_once(old)``                   Fails unless a token was refreshed exactly once.
 ===========================================  =========================================================================
 

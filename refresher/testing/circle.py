@@ -87,7 +87,7 @@ class FakeCircle(Fake):
         self._answered: dict[str, tuple[bytes, dict[str, object]]] = {}
 
     def knows(self, token: UserToken) -> bool:
-        """Tell whether the user token and the refresh token of a pair are good now."""
+        """Whether the user token and the refresh token of a pair are valid now."""
         alive = self.clock() < (claims(token.user_token).exp or 0)
         return alive and token.user_token in self._user_tokens and token.refresh_token in self._pairs
 
@@ -168,7 +168,7 @@ class FakeCircle(Fake):
         return [given[name] for name in wanted]
 
     def _owner(self, user_token: str) -> str:
-        """Tell whose a user token is, expired or not."""
+        """Return whose a user token is, expired or not."""
         if user_token.count(".") != 2:
             raise _RefusalError(155105)
         if user_token not in self._user_tokens:

@@ -15,13 +15,13 @@ from .server import Received
 def main() -> int:
     """Show a refresh of each service."""
     with FakeKuzzle() as kuzzle:
-        print("KUZZLE. A user signs in and gets a token that is good for an hour. Half an hour later:\n")
+        print("KUZZLE. A user signs in and gets a token that is valid for an hour. Half an hour later:\n")
         jwt = kuzzle.login("foo", ago=1800)
         print('    >>> refresh_kuzzle_token(url, jwt, expires_in="2h")')
         token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
         _show(token, kuzzle.requests[-1])
         kuzzle.clock.advance(1)
-        print("A second later the old token, which is spent, is good for nothing any more:\n")
+        print("A second later the old token, which is spent, no longer works:\n")
         print(f"    old token {masked(jwt)}: {_state(kuzzle.knows(jwt))}")
         print(f"    new token {masked(token.jwt)}: {_state(kuzzle.knows(token.jwt))}\n")
 

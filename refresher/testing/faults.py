@@ -199,7 +199,7 @@ def _other_user(fake: Fake, request: Received) -> Answer:
     return fake.truly_for("somebody-else", request)
 
 
-@_fault("An interim answer (103) comes first, and then the answer, which is good.", spends=True)
+@_fault("An interim answer (103) comes first, and then the real one.", spends=True)
 def _interim(fake: Fake, request: Received) -> bytes:
     return b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n" + fake.truly(request).to_bytes()
 

@@ -149,10 +149,10 @@ class _Call:
 
     def cookie_flag(self) -> bool:
         """
-        Tell whether the answer is to be given as a cookie.
+        Whether the answer is to be given as a cookie.
 
         The argument is a flag: it is set by being there, whatever it says. Kuzzle writes down what it found, so
-        whoever asks a second time finds it set in any case.
+        a second question finds it set in any case.
         """
         found = "cookieAuth" in self.arguments
         self.arguments["cookieAuth"] = found
@@ -193,7 +193,7 @@ class FakeKuzzle(Fake):
     Args:
         users: Passwords by user name.
         clock: Its clock.
-        grace: How many seconds a refreshed token lives on. 0: till its own end, as in Kuzzle.
+        grace: How many seconds a refreshed token stays valid. 0 means until it expires, as in Kuzzle.
         max_ttl: The longest lifetime it grants, in milliseconds; -1: any.
         cookies: Whether cookie mode is supported.
         strategies: What a strategy's own refresh answers: another ``expiresIn``, or None for the one asked for.
@@ -260,7 +260,7 @@ class FakeKuzzle(Fake):
                 self.clock.advance(ago)
 
     def api_key(self, username: str = "foo", expires_in: str | None = None) -> str:
-        """Make an API key for a user. It lives for ever, unless told otherwise."""
+        """Make an API key for a user. It never expires, unless you say otherwise."""
         ttl = self._lifetime("-1" if expires_in is None else expires_in)
         now = self.clock()
         payload = self._claims(username, ttl, jti=secrets.token_hex(8))
@@ -269,7 +269,7 @@ class FakeKuzzle(Fake):
         return key
 
     def knows(self, jwt: str | None) -> bool:
-        """Tell whether a token authenticates its user now."""
+        """Whether a token authenticates its user now."""
         return jwt is not None and self._find(jwt) is not None
 
     def fail_next(self, id: str, times: int = 1) -> None:
@@ -469,7 +469,7 @@ class FakeKuzzle(Fake):
     # Who is asking
 
     def _find(self, jwt: str) -> _Session | None:
-        """Look a token up, if it is still good."""
+        """Look a token up, if it is still valid."""
         session = self._sessions.get(jwt) or self._api_keys.get(jwt)
         alive = session is not None and self.clock() < min(session.gone_at, claims(jwt).exp or math.inf)
         return session if alive else None

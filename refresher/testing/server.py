@@ -31,7 +31,7 @@ class Clock:
     A clock that can be moved on.
 
     Args:
-        now: What it shows, in seconds since 1970, until it is moved. None: the time, and it goes on by itself.
+        now: What it shows, in seconds since 1970, until it is moved. None means the system's clock.
     """
 
     def __init__(self, now: float | None = None) -> None:
@@ -177,7 +177,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # A client may hang up at any time. Anything else is a fault of the fake, and told.
+        # A client may hang up at any time. Anything else is a fault of the fake, and is reported.
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 

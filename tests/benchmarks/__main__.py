@@ -1,7 +1,7 @@
 """
 What a refresh and a cached call cost, against what one would use instead.
 
-    pip install '.[bench]' && python tests/benchmarks
+    pip install -e '.[dev]' && python tests/benchmarks
 
 Each ratio is one of medians. Both sides take turns in one run on one machine, so both are slowed alike. Names of tables
 as arguments: those alone. Everything is measured from outside, through the public names.

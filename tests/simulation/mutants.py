@@ -244,7 +244,7 @@ MUTANTS = [
         (_CIRCLE, "_MOST_STEPS = 1000", "_MOST_STEPS = 5"),
         (
             _CIRCLE,
-            '        raise failure("keeps returning expired tokens", ',
+            '        raise failure("keeps returning expired tokens: try again later", ',
             "        return step\n        raise failure('', ",
         ),
     ),
