@@ -510,9 +510,11 @@ class SignOut(Flight[T]):
             return self._verify(chain, newest, attempt, True, verdict)
         except SignInRequiredError:
             pass
-        if not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
-            what = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
-            raise UnavailableError(what, provider=credential.service, spent=False)
+        while not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
+            self.status = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
+            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():
+                raise UnavailableError(self.status, provider=credential.service, spent=False)
+            self.pause(min(_rules.LONGEST_POLL, time_left))
         self.is_over = True
         return None
 
