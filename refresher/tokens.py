@@ -240,6 +240,29 @@ class RefreshEvent:
         attempts: How many requests were sent or tried.
         seconds: How long it took.
         error: What the callers were told, or would have been. None if it succeeded.
+
+    Counters for Prometheus::
+
+        from prometheus_client import Counter, Histogram
+
+        refreshes = Counter("refreshes", "Refreshes of session tokens", ["provider", "outcome"])
+        seconds = Histogram("refresh_seconds", "How long they took", ["provider"])
+
+        def count(event):
+            refreshes.labels(event.provider, event.outcome).inc()
+            seconds.labels(event.provider).observe(event.seconds)
+
+        cache = TokenCache(on_event=count)
+
+    An event of the current span of OpenTelemetry, since the context of the call is there::
+
+        from opentelemetry import trace
+
+        def note(event):
+            attributes = {"provider": event.provider, "outcome": event.outcome, "attempts": event.attempts}
+            trace.get_current_span().add_event("refresh", attributes)
+
+        cache = TokenCache(on_event=note)
     """
 
     provider: str

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import itertools
 import json
 import pickle
+import re
+import textwrap
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import attrs
+import prometheus_client
 import pytest
 import requests
 from helpers import call_with
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from refresher import (
     CircleAuth,
@@ -22,6 +29,7 @@ from refresher import (
     InvalidArgumentError,
     KuzzleAuth,
     OutcomeUnknownError,
+    RefreshEvent,
     RequestRefusedError,
     SignInRequiredError,
     TokenCache,
@@ -631,3 +639,28 @@ def test_copies_have_it_too(kuzzle):
     """A cache that was pickled tells the same function."""
     cache = pickle.loads(pickle.dumps(TokenCache(on_event=print)))
     assert cache._on_event is print
+
+
+def recipes():
+    """Give the recipes of RefreshEvent, as a reader would copy them."""
+    blocks = inspect.getdoc(RefreshEvent).split("::\n")[1:]
+    return [textwrap.dedent(re.match(r"(?:\s*\n|    .*\n?)+", block)[0]) for block in blocks]
+
+
+def test_recipes(kuzzle):
+    """The recipes for Prometheus and OpenTelemetry run, and count."""
+    prometheus, telemetry = recipes()
+    names = {"TokenCache": TokenCache}
+    exec(prometheus, names)
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=names["cache"])
+    shown = prometheus_client.generate_latest().decode()
+    assert 'refreshes_total{outcome="refreshed",provider="kuzzle"} 1.0' in shown
+    assert 'refresh_seconds_count{provider="kuzzle"} 1.0' in shown
+    exec(telemetry, names)
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with provider.get_tracer("test").start_as_current_span("view"):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=120), cache=names["cache"])
+    (span,) = exporter.get_finished_spans()
+    (event,) = span.events
+    assert (event.name, event.attributes["outcome"]) == ("refresh", "refreshed")
