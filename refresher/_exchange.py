@@ -1,5 +1,8 @@
 """One refresh: sent, and sent again until it succeeds or time is up."""
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import logging

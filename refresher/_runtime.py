@@ -1,5 +1,8 @@
 """What comes from outside: clocks, chance, threads and the network. A simulation hands over another."""
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import contextlib

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 from urllib.parse import urljoin, urlsplit
 
 import attrs
@@ -344,6 +344,38 @@ class CircleAuth(Auth[UserToken]):
         RefreshError: Raised by requests that need a refresh which fails in another way.
     """
 
+    @overload
+    def __init__(
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: str,
+        user_id: None = None,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: None = None,
+        user_id: str,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
+    ) -> None: ...
     def __init__(
         self,
         *,

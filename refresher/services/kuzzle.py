@@ -20,7 +20,7 @@ from ..tokens import KuzzleToken, duration, instant
 from . import BUSY, REFUSED, SIGN_IN, Done, Meaning, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
-check = Checks("kuzzle")
+check: Checks = Checks("kuzzle")
 
 # The grammar of npm's `ms`, with which Kuzzle reads durations. ASCII, because JavaScript's \d and /i are.
 _TIMESPAN = (
