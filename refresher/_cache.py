@@ -321,6 +321,7 @@ class TokenCache:
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""
         ledger = self._ledger
+        ledger.observed.forget()
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         flights, self._flights = self._flights, {}
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:

@@ -45,6 +45,11 @@ class Observed:
         found: Observed = vars(runtime).setdefault("observed", cls(runtime))
         return found
 
+    def forget(self) -> None:
+        """Forget clocks and ages. Who asked to be left alone still is."""
+        for memo in (self._seen, self._clocks):
+            memo.clear()
+
     def seen_for(self, key: str) -> float:
         """Seconds since this was first called for a credential."""
         now = self._steady()

@@ -136,6 +136,10 @@ class Memo(Generic[V]):
         self._new.pop(key, None)
         self._old.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._new, self._old = {}, {}
+
     def keys(self) -> set[str]:
         """List what is remembered."""
         return {*self._new, *self._old}

@@ -66,6 +66,8 @@ class Auth(AuthBase, Generic[_Token]):
             self._cache._ledger.observed.seen_for(credential.keys[0])
 
     def __repr__(self) -> str:
+        if "_credential" not in vars(self):  # its arguments are wrong, and somebody looks at the traceback
+            return f"{type(self).__name__}()"
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"
 
     def _repr_html_(self) -> str:

@@ -24,6 +24,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from refresher import (
+    SHARED_CACHE,
     CircleAuth,
     FileStore,
     InvalidArgumentError,
@@ -42,15 +43,17 @@ from refresher.testing import FakeCircle, FakeKuzzle
 
 
 @pytest.fixture
-def kuzzle():
+def kuzzle(clean_shared_cache):
     """A FakeKuzzle whose clock goes on."""
+    SHARED_CACHE.clear()  # what is known of others that had the same port
     with FakeKuzzle() as kuzzle:
         yield kuzzle
 
 
 @pytest.fixture
-def circle():
+def circle(clean_shared_cache):
     """A FakeCircle whose clock goes on."""
+    SHARED_CACHE.clear()
     with FakeCircle() as circle:
         yield circle
 
