@@ -117,11 +117,13 @@ class TokenCache:
             RefreshError: The chain has no valid token, and none could be obtained.
         """
         ledger = self._ledger
+        learned = ledger.observed.learned
         chain, is_trusted = ledger.recall(call.credential)
         newest, left, window, wanted = ledger.assess(chain, call)
         if newest is not None and is_trusted and call.rejected is None:
             if left.least > window and not wanted:
                 _log.debug("%s %s: fresh, %.0f s left", newest.service, chain.key[:8], left.least)
+                ledger.keep_hit(call, chain, newest, learned, left.least - window)
                 return newest
             if ledger.is_held_back(chain.key, left):
                 return newest

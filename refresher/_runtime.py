@@ -97,8 +97,8 @@ class Runtime(Protocol):
 
 
 V = TypeVar("V")
-_HALF_A_DAY = 43_200.0
-_MOST = 262_144
+HALF_A_DAY = 43_200.0
+MOST = 262_144  # of a kind are remembered
 
 
 class Memo(Generic[V]):
@@ -124,7 +124,7 @@ class Memo(Generic[V]):
     def put(self, key: str, value: V) -> None:
         """Remember something."""
         now = self._clock()
-        if now - self._turned_at > _HALF_A_DAY or len(self._new) >= _MOST:
+        if now - self._turned_at > HALF_A_DAY or len(self._new) >= MOST:
             self._old, self._new, self._turned_at = self._new, {}, now
         self._new[key] = value
 

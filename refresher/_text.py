@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -39,7 +40,7 @@ class Secret(Generic[S]):
     reveal: Callable[[], S]
 
     def __init__(self, value: S) -> None:
-        self.reveal = lambda: value
+        self.reveal = itertools.repeat(value).__next__  # half the size of a function, and as opaque
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and bool(self.reveal() == other.reveal())
