@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import io
 import os
 import socket
 import ssl
-import threading
 import time
 import traceback
 import zlib
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from http.client import HTTPException, HTTPResponse, IncompleteRead, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import attrs
@@ -28,6 +29,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyErr
 
 from . import __version__
 from ._text import Secret, reveal
+from ._threads import in_thread
 from .services import LOST, UNREACHED, Reply, Request, failure
 
 _T = TypeVar("_T")
@@ -169,23 +171,25 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         TimeoutError: It isn't done. It goes on, and nobody is told.
     """
     outcome: Future[_T] = Future()
+    done: SimpleQueue[None] = SimpleQueue()
 
     def run() -> None:
         try:
             outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
+        done.put(None)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher", daemon=True)
     try:
-        thread.start()
+        in_thread(run, daemon=True)
     except RuntimeError:  # too many threads, or the interpreter is shutting down
         run()
-    while thread.is_alive():
+    while not outcome.done():
         is_late = remaining() <= 0
         # Also once more if late: a socket's own timeout tells more, and what came while suspended is taken.
-        thread.join(_THREAD_SLICE)
-        if is_late and thread.is_alive():
+        with contextlib.suppress(Empty):
+            done.get(timeout=_THREAD_SLICE)
+        if is_late and not outcome.done():
             raise TimeoutError
     return outcome.result()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 import random
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from ._threads import in_thread
 
 if TYPE_CHECKING:
     import requests
@@ -201,9 +202,8 @@ class SystemRuntime:
         return True
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        run = contextvars.copy_context().run  # traces and request ids flow along
         try:
-            threading.Thread(target=run, args=(work,), name="refresher", daemon=daemon).start()
+            in_thread(work, daemon=daemon)
         except RuntimeError:  # too many threads, or the interpreter is shutting down
             if not daemon:
                 work()
