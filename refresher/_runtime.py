@@ -10,8 +10,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ._threads import in_thread
@@ -139,15 +139,26 @@ class Memo(Generic[V]):
         return {*self._new, *self._old}
 
 
-class _Event(Future[None]):
-    """An event whose lock is re-entrant: a signal handler may wait for one in the middle of waiting for it."""
+class _Event:
+    """An event that a signal handler may wait for in the middle of waiting for it."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[None] = SimpleQueue()
+        self._has_happened = False
 
     def set(self) -> None:
-        with contextlib.suppress(InvalidStateError):
-            self.set_result(None)
+        self._has_happened = True
+        self._queue.put(None)
 
     def is_set(self) -> bool:
-        return self.done()
+        return self._has_happened
+
+    def wait(self, seconds: float) -> bool:
+        if not self._has_happened:
+            with contextlib.suppress(Empty):
+                self._queue.get(timeout=seconds)
+                self._queue.put(None)  # for whoever else waits
+        return self._has_happened
 
 
 def _read_boot() -> str:
@@ -195,11 +206,7 @@ class SystemRuntime:
 
     def wait(self, event: Event, seconds: float) -> bool:
         assert isinstance(event, _Event)  # noqa: S101
-        try:
-            event.result(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
-        except TimeoutError:
-            return False
-        return True
+        return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
         try:

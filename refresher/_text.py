@@ -78,7 +78,7 @@ def reveal(value: Any) -> Any:
 
 def key_of(*parts: str | Secret[str]) -> str:
     """Hash a credential. Its parts have no line breaks in them, so no two credentials share a key."""
-    return hashlib.sha256("\n".join(reveal(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\n".join([reveal(part) for part in parts]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def number(value: object) -> float | None:
@@ -90,8 +90,10 @@ def number(value: object) -> float | None:
 
 def json_object(text: str | bytes | None) -> dict[str, Any]:
     """Read a JSON object. Anything else reads as an empty one."""
+    if not text:
+        return {}
     try:
-        value = json.loads(text or "")
+        value = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -102,6 +104,7 @@ def is_uuid(value: str) -> bool:
     return re.fullmatch("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.ASCII) is not None
 
 
+@functools.lru_cache(maxsize=16)
 def read_date(text: str | None) -> float | None:
     """Read the date in a header, in seconds since 1970."""
     from email.utils import parsedate_to_datetime
