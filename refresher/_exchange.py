@@ -35,7 +35,6 @@ class Observed:
         self._wall = clock or runtime.now
         self._seen, self._pauses = Memo[float](self._steady), Memo[float](runtime.steady)
         self._clocks = Memo[tuple[float, float]](self._steady)
-        self.learned = object()  # another one whenever a service's clock turns out to be different
 
     @classmethod
     def of(cls, runtime: Runtime) -> Observed:
@@ -57,9 +56,7 @@ class Observed:
             known = self._clocks.get(scope)
             # One that is much earlier is no late answer: the service's clock was set.
             is_better = known is None or not known[0] - 5 < steady <= known[0]
-            if is_better or known is None:
-                self._clocks.put(scope, (steady, wall))
-                self.learned = object()
+            self._clocks.put(scope, (steady, wall) if is_better or known is None else known)
 
     def service_now(self, scope: str) -> tuple[float, float] | None:
         """

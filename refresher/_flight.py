@@ -322,16 +322,8 @@ class Flight(Generic[T]):
             lifetime = min(lifetime, successor.expiry - service_now[0] + took)
         ledger.observed.seen_for(successor.keys[0])
         self._spent = spend
-        newer = Chain(
-            key=chain.key,
-            generation=chain.generation + 1,
-            newest=successor,
-            requested=requested,
-            took=took,
-            asked_for=spend.requested,
-            lifetime=lifetime,
-        )
-        ledger.keep(newer)
+        newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
+        ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime))
         return successor
 
     def _verify(

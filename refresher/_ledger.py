@@ -37,14 +37,12 @@ class Hit(Generic[T]):
     Args:
         chain: What was known of the chain.
         newest: The answer.
-        learned: What was known of the service's clock: see `Observed`.
         steady: Until when, by the steady clock.
         wall: Until when, by the wall clock.
     """
 
     chain: Chain[T]
     newest: Credential[T]
-    learned: object
     steady: float
     wall: float
 
@@ -147,19 +145,19 @@ class Ledger:
         if hit is None or runtime.steady() >= hit.steady or runtime.now() >= hit.wall:
             return None
         chain = hit.chain
-        if (self.chains.get(chain.key) or chain) is not chain or self.observed.learned is not hit.learned:
+        if (self.chains.get(chain.key) or chain) is not chain:
             return None
         if self.is_local and chain.text is not None and self.store.get(chain.key) != chain.text:
             return None
         return hit.newest
 
-    def keep_hit(self, call: Call[T], chain: Chain[T], newest: Credential[T], learned: object, seconds: float) -> None:
+    def keep_hit(self, call: Call[T], chain: Chain[T], newest: Credential[T], seconds: float) -> None:
         """Remember what a call got, and will get for some seconds if nothing changes. At DEBUG, all are logged."""
         if self._clock is None and not _log.isEnabledFor(logging.DEBUG):
             steady = self.runtime.steady() + seconds
-            if not self.is_local or chain.text is None:
+            if not self.is_local or chain.requested is None:
                 steady = min(steady, (self._looked_at.get(chain.key) or -math.inf) + _rules.TRUSTED)
-            call.hit = Hit(chain, newest, learned, steady, self.runtime.now() + seconds)
+            call.hit = Hit(chain, newest, steady, self.runtime.now() + seconds)
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
         """Return the newest credential with a token, how long that is valid, its window, and if it will not do."""
