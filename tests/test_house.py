@@ -89,8 +89,8 @@ def code_lines(path):
         if token.type not in (*nothing, tokenize.ENDMARKER):
             lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
     return lines
 
 
@@ -110,7 +110,7 @@ def test_ten_floors():
     ("wing", "most"),
     [
         pytest.param(lambda name: name.partition(".")[0] in HEART, 2480, id="the heart"),
-        pytest.param(lambda name: storey(name) != "testing", 4480, id="all but the fakes"),
+        pytest.param(lambda name: storey(name) != "testing", 4500, id="all but the fakes"),
     ],
 )
 def test_size(wing, most):
