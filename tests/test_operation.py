@@ -19,6 +19,7 @@ import prometheus_client
 import pytest
 import requests
 from helpers import call_with
+from IPython.lib.pretty import pretty
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -289,6 +290,52 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, caplog):
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
 
 
+def test_sign_out_waits_for_news(kuzzle, tmp_path):
+    """Where a refresh has left and nobody has the lock any more, its token is waited for."""
+    jwt = kuzzle.login("foo", ago=1800)
+    kuzzle.delay_next(1.0)
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(Unlocked(tmp_path))).sign_out()
+        token = refresh.result()
+    assert paths(kuzzle) == ["/_refreshToken", "/_logout"]
+    assert not is_alive(kuzzle, token.jwt)
+
+
+def test_sign_out_with_a_token_of_another_process(kuzzle, tmp_path):
+    """A process that has only a later token of a chain signs out the newest."""
+    jwt = kuzzle.login("foo", ago=1800)
+    theirs = TokenCache(FileStore(tmp_path), ahead=1e6)
+    older = refresh_kuzzle_token(kuzzle.url, jwt, cache=theirs, expires_in="1h")
+    newer = refresh_kuzzle_token(kuzzle.url, jwt, cache=theirs, expires_in="2h")
+    KuzzleAuth(kuzzle.url, older.jwt, cache=TokenCache(FileStore(tmp_path))).sign_out()
+    assert not is_alive(kuzzle, newer.jwt)
+
+
+def test_the_lease_ends_before_a_sign_out(kuzzle, tmp_path, monkeypatch):
+    """Whoever was away for longer than its lease looks again before it signs anything out."""
+
+    class Slow(FileStore):
+        slept = 0
+
+        def get(self, key):
+            if key.endswith("-attempt") and not self.slept:
+                self.slept += 1
+                time.sleep(0.6)
+            return super().get(key)
+
+        def renew(self, key, owner, lease):
+            raise OSError
+
+    monkeypatch.setattr("refresher._rules.LEASE", 0.5)
+    jwt = kuzzle.login("foo", ago=1800)
+    KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(Slow(tmp_path))).sign_out()
+    assert paths(kuzzle) == ["/_logout"]
+    assert not is_alive(kuzzle, jwt)
+
+
 def test_calls_during_a_sign_out(kuzzle):
     """Who wants a token while a session is signed out hears that it has ended."""
     jwt = kuzzle.login("foo", ago=1800)
@@ -375,7 +422,8 @@ def test_repr(kuzzle, circle):
     both = [auth, circle_auth(circle, pair)]
     for each in both:
         assert each._repr_html_().startswith("<table>")
-        told = f"{each!r} {each._repr_html_()}"
+        told = f"{each!r} {each._repr_html_()} {pretty(each)}"
+        assert "time_left" in pretty(each)
         for secret in (jwt, pair.user_token, pair.refresh_token, circle.api_key):
             assert secret not in told
 
@@ -472,11 +520,15 @@ def test_keep_alive_in_an_outage(kuzzle):
     assert {each.outcome for each in keep_alive(down)} == {"refreshed"}
 
 
-def test_keep_alive_without_a_store(kuzzle, tmp_path):
-    """Chains that nobody knows are left."""
-    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3590), cache=TokenCache(Broken(FileStore(tmp_path))))
-    (outcome,) = keep_alive([auth])
-    assert outcome.outcome in ("skipped", "refreshed")
+def test_keep_alive_without_a_store(circle, kuzzle, tmp_path):
+    """Chains that nobody knows are left, and so are tokens that could not be kept."""
+    cache = TokenCache(Broken(FileStore(tmp_path)))
+    opaque = CircleAuth(user_token="u", refresh_token="r", device_id="d", api_key="k", base_url=circle.url, cache=cache)
+    due = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3580), cache=cache, timeout=1)
+    outcomes = list(keep_alive([opaque, due]))
+    assert [each.outcome for each in outcomes] == ["skipped", "skipped"]
+    assert all("Broken cannot be read" in str(each.error) for each in outcomes)
+    assert circle.requests == kuzzle.requests == []
 
 
 def test_one_that_is_refused_stops_nobody(kuzzle):
