@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, overload
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 import attrs
 
 from ._cache import SHARED_CACHE, TokenCache, current
-from ._checks import Checks, Seconds
-from ._ledger import Call
+from ._checks import Seconds
+from ._ledger import Call, check_call
 from ._text import Secret, hide, hide_all
 from .services import circle, kuzzle
 from .tokens import KuzzleToken, UserToken
@@ -20,22 +19,23 @@ if TYPE_CHECKING:
     import requests
 
 
-# The same call is often made again. Types count: 1 is not True. Keywords would take a third longer.
-@functools.lru_cache(maxsize=4096, typed=True)
-def _call(service: Any, retry_name: str, retry: Any, timeout: Any, *arguments: Any) -> Call[Any]:
-    check: Checks = service.check
-    credential = service.credential(*arguments)
-    return Call(credential=credential, retry=check.flag(retry_name, retry), timeout=check.seconds("timeout", timeout))
+def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | None, Any]:
+    """
+    Check the arguments of a call. Return the call, and its answer if that takes no more than a look.
 
-
-def _answer(cache: TokenCache | None, session: object, service: Any, *arguments: Any) -> Any:
-    """Check the arguments of a call, unless they were the same before, and return its answer."""
+    Secrets are not hidden yet, so this never raises. If something is wrong, there is no call.
+    """
     try:
-        call = _call(service, *arguments)
-    except TypeError:  # one of them can't be hashed, so it's wrong
-        call = None
-    if call is None:
-        call = _call.__wrapped__(service, *arguments)
+        call = cache._ledger.call(*arguments)
+        known = cache._ledger.hit(call)
+    except Exception:
+        return None, None
+    return call, None if known is None else known.token
+
+
+def _answer(call: Call[Any] | None, cache: TokenCache | None, session: object, service: Any, *arguments: Any) -> Any:
+    """Return the answer to a call, which is checked unless that was done."""
+    call = call or check_call(service, *arguments)
     service.check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
     if session is not None:
         call = attrs.evolve(call, session=service.check.session("session", session))
@@ -102,11 +102,16 @@ def refresh_kuzzle_token(
         >>> print(token.kuid, token.ttl)
         foo 2:00:00
     """
+    attempts, call, known = ("queuable", queuable, timeout), None, None
+    if cookie_auth is False:
+        call, known = _look(cache, kuzzle, *attempts, url, jwt, expires_in, trigger_events, strategy)
+        if known is not None and session is None:
+            return known  # type: ignore[no-any-return]
     url, jwt, expires_in, strategy = hide_all(url, jwt, expires_in, strategy)
-    attempts, options = ("queuable", queuable, timeout), (expires_in, trigger_events, strategy)
+    options = expires_in, trigger_events, strategy
     if cookie_auth is not False and kuzzle.check.flag("cookie_auth", cookie_auth):
         return _in_cookie_mode(cache, session, attempts, url, jwt, options)
-    token: KuzzleToken = _answer(cache, session, kuzzle, *attempts, url, jwt, *options)
+    token: KuzzleToken = _answer(call, cache, session, kuzzle, *attempts, url, jwt, *options)
     return token
 
 
@@ -125,7 +130,7 @@ def _in_cookie_mode(
     if found is None:
         check.fail("jwt", "is missing, and the session has no authToken cookie")
     in_cookie_mode, in_cookie = True, jwt is None
-    token: KuzzleToken = _answer(cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)
+    token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)
     keep_cookie(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
     return attrs.evolve(token, jwt=None)
 
@@ -229,11 +234,17 @@ def refresh_user_token(
         >>> new.user_id, new.refresh_token == old.refresh_token
         ('user-1', False)
     """
-    refresh_token, device_id, user_token, user_id, api_key = hide_all(
-        refresh_token, device_id, user_token, user_id, api_key
+    (api_key,), attempts = hide_all(api_key), ("retry", retry, timeout)
+    key = circle.default_api_key(api_key)
+    call, known = _look(
+        *(cache, circle, *attempts, refresh_token, device_id, key, user_token, user_id),
+        *(base_url, idempotency_key, request_id),
     )
+    if known is not None and session is None:
+        return known  # type: ignore[no-any-return]
+    refresh_token, device_id, user_token, user_id = hide_all(refresh_token, device_id, user_token, user_id)
     idempotency_key, request_id, base_url = hide_all(idempotency_key, request_id, base_url)
-    credential = refresh_token, device_id, circle.default_api_key(api_key), user_token, user_id
+    credential = refresh_token, device_id, key, user_token, user_id
     options = base_url, idempotency_key, request_id
-    pair: UserToken = _answer(cache, session, circle, "retry", retry, timeout, *credential, *options)
+    pair: UserToken = _answer(call, cache, session, circle, *attempts, *credential, *options)
     return pair

@@ -132,6 +132,7 @@ class TokenCache:
         if newest is not None and is_trusted and call.rejected is None:
             if left.least > window and not wanted:
                 _log.debug("%s %s: fresh, %.0f s left", newest.service, chain.key[:8], left.least)
+                ledger.keep_hit(call, chain, newest, left.least - window)
                 return newest
             if ledger.is_held_back(chain.key, left, call):
                 return newest
@@ -157,6 +158,8 @@ class TokenCache:
                 raise outcome
             has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
+                if newest is not None and not wanted:
+                    ledger.keep_hit(call, chain, newest, left.least - window)
                 found: Credential[T] = outcome
                 return found
             if newest is not None and is_valid and self._runtime.steady() >= soon:
@@ -188,11 +191,12 @@ class TokenCache:
             if is_ours:
                 runtime.start(flight.run)
             while (remaining := until + _GRACE - runtime.steady()) > 0:
-                if runtime.wait(waiter.event, min(remaining, 1.0 if flight.is_running else 0.1)):
+                was_running = flight.is_running
+                if runtime.wait(waiter.event, min(remaining, 1.0 if was_running else 0.1)):
                     break
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
-                elif remaining > 1:
+                elif was_running and remaining > 1:
                     self._on_wait(flight.status, None if until == math.inf else remaining - 1)
                     told = True
             return flight, waiter.outcome
@@ -321,6 +325,7 @@ class TokenCache:
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""
         ledger = self._ledger
+        ledger.observed.forget()
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         flights, self._flights = self._flights, {}
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:

@@ -96,9 +96,10 @@ class Checks:
     def token(self, name: str, value: Any) -> Secret[str]:
         """Accept a secret that fits into a header."""
         value = hide(value)
-        self.need(isinstance(reveal(value), str), name, "must be a string")
-        self.need(is_token(reveal(value)), name, _INVISIBLE)
-        return Secret(reveal(value))
+        if not is_token(reveal(value)):
+            self.fail(name, _INVISIBLE if isinstance(reveal(value), str) else "must be a string")
+        secret: Secret[str] = value
+        return secret
 
     def text(self, name: str, value: Any, shortest: int = 1, longest: int = 1000) -> str:
         """Accept a text of printable characters."""

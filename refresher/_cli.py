@@ -159,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
         _write(sys.stderr, f"refresher: {told}{hint} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
-    def _print_message(self, message: str, _: Any = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002
         if trouble := _write(sys.stdout, message):
             _write(sys.stderr, f"refresher: standard output: {trouble}\n")
             raise SystemExit(_TRY_LATER)

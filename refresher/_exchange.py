@@ -1,5 +1,8 @@
 """One refresh: sent, and sent again until it succeeds or time is up."""
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import logging
@@ -41,6 +44,11 @@ class Observed:
         """Return what the caches of a process share."""
         found: Observed = vars(runtime).setdefault("observed", cls(runtime))
         return found
+
+    def forget(self) -> None:
+        """Forget clocks and ages. Who asked to be left alone still is."""
+        for memo in (self._seen, self._clocks):
+            memo.clear()
 
     def seen_for(self, key: str) -> float:
         """Seconds since this was first called for a credential."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import io
 import os
+import re
 import socket
 import ssl
-import threading
 import time
 import traceback
 import zlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import attrs
@@ -29,6 +31,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyErr
 
 from . import __version__
 from ._text import Secret, reveal
+from ._threads import in_thread
 from .services import LOST, UNREACHED, Reply, Request, failure
 
 _T = TypeVar("_T")
@@ -45,6 +48,7 @@ _EXTENSION = 60.0
 _PERIOD = 5.0
 # urllib3 may send a POST again after an error on the answer, and nobody would know.
 _ONCE = Retry(0, read=False)
+_ADDRESS = re.compile(r"[0-9]+(\.[0-9]+){3}|\[?[0-9a-f:]+:[0-9a-f:.]*\]?")
 _RAW: Any = {"retries": _ONCE, "redirect": False, "assert_same_host": False, "preload_content": False}
 
 # A reply is short. Compressed, a few bytes could become gigabytes.
@@ -176,23 +180,25 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         TimeoutError: It is not done. It goes on, and its outcome is dropped.
     """
     outcome: Future[_T] = Future()
+    done: SimpleQueue[None] = SimpleQueue()
 
     def run() -> None:
         try:
             outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
+        done.put(None)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher", daemon=True)
     try:
-        thread.start()
+        in_thread(run, daemon=True)
     except RuntimeError:  # too many threads, or the interpreter is shutting down
         run()
-    while thread.is_alive():
+    while not outcome.done():
         is_late = remaining() <= 0
         # Also once more if late: a socket's own timeout tells more, and what came while suspended is taken.
-        thread.join(_THREAD_SLICE)
-        if is_late and thread.is_alive():
+        with contextlib.suppress(Empty):
+            done.get(timeout=_THREAD_SLICE)
+        if is_late and not outcome.done():
             raise TimeoutError
     return outcome.result()
 
@@ -399,6 +405,7 @@ _Base: Any = object
 class _Connection(_Base):  # type: ignore[misc]
     """A connection that keeps to the time of the call it's used for, and sends a request in one piece."""
 
+    timeout: float | None
     _pieces: list[bytes] | None = None
 
     def connect(self) -> None:
@@ -411,7 +418,17 @@ class _Connection(_Base):  # type: ignore[misc]
                 self.close()
                 raise TimeoutError
 
-        _watched(connect, call.remaining)
+        if self._is_at_an_address():  # which is near as a rule: a thread takes longer
+            timeout, self.timeout = self.timeout, _timeout(min(call.remaining(), _THREAD_SLICE))
+            with contextlib.suppress(ConnectTimeoutError):
+                return connect()
+            self.timeout = timeout
+        return _watched(connect, call.remaining)
+
+    def _is_at_an_address(self) -> bool:
+        """Whether to connect is one step: no name is looked up, no TLS and no tunnel set up."""
+        is_plain = self.default_port == 80 and self._tunnel_host is None
+        return is_plain and _ADDRESS.fullmatch(self.host) is not None
 
     def putrequest(self, *args: Any, **options: Any) -> None:
         if self.sock is None:

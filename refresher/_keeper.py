@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import attrs
 
+from ._text import Secret
 from .auth import Auth
 from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
 
@@ -18,22 +19,20 @@ _PER_SECOND = {"circle": 5.0}
 
 @attrs.frozen(kw_only=True)
 class KeepAliveOutcome:
-    """
-    What `keep_alive` did about one session.
-
-    Args:
-        auth: The auth object.
-        outcome: ``"refreshed"``: it has a new token. ``"fresh"``: it needs none yet. ``"ended"``: the service refused
-            its newest token, so its user has to sign in again. ``"skipped"``: it was not refreshed. *error* says why;
-            None means that nobody has signed in.
-        seconds: How long that took.
-        error: What went wrong. After ``"refreshed"``, what *on_refresh* raised.
-    """
+    """What `keep_alive` did about one session."""
 
     auth: Auth[Any]
+    """The auth object."""
     outcome: Literal["refreshed", "fresh", "ended", "skipped"]
+    """
+    ``"refreshed"``: it has a new token. ``"fresh"``: it needs none yet. ``"ended"``: the service refused its newest
+    token, so its user has to sign in again. ``"skipped"``: it was not refreshed. *error* says why; None means that
+    nobody has signed in.
+    """
     seconds: float = 0.0
+    """How long that took."""
     error: Exception | None = None
+    """What went wrong. After ``"refreshed"``, what *on_refresh* raised."""
 
 
 def keep_alive(
@@ -66,12 +65,14 @@ def keep_alive(
         ...     print(sorted(outcome.outcome for outcome in keep_alive(auths)))
         ['fresh', 'refreshed']
     """
+    hidden = Secret(auths)
+    del auths
     if type(at_once) is not int or at_once < 1:
         raise InvalidArgumentError("at_once must be a whole number, 1 or more")
     is_number = isinstance(per_second, (int, float)) and not isinstance(per_second, bool)
     if per_second is not None and not (is_number and 0 < per_second <= 1e6):
         raise InvalidArgumentError("per_second must be a number of refreshes, more than 0, or None")
-    return _Keeper(at_once, per_second).run(auths)
+    return _Keeper(at_once, per_second).run(hidden)
 
 
 class _Keeper:
@@ -82,13 +83,14 @@ class _Keeper:
         self._outages: dict[str, RefreshError] = {}  # by whom a pause is about
         self._next: dict[str, float] = {}  # when the next refresh may begin
 
-    def run(self, auths: Iterable[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
+    def run(self, auths: Secret[Iterable[Auth[Any]]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
         running: set[Future[KeepAliveOutcome]] = set()
         with ThreadPoolExecutor(self._at_once, thread_name_prefix="refresher") as pool:
-            for auth in auths:
-                if not isinstance(auth, Auth):
+            for each in map(Secret, auths.reveal()):  # it may be a token in the wrong place
+                if not isinstance(each.reveal(), Auth):
                     raise InvalidArgumentError("auths must be KuzzleAuth or CircleAuth objects")
+                auth = each.reveal()
                 outcome = self._look(auth)
                 while outcome is None and len(running) >= self._at_once:
                     done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import attrs
 
 from . import _rules
+from ._checks import Checks
 from ._exchange import Observed
 from ._rules import Attempt, Chain, Instant, Left, Lock
-from ._runtime import Event, Memo, Runtime
-from ._text import Secret, json_object
+from ._runtime import HALF_A_DAY, MOST, Event, Memo, Runtime
+from ._text import Secret, hide_all, json_object
 from .errors import RefreshError
 from .services import Credential, T
 from .stores import MemoryStore, Store
@@ -27,7 +29,25 @@ R = TypeVar("R")
 Headers = Mapping[str, str | Secret[str]]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
+class Hit(Generic[T]):
+    """
+    What a call got, and gets again for as long as that is fresh.
+
+    Args:
+        chain: What was known of the chain.
+        newest: The answer.
+        steady: Until when, by the steady clock.
+        wall: Until when, by the wall clock.
+    """
+
+    chain: Chain[T]
+    newest: Credential[T]
+    steady: float
+    wall: float
+
+
+@attrs.define(kw_only=True)
 class Call(Generic[T]):
     """
     What a caller asks for.
@@ -41,6 +61,7 @@ class Call(Generic[T]):
         patient: Whether it wants a new token when one is due, and waits for that for all of its time.
         rejected: The headers that the service has just rejected. What they came from will not do, unless it is
             new: a newer one would not help.
+        hit: What it got when it was last made with the same cache.
     """
 
     credential: Credential[T]
@@ -50,6 +71,25 @@ class Call(Generic[T]):
     own_will_do: bool = False
     patient: bool = False
     rejected: Headers | None = None
+    hit: Hit[T] | None = attrs.field(default=None, init=False, eq=False, repr=False)
+
+
+def check_call(service: Any, retry_name: str, retry: Any, timeout: Any, *arguments: Any) -> Call[Any]:
+    """
+    Check the arguments of a call to a service.
+
+    Raises:
+        InvalidArgumentError: An argument is wrong.
+    """
+    arguments = hide_all(*arguments)
+    check: Checks = service.check
+    credential = service.credential(*arguments)
+    return Call(credential=credential, retry=check.flag(retry_name, retry), timeout=check.seconds("timeout", timeout))
+
+
+def _calls(period: float) -> Callable[..., Call[Any]]:  # noqa: ARG001
+    """Remember checked calls. Types count: 1 is not True. Keywords would take a third longer."""
+    return functools.lru_cache(maxsize=MOST, typed=True)(check_call)
 
 
 class Ledger:
@@ -77,6 +117,7 @@ class Ledger:
         self.unsaved: dict[str, Chain[Any]] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
+        self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
 
@@ -97,6 +138,30 @@ class Ledger:
             return self.look(credential)[0], True
         return chain or Chain(key=key), is_recent or self.is_local
 
+    def call(self, *arguments: Any) -> Call[Any]:
+        """Check the arguments of a call, unless that was done in the last half a day."""
+        return self._calls(self.runtime.steady() // HALF_A_DAY)(*arguments)
+
+    def hit(self, call: Call[T]) -> Credential[T] | None:
+        """Return what a call got when it was last made, if it would get the same. It takes no more than a look."""
+        hit, runtime = call.hit, self.runtime
+        if hit is None or runtime.steady() >= hit.steady or runtime.now() >= hit.wall:
+            return None
+        chain = hit.chain
+        if (self.chains.get(chain.key) or chain) is not chain:
+            return None
+        if self.is_local and chain.text is not None and self.store.get(chain.key) != chain.text:
+            return None
+        return hit.newest
+
+    def keep_hit(self, call: Call[T], chain: Chain[T], newest: Credential[T], seconds: float) -> None:
+        """Remember what a call got, and will get for some seconds if nothing changes. At DEBUG, all are logged."""
+        if self._clock is None and not _log.isEnabledFor(logging.DEBUG):
+            steady = self.runtime.steady() + seconds
+            if not self.is_local or chain.requested is None:
+                steady = min(steady, (self._looked_at.get(chain.key) or -math.inf) + _rules.TRUSTED)
+            call.hit = Hit(chain, newest, steady, self.runtime.now() + seconds)
+
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
         """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
         now = self.now()
@@ -109,7 +174,7 @@ class Ledger:
                 left = self._left_elsewhere(newest, requested, now, chain.lifetime)
             wanted = not chain.covers(call.credential.requested)
             oldest = max(requested.likely_age(now), now.wall - requested.wall)
-            if call.rejected == newest.headers and oldest > _rules.REJECTED:
+            if call.rejected is not None and call.rejected == newest.headers and oldest > _rules.REJECTED:
                 left, wanted = _rules.NOTHING_LEFT, True
         elif call.own_will_do and (newest := call.credential.unspent()) is not None:
             left = self._left_elsewhere(newest, None, now)

@@ -53,10 +53,14 @@ class Instant:
     steady: float
     boot: str
 
+    def to_dict(self) -> dict[str, object]:
+        """Write it down."""
+        return {"wall": self.wall, "steady": self.steady, "boot": self.boot}
+
     @classmethod
     def read(cls, values: Any) -> Instant:
         """
-        Read what `attrs.asdict` wrote.
+        Read what `to_dict` wrote.
 
         Raises:
             ValueError: It is malformed.
@@ -113,7 +117,7 @@ class Chain(Generic[T]):
         """Write down what the store has of it."""
         entry: dict[str, object] = {"generation": self.generation, **({"ended": True} if self.has_ended else {})}
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
-            entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
+            entry |= {"token": self.newest.token.to_dict(), "requested": self.requested.to_dict()}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
             entry |= {"lifetime": self.lifetime}
         return attrs.evolve(self, text=json.dumps(entry))
@@ -164,7 +168,7 @@ def read_alias(text: str | bytes | None, credential: Credential[Any]) -> str | N
     """Return the chain that a credential belongs to. None if the store does not say, or the proof is wrong."""
     entry = json_object(text)
     chain = str(entry.get("chain"))
-    return chain if entry.get("proof") == key_of(chain, credential.secret) else None
+    return chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None
 
 
 @attrs.frozen(kw_only=True)
@@ -193,11 +197,14 @@ class Attempt:
 
     def write(self) -> str:
         """Write it down."""
-        return json.dumps(attrs.asdict(self))
+        entry = {"by": self.by, "at": self.at.to_dict(), "is_open": self.is_open, "refusals": self.refusals}
+        return json.dumps({**entry, "error": self.error, "pause": self.pause})
 
     @classmethod
     def read(cls, text: str | bytes | None) -> Attempt | None:
         """Read it. None if nothing was tried, or that cannot be read."""
+        if text is None:
+            return None
         entry = json_object(text)
         try:
             refusals, pause = (number(entry.get(name)) or 0.0 for name in ("refusals", "pause"))

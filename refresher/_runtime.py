@@ -1,9 +1,11 @@
 """What comes from outside: clocks, chance, threads and the network. A simulation hands over another."""
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 import random
@@ -11,9 +13,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from ._threads import in_thread
 
 if TYPE_CHECKING:
     import requests
@@ -97,8 +101,8 @@ class Runtime(Protocol):
 
 
 V = TypeVar("V")
-_HALF_A_DAY = 43_200.0
-_MOST = 262_144
+HALF_A_DAY = 43_200.0
+MOST = 262_144  # of a kind are remembered
 
 
 class Memo(Generic[V]):
@@ -124,7 +128,7 @@ class Memo(Generic[V]):
     def put(self, key: str, value: V) -> None:
         """Remember something."""
         now = self._clock()
-        if now - self._turned_at > _HALF_A_DAY or len(self._new) >= _MOST:
+        if now - self._turned_at > HALF_A_DAY or len(self._new) >= MOST:
             self._old, self._new, self._turned_at = self._new, {}, now
         self._new[key] = value
 
@@ -133,20 +137,35 @@ class Memo(Generic[V]):
         self._new.pop(key, None)
         self._old.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._new, self._old = {}, {}
+
     def keys(self) -> set[str]:
         """List what is remembered."""
         return {*self._new, *self._old}
 
 
-class _Event(Future[None]):
-    """An event whose lock is re-entrant: a signal handler may wait for one in the middle of waiting for it."""
+class _Event:
+    """An event that a signal handler may wait for in the middle of waiting for it."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[None] = SimpleQueue()
+        self._has_happened = False
 
     def set(self) -> None:
-        with contextlib.suppress(InvalidStateError):
-            self.set_result(None)
+        self._has_happened = True
+        self._queue.put(None)
 
     def is_set(self) -> bool:
-        return self.done()
+        return self._has_happened
+
+    def wait(self, seconds: float) -> bool:
+        if not self._has_happened:
+            with contextlib.suppress(Empty):
+                self._queue.get(timeout=seconds)
+                self._queue.put(None)  # for whoever else waits
+        return self._has_happened
 
 
 def _read_boot() -> str:
@@ -194,16 +213,11 @@ class SystemRuntime:
 
     def wait(self, event: Event, seconds: float) -> bool:
         assert isinstance(event, _Event)  # noqa: S101
-        try:
-            event.result(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
-        except TimeoutError:
-            return False
-        return True
+        return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        run = contextvars.copy_context().run  # traces and request ids flow along
         try:
-            threading.Thread(target=run, args=(work,), name="refresher", daemon=daemon).start()
+            in_thread(work, daemon=daemon)
         except RuntimeError:  # too many threads, or the interpreter is shutting down
             if not daemon:
                 work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -39,7 +40,7 @@ class Secret(Generic[S]):
     reveal: Callable[[], S]
 
     def __init__(self, value: S) -> None:
-        self.reveal = lambda: value
+        self.reveal = itertools.repeat(value).__next__  # half the size of a function, and as opaque
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and bool(self.reveal() == other.reveal())
@@ -77,7 +78,7 @@ def reveal(value: Any) -> Any:
 
 def key_of(*parts: str | Secret[str]) -> str:
     """Hash a credential. Its parts have no line breaks in them, so no two credentials share a key."""
-    return hashlib.sha256("\n".join(reveal(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\n".join([reveal(part) for part in parts]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def number(value: object) -> float | None:
@@ -89,8 +90,10 @@ def number(value: object) -> float | None:
 
 def json_object(text: str | bytes | None) -> dict[str, Any]:
     """Read a JSON object. Anything else reads as an empty one."""
+    if not text:
+        return {}
     try:
-        value = json.loads(text or "")
+        value = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -101,6 +104,7 @@ def is_uuid(value: str) -> bool:
     return re.fullmatch("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value, re.ASCII) is not None
 
 
+@functools.lru_cache(maxsize=16)
 def read_date(text: str | None) -> float | None:
     """Read the date in a header, in seconds since 1970."""
     from email.utils import parsedate_to_datetime

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 from urllib.parse import urljoin, urlsplit
 
 import attrs
@@ -32,6 +32,15 @@ _LARGEST_BODY = 1024 * 1024
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
 
 
+@attrs.frozen
+class _Ready(Generic[_Token]):
+    """What the last request carried, and the call that it came from."""
+
+    call: Call[_Token]
+    credential: Credential[_Token]
+    headers: Headers
+
+
 class Auth(AuthBase, Generic[_Token]):
     """Sends the last successor of a credential."""
 
@@ -49,6 +58,9 @@ class Auth(AuthBase, Generic[_Token]):
         check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
         check.need(on_refresh is None or callable(on_refresh), "on_refresh", "must be a function, or None")
         self._origin, self._service = origin_of(url), check.provider
+        # What begins like this goes to the origin, whoever parses it: the host ends at the slash.
+        scheme, _, rest = url.partition("://")
+        self._prefix = f"{scheme}://{rest.partition('/')[0]}/"
         own, seconds = check.session("session", session), check.seconds("timeout", timeout)
         self._call = functools.partial(Call[_Token], session=own, retry=retry, timeout=seconds, own_will_do=True)
         self._cache = TokenCache() if cache is None else cache
@@ -62,10 +74,13 @@ class Auth(AuthBase, Generic[_Token]):
     def _set(self, credential: Credential[_Token] | None) -> None:
         self._credential: Credential[_Token] | None = credential
         self._unsaved: _Token | None = None
+        self._ready: _Ready[_Token] | None = None
         if credential is not None:
             self._cache._ledger.observed.seen_for(credential.keys[0])
 
     def __repr__(self) -> str:
+        if "_credential" not in vars(self):  # its arguments are wrong, and somebody looks at the traceback
+            return f"{type(self).__name__}()"
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"
 
     def _repr_html_(self) -> str:
@@ -107,10 +122,13 @@ class Auth(AuthBase, Generic[_Token]):
             self._cache._sign_out(self._call(credential=credential))
             self._set(None)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_ready": None}
+
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the newest token on a request, if it goes to the service. `requests` calls this."""
-        if _goes_to(request.url, self._origin) and (current := self._current()) is not None:
-            for name, value in current.headers.items():
+        if self._is_for_us(request.url) and (headers := self._headers()) is not None:
+            for name, value in headers.items():
                 request.headers[name] = reveal(value)
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
@@ -136,16 +154,29 @@ class Auth(AuthBase, Generic[_Token]):
             return None if first is None else False
         return self._cache._is_due(self._call(credential=first))
 
+    def _is_for_us(self, url: str | None) -> bool:
+        return (url is not None and url.startswith(self._prefix)) or _goes_to(url, self._origin)
+
+    def _headers(self) -> Headers | None:
+        """Return the headers to send: those of the last time, if that takes no more than a look."""
+        ready = self._ready
+        if ready is not None and ready.credential is self._credential and self._cache._ledger.hit(ready.call):
+            return ready.headers
+        current = self._current()
+        return None if current is None else current.headers
+
     def _current(self, rejected: Headers | None = None, *, patient: bool = False) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
         first = self._credential
         if first is None or not first.can_expire:
             return first
-        newest = self._cache._get(self._call(credential=first, rejected=rejected, patient=patient))
+        call = self._call(credential=first, rejected=rejected, patient=patient)
+        newest = self._cache._get(call)
         last = first if newest.secret == first.secret else first.following(newest.token)
         if last is not first and self._credential is first:  # else another was set meanwhile
             self._credential, self._unsaved = last, last.token
         self._save()
+        self._ready = _Ready(call, last, last.headers)
         return last
 
     def _save(self) -> None:
@@ -161,13 +192,13 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:
         sent, credential = response.request, self._credential
-        if not _goes_to(sent.url, self._origin) or credential is None:
+        if not self._is_for_us(sent.url) or credential is None:
             return response
         self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
         rejected = self._is_rejected(response, credential)
         if rejected is not False:
             response = self._again(response, credential, settings, sure=rejected is True)
-        if response.is_redirect and not _goes_to(_target(response), self._origin):
+        if response.is_redirect and not self._is_for_us(_target(response)):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
             for name in credential.headers:
                 sent.headers.pop(name, None)
@@ -344,6 +375,38 @@ class CircleAuth(Auth[UserToken]):
         RefreshError: Raised by requests that need a refresh which fails in another way.
     """
 
+    @overload
+    def __init__(
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: str,
+        user_id: None = None,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: None = None,
+        user_id: str,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
+    ) -> None: ...
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
@@ -14,6 +15,9 @@ import pytest
 import requests
 import time_machine
 from helpers import jwt_with
+from hypothesis import example, given
+from hypothesis import strategies as st
+from urllib3.util import parse_url
 
 from refresher import (
     SHARED_CACHE,
@@ -21,6 +25,7 @@ from refresher import (
     FileStore,
     InvalidArgumentError,
     KuzzleAuth,
+    MemoryStore,
     RefreshError,
     SignInRequiredError,
     TokenCache,
@@ -216,6 +221,69 @@ def test_jwt_is_the_last_one(kuzzle, root):
 
 
 # Saving
+
+
+def authorization(kuzzle, auth):
+    """What a request would carry."""
+    request = requests.Request("GET", f"{kuzzle.url}/_me").prepare()
+    return auth(request).headers.get("Authorization", "").removeprefix("Bearer ")
+
+
+@pytest.mark.parametrize("make", [lambda _: MemoryStore(), FileStore], ids=["MemoryStore", "FileStore"])
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_what_is_ready_is_not_stale(kuzzle, tmp_path, make, refreshed):
+    """What this process did since counts at once, and half a second later what others did."""
+    store = make(tmp_path)
+    mine, theirs = TokenCache(store), TokenCache(store)
+    jwt = kuzzle.login(ago=HOUR - 10 if refreshed else HOUR / 2)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=mine)
+    for cache, lifetime, seconds in ((mine, "2h", 0), (theirs, "3h", 0.55)):
+        before = [authorization(kuzzle, auth) for _ in range(3)][-1]
+        after = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, expires_in=lifetime).jwt
+        time.sleep(seconds)
+        assert [authorization(kuzzle, auth) for _ in range(2)] == [after, after]
+        assert after != before
+        assert auth._cache._ledger.hit(auth._ready.call) is not None
+    other = auth.jwt = kuzzle.login("other", ago=HOUR / 2)
+    assert [authorization(kuzzle, auth) for _ in range(2)] == [other, other]
+    auth.jwt = None
+    assert authorization(kuzzle, auth) == ""
+    auth.jwt = jwt
+    assert authorization(kuzzle, auth) == after
+    mine.forget(kuzzle.url, jwt)
+    assert auth._cache._ledger.hit(auth._ready.call) is None
+
+
+def test_what_is_ready_expires(kuzzle, root):
+    """It does so by the wall clock, too: it may have been set, or frozen for a test."""
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache())
+    assert [authorization(kuzzle, auth) for _ in range(2)] == [root, root]
+    with time_machine.travel(time.time() + HOUR / 2 - 5):
+        assert authorization(kuzzle, auth) != root
+
+
+def test_what_is_ready_when_a_clock_is_wrong(kuzzle, root):
+    """It counts for half a second, if it turns out that the service's clock is another than was thought."""
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache())
+    assert [authorization(kuzzle, auth) for _ in range(2)] == [root, root]
+    kuzzle.clock.advance(HOUR / 2 - 20)
+    requests.get(kuzzle.url, auth=auth, timeout=10)
+    time.sleep(0.55)
+    assert authorization(kuzzle, auth) != root
+
+
+@given(rest=st.text(max_size=20))
+@example(rest="\\@elsewhere")
+@example(rest="@elsewhere:80")
+@example(rest="//elsewhere")
+def test_what_is_ready_stays_at_home(rest):
+    """Whatever follows the slash after host and port, requests connects to that host and port."""
+    auth = KuzzleAuth("http://home:7512/base")
+    assert auth._prefix == "http://home:7512/"
+    with contextlib.suppress(ValueError):
+        url = requests.Request("GET", auth._prefix + rest).prepare().url
+        target = parse_url(url)
+        assert (target.scheme, target.host, target.port) == ("http", "home", 7512)
 
 
 def test_on_refresh(kuzzle):

@@ -18,9 +18,11 @@ from helpers import call_with
 
 import refresher._api
 import refresher._cache
+import refresher._ledger
 import refresher._runtime
 from refresher import (
     SHARED_CACHE,
+    FileStore,
     InvalidArgumentError,
     MemoryStore,
     OutcomeUnknownError,
@@ -28,13 +30,14 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _runtime,
     refresh_kuzzle_token,
     refresh_user_token,
 )
 from refresher._flight import Flight
 from refresher._ledger import Call
 from refresher._rules import Chain
-from refresher._runtime import Memo, SystemRuntime
+from refresher._runtime import HALF_A_DAY, Memo, SystemRuntime
 from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
@@ -915,12 +918,60 @@ def test_same_call_when_time_is_over(kuzzle, clock, cache, root, monkeypatch, wh
 
 def test_many_different_calls(kuzzle, cache, root, monkeypatch):
     """However many different calls are made, the memory of them stays small."""
-    small = functools.lru_cache(maxsize=10)(refresher._api._call.__wrapped__)
-    monkeypatch.setattr(refresher._api, "_call", small)
+    monkeypatch.setattr(refresher._ledger, "MOST", 10)
     for seconds in range(1, 100):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=seconds)
     assert len(cache._ledger.chains.keys()) == len(cache._ledger._looked_at.keys()) == 1
     assert len(kuzzle.requests) == 1
+    assert cache._ledger._calls(cache._ledger.runtime.steady() // HALF_A_DAY).cache_info().currsize == 10
+
+
+@pytest.mark.parametrize("make", [lambda _: MemoryStore(), FileStore], ids=["MemoryStore", "FileStore"])
+def test_same_call_after_a_change(kuzzle, root, tmp_path, make):
+    """What this process did since counts at once, and half a second later what others did."""
+    store = make(tmp_path)
+    mine, theirs = TokenCache(store), TokenCache(store)
+    call = functools.partial(refresh_kuzzle_token, kuzzle.url, root, cache=mine)
+    for cache, lifetime, seconds in (
+        (mine, "2h", 0),
+        (theirs, "3h", 0 if isinstance(store, MemoryStore) else 0.55),
+    ):
+        before = [call() for _ in range(3)][-1]
+        after = refresh_kuzzle_token(kuzzle.url, root, cache=cache, expires_in=lifetime)
+        time.sleep(seconds)
+        assert call() == after != before
+        assert call() is call()
+    assert len(kuzzle.requests) == 3
+    mine.forget(kuzzle.url, root)
+    with pytest.raises(SignInRequiredError):
+        call()
+
+
+@pytest.mark.parametrize("which", ["time", "steady"])
+def test_same_call_when_a_clock_of_the_system_is_over(kuzzle, clock, root, monkeypatch, which):
+    """Either clock ends it here, too: one may have been set, or frozen for a test."""
+    moved, now, steady = {"time": 0.0, "steady": 0.0}, time.time, _runtime._STEADY
+    monkeypatch.setattr(time, "time", lambda: now() + moved["time"])
+    monkeypatch.setattr(_runtime, "_STEADY", lambda: steady() + moved["steady"])
+    call = functools.partial(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(runtime=SystemRuntime()))
+    token = [call() for _ in range(3)][-1]
+    for seconds in (HOUR - 120, 115):
+        assert call() is token
+        moved[which] += seconds
+        clock.advance(seconds)
+    assert call() != token
+
+
+def test_same_call_after_half_a_day(kuzzle, root, monkeypatch):
+    """What was not called for half a day takes no room any more."""
+    cache, now = TokenCache(runtime=SystemRuntime()), [0.0]
+    monkeypatch.setattr(_runtime, "_STEADY", lambda: now[0])
+    sizes = []
+    for seconds in (1, 2, 3):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, expires_in="7d", timeout=seconds)
+        sizes.append(cache._ledger._calls(now[0] // HALF_A_DAY).cache_info().currsize)
+        now[0] += 0.75 * HALF_A_DAY
+    assert sizes == [1, 2, 1]
 
 
 def test_threads_are_used_again(kuzzle, clock, root):

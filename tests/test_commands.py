@@ -613,7 +613,7 @@ def test_choices(run):
         "refresher: argument --output: must be 'json', 'token', 'env', 'headers' (see refresher kuzzle --help)\n"
     )
     assert run("yaml")[2] == (
-        "refresher: argument COMMAND: must be 'kuzzle', 'circle', 'forget', 'demo' (see refresher --help)\n"
+        "refresher: argument COMMAND: must be 'kuzzle', 'circle', 'status', 'forget', 'demo' (see refresher --help)\n"
     )
     assert run("kuzzle", "URL", "--timeout", "soon")[2] == (
         "refresher: argument --timeout: must be like 30, 30s, 15m or 2h (see refresher kuzzle --help)\n"

@@ -19,7 +19,7 @@ import attrs
 import pytest
 import requests
 
-from refresher import testing
+from refresher import SHARED_CACHE, KuzzleAuth, refresh_kuzzle_token, testing
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle, Received
 from refresher.testing.circle import ERRORS as CIRCLE_ERRORS
 from refresher.testing.kuzzle import ERRORS as KUZZLE_ERRORS
@@ -630,3 +630,15 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
         text=True,
     )
     assert out.returncode == 0, out.stdout + out.stderr
+
+
+def test_a_port_that_was_used_before():
+    """A fake whose clock was wrong does not decide how old the tokens of the next one are, on the same port."""
+    SHARED_CACHE.clear()
+    with FakeKuzzle(clock=Clock(time.time() - 3600)) as kuzzle:
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60))
+        SHARED_CACHE.clear()  # as the fixtures do
+        kuzzle.clock = Clock()
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3590))
+        requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=9)
+        assert [request.path for request in kuzzle.requests][1:] == ["/_refreshToken", "/_me"]

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import itertools
 import json
 import pickle
+import re
+import textwrap
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import attrs
+import prometheus_client
 import pytest
 import requests
 from helpers import call_with
+from IPython.lib.pretty import pretty
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from refresher import (
+    SHARED_CACHE,
     CircleAuth,
     FileStore,
     InvalidArgumentError,
     KuzzleAuth,
     OutcomeUnknownError,
+    RefreshEvent,
     RequestRefusedError,
     SignInRequiredError,
     TokenCache,
@@ -34,15 +44,17 @@ from refresher.testing import FakeCircle, FakeKuzzle
 
 
 @pytest.fixture
-def kuzzle():
+def kuzzle(clean_shared_cache):
     """A FakeKuzzle whose clock goes on."""
+    SHARED_CACHE.clear()  # what is known of others that had the same port
     with FakeKuzzle() as kuzzle:
         yield kuzzle
 
 
 @pytest.fixture
-def circle():
+def circle(clean_shared_cache):
     """A FakeCircle whose clock goes on."""
+    SHARED_CACHE.clear()
     with FakeCircle() as circle:
         yield circle
 
@@ -278,6 +290,52 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, caplog):
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
 
 
+def test_sign_out_waits_for_news(kuzzle, tmp_path):
+    """Where a refresh has left and nobody has the lock any more, its token is waited for."""
+    jwt = kuzzle.login("foo", ago=1800)
+    kuzzle.delay_next(1.0)
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(Unlocked(tmp_path))).sign_out()
+        token = refresh.result()
+    assert paths(kuzzle) == ["/_refreshToken", "/_logout"]
+    assert not is_alive(kuzzle, token.jwt)
+
+
+def test_sign_out_with_a_token_of_another_process(kuzzle, tmp_path):
+    """A process that has only a later token of a chain signs out the newest."""
+    jwt = kuzzle.login("foo", ago=1800)
+    theirs = TokenCache(FileStore(tmp_path), ahead=1e6)
+    older = refresh_kuzzle_token(kuzzle.url, jwt, cache=theirs, expires_in="1h")
+    newer = refresh_kuzzle_token(kuzzle.url, jwt, cache=theirs, expires_in="2h")
+    KuzzleAuth(kuzzle.url, older.jwt, cache=TokenCache(FileStore(tmp_path))).sign_out()
+    assert not is_alive(kuzzle, newer.jwt)
+
+
+def test_the_lease_ends_before_a_sign_out(kuzzle, tmp_path, monkeypatch):
+    """Whoever was away for longer than its lease looks again before it signs anything out."""
+
+    class Slow(FileStore):
+        slept = 0
+
+        def get(self, key):
+            if key.endswith("-attempt") and not self.slept:
+                self.slept += 1
+                time.sleep(0.6)
+            return super().get(key)
+
+        def renew(self, key, owner, lease):
+            raise OSError
+
+    monkeypatch.setattr("refresher._rules.LEASE", 0.5)
+    jwt = kuzzle.login("foo", ago=1800)
+    KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(Slow(tmp_path))).sign_out()
+    assert paths(kuzzle) == ["/_logout"]
+    assert not is_alive(kuzzle, jwt)
+
+
 def test_calls_during_a_sign_out(kuzzle):
     """Who wants a token while a session is signed out hears that it has ended."""
     jwt = kuzzle.login("foo", ago=1800)
@@ -364,7 +422,8 @@ def test_repr(kuzzle, circle):
     both = [auth, circle_auth(circle, pair)]
     for each in both:
         assert each._repr_html_().startswith("<table>")
-        told = f"{each!r} {each._repr_html_()}"
+        told = f"{each!r} {each._repr_html_()} {pretty(each)}"
+        assert "time_left" in pretty(each)
         for secret in (jwt, pair.user_token, pair.refresh_token, circle.api_key):
             assert secret not in told
 
@@ -461,11 +520,15 @@ def test_keep_alive_in_an_outage(kuzzle):
     assert {each.outcome for each in keep_alive(down)} == {"refreshed"}
 
 
-def test_keep_alive_without_a_store(kuzzle, tmp_path):
-    """Chains that nobody knows are left."""
-    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3590), cache=TokenCache(Broken(FileStore(tmp_path))))
-    (outcome,) = keep_alive([auth])
-    assert outcome.outcome in ("skipped", "refreshed")
+def test_keep_alive_without_a_store(circle, kuzzle, tmp_path):
+    """Chains that nobody knows are left, and so are tokens that could not be kept."""
+    cache = TokenCache(Broken(FileStore(tmp_path)))
+    opaque = CircleAuth(user_token="u", refresh_token="r", device_id="d", api_key="k", base_url=circle.url, cache=cache)
+    due = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=3580), cache=cache, timeout=1)
+    outcomes = list(keep_alive([opaque, due]))
+    assert [each.outcome for each in outcomes] == ["skipped", "skipped"]
+    assert all("Broken cannot be read" in str(each.error) for each in outcomes)
+    assert circle.requests == kuzzle.requests == []
 
 
 def test_one_that_is_refused_stops_nobody(kuzzle):
@@ -631,3 +694,28 @@ def test_copies_have_it_too(kuzzle):
     """A cache that was pickled tells the same function."""
     cache = pickle.loads(pickle.dumps(TokenCache(on_event=print)))
     assert cache._on_event is print
+
+
+def recipes():
+    """Give the recipes of RefreshEvent, as a reader would copy them."""
+    blocks = inspect.getdoc(RefreshEvent).split("::\n")[1:]
+    return [textwrap.dedent(re.match(r"(?:\s*\n|    .*\n?)+", block)[0]) for block in blocks]
+
+
+def test_recipes(kuzzle):
+    """The recipes for Prometheus and OpenTelemetry run, and count."""
+    prometheus, telemetry = recipes()
+    names = {"TokenCache": TokenCache}
+    exec(prometheus, names)
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=names["cache"])
+    shown = prometheus_client.generate_latest().decode()
+    assert 'refreshes_total{outcome="refreshed",provider="kuzzle"} 1.0' in shown
+    assert 'refresh_seconds_count{provider="kuzzle"} 1.0' in shown
+    exec(telemetry, names)
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with provider.get_tracer("test").start_as_current_span("view"):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=120), cache=names["cache"])
+    (span,) = exporter.get_finished_spans()
+    (event,) = span.events
+    assert (event.name, event.attributes["outcome"]) == ("refresh", "refreshed")

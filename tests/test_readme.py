@@ -79,13 +79,14 @@ def test_python(kuzzle, circle, monkeypatch, capsys):
         "jwt": kuzzle.login("foo", ago=60),
         "credentials": {"username": "foo", "password": "bar"},
         "old": circle.sign_in(),
+        "other_jwt": kuzzle.login("foo", "6h", ago=60),
     }
-    for number, text in enumerate(blocks("python")):
-        names["other_jwt"] = kuzzle.login("foo", f"{number + 6}h", ago=60)
+    for text in blocks("python"):
         here = text.replace("https://kuzzle.example.com", kuzzle.url)
         exec(here.replace("https://api.circle.com", circle.url), names)
     out = capsys.readouterr().out
-    kuzzle_line, circle_line, name, user = out.splitlines()
+    kuzzle_line, circle_line, name, user, outcome, state = out.splitlines()
+    assert (outcome, state) == ("fresh None", "fresh")
     assert kuzzle_line.startswith("foo 20")
     assert circle_line.startswith("user-1 20")
     assert name == "foo"
@@ -100,9 +101,11 @@ def test_python(kuzzle, circle, monkeypatch, capsys):
 def test_sign_out(kuzzle, monkeypatch):
     """The session that the example signs out has ended at Kuzzle."""
     names = {"credentials": {"username": "foo", "password": "bar"}}
-    (text,) = (text for text in blocks("python") if "_logout" in text)
+    (text,) = (text for text in blocks("python") if "sign_out" in text and "session.auth" in text)
     exec(text.partition("\nauth =")[0].replace("https://kuzzle.example.com", kuzzle.url), names)
-    assert not kuzzle.knows(names["auth"].jwt)
+    (request,) = (request for request in kuzzle.requests if request.path == "/_logout")
+    assert not kuzzle.knows(request.headers["Authorization"].removeprefix("Bearer "))
+    assert names["auth"].jwt is None
 
 
 @pytest.fixture
@@ -187,9 +190,12 @@ def test_contributing():
         assert (ROOT / path).is_file() or (ROOT / path / "__main__.py").is_file() or (ROOT / path).is_dir(), path
 
 
+RESULTS = {"KeepAliveOutcome", "KuzzleToken", "SessionStatus", "UserToken"}
+
+
 def test_names():
     """What people import is spoken of, and nothing that is not there."""
-    for name in set(refresher.__all__) - {"KuzzleToken", "SHARED_CACHE", "Store", "UserToken", "__version__"}:
+    for name in set(refresher.__all__) - RESULTS - {"SHARED_CACHE", "Store", "__version__"}:
         assert name in README, name
     for name in re.findall(r"`(\w*Contract|Fake\w+|\w*Store|\w*Error|\w*Auth|TokenCache)\b", README):
         assert hasattr(refresher, name) or hasattr(testing, name), name

@@ -4,6 +4,9 @@ What a service is to the rest of the package. Each has one module here, and know
 A module defines a credential: what it sends to be refreshed, how it reads the reply, what each error means.
 """
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import re
@@ -44,7 +47,7 @@ class Done:
     """What a request yields that is no refresh. *fingerprint*: what the log says of it."""
 
     fingerprint: str
-    expires_at: ClassVar[None] = None
+    expires_at: None = attrs.field(default=None, init=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Write down nothing."""

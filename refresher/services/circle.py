@@ -17,7 +17,7 @@ from ..tokens import UserToken, instant
 from . import BUSY, FAILED, REFUSED, SIGN_IN, Reply, Request, Send, failure, meaning
 
 BASE_URL = "https://api.circle.com"
-check = Checks("circle")
+check: Checks = Checks("circle")
 
 # In seconds, as documented. The reply does not say, unless the user token is a JWT.
 _LIFETIME = 60 * 60.0

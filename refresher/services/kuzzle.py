@@ -20,7 +20,7 @@ from ..tokens import KuzzleToken, duration, instant
 from . import BUSY, REFUSED, SIGN_IN, Done, Meaning, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
-check = Checks("kuzzle")
+check: Checks = Checks("kuzzle")
 
 # The grammar of npm's `ms`, with which Kuzzle reads durations. ASCII, because JavaScript's \d and /i are.
 _TIMESPAN = (
@@ -251,7 +251,7 @@ def credential(
     trigger_events: object = False,
     strategy: object = None,
     cookie_auth: object = False,
-    in_cookie: bool = False,
+    in_cookie: object = False,
 ) -> KuzzleCredential:
     """
     Check the arguments of a call.
@@ -268,7 +268,7 @@ def credential(
         expires_in=_lifetime(expires_in, in_cookie_mode),
         trigger_events=check.flag("trigger_events", trigger_events),
         strategy=None if strategy is None else check.text("strategy", strategy),
-        in_cookie=in_cookie,
+        in_cookie=check.flag("in_cookie", in_cookie),
     )
 
 

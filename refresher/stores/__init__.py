@@ -5,6 +5,9 @@ An entry is a text under a key, and expires after some seconds. Keys are hashes;
 who can read a store can use them, unless an `EncryptedStore` encrypts them.
 """
 
+# What a Protocol asks for has no body.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import importlib

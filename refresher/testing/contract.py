@@ -50,7 +50,7 @@ class StoreContract:
     """
 
     one_process = False
-    tardiness = 3.0
+    tardiness: float = 3.0
 
     def make(self) -> Store:
         """

@@ -224,11 +224,11 @@ class FakeKuzzle(Fake):
         strategies: Mapping[str, Callable[[], str | None]] | None = None,
     ) -> None:
         super().__init__(clock)
-        self.users = dict({"foo": "bar"} if users is None else users)
+        self.users: dict[str, str] = dict({"foo": "bar"} if users is None else users)
         self.grace = grace
         self.max_ttl = max_ttl
         self.cookies = cookies
-        self.strategies = dict(strategies or {})
+        self.strategies: dict[str, Callable[[], str | None]] = dict(strategies or {})
         self._secret = secrets.token_bytes()
         self._sessions: dict[str, _Session] = {}
         self._api_keys: dict[str, _Session] = {}

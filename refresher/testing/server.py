@@ -193,7 +193,7 @@ class Server(abc.ABC):
     """Whether an answer to HEAD is followed by a body, which HTTP forbids."""
 
     def __init__(self, clock: Clock | None = None) -> None:
-        self.clock = clock or Clock()
+        self.clock: Clock = clock or Clock()
         self.requests: list[Received] = []
         self.next_answers: deque[Answer | bytes | Callable[[Received], Answer | bytes]] = deque()
         self._lock = threading.Lock()

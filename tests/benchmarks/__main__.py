@@ -282,7 +282,7 @@ def cached_call(kuzzle, cache):
 def stores():
     with FakeKuzzle() as kuzzle, tempfile.TemporaryDirectory() as folder:
         ours = cached_call(kuzzle, TokenCache(FileStore(folder)))
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and "-attempt" not in path.name]
         path = max(files, key=lambda path: path.stat().st_size)
 
         def read():
@@ -295,7 +295,8 @@ def stores():
         server.start()
         with redis.Redis(port=server.port) as client:
             ours = cached_call(kuzzle, TokenCache(RedisStore(client)))
-            key = max((key for key in client.scan_iter() if client.type(key) == b"string"), key=client.strlen)
+            keys = (key for key in client.scan_iter() if client.type(key) == b"string" and b"-attempt" not in key)
+            key = max(keys, key=client.strlen)
             compare("cached call, RedisStore / GET", ours, lambda: client.get(key), number=100, bound=0.1)
 
             import django
@@ -412,7 +413,7 @@ def sessions():
         kept = sum(
             refresh_kuzzle_token(url, token, cache=cache).jwt == then for token, then in zip(tokens, found, strict=True)
         )
-        tell_one(f"{len(tokens)} sessions, each called again", (time.perf_counter() - began) / len(tokens) * 1e6)
+        tell_one(f"{len(tokens)} sessions, each called again (<= 4)", (time.perf_counter() - began) / len(tokens) * 1e6)
         tell_one(f"of {len(tokens)} sessions are still there", kept)
 
 

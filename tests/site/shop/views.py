@@ -1,7 +1,5 @@
 """What the site answers."""
 
-import contextlib
-
 import requests
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -10,7 +8,7 @@ from django.http import JsonResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_POST
 
-from refresher import SignInRequiredError
+from refresher import KuzzleAuth
 
 from .kuzzle import ask, tokens
 
@@ -48,9 +46,7 @@ async def me_async(request):
 def sign_out(request):
     """End a session: first at Kuzzle, with its newest token, then here."""
     if jwt := request.session.get("jwt"):
-        with contextlib.suppress(SignInRequiredError):  # it has ended already, as in another tab
-            ask(jwt, "/_logout", "POST")
-        tokens.forget(settings.KUZZLE_URL, jwt)
+        KuzzleAuth(settings.KUZZLE_URL, jwt, cache=tokens, timeout=5).sign_out()
     request.session.flush()
     return redirect("sign_in")
 

@@ -1,0 +1,163 @@
+"""What Sentry, rich, IPython, Django, OpenTelemetry and structlog see of us. All of them are the real thing."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+
+import django.conf
+import pytest
+import rich.traceback
+import sentry_sdk
+import structlog
+from django.views.debug import ExceptionReporter
+from IPython.core.ultratb import VerboseTB
+from opentelemetry.instrumentation.urllib3 import URLLib3Instrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sentry_sdk.transport import Transport
+
+import refresher
+from refresher import (
+    CircleAuth,
+    FileStore,
+    KuzzleAuth,
+    KuzzleToken,
+    TokenCache,
+    keep_alive,
+    refresh_kuzzle_token,
+    refresh_user_token,
+)
+
+PACKAGE = str(Path(refresher.__file__).parent)
+
+
+def vault():
+    """Where the secret comes from: no variable of ours has it."""
+    return "planted" * 3
+
+
+def jwt():
+    return f"kauth-{vault()}"
+
+
+def pair():
+    return {"user_token": vault(), "refresh_token": vault(), "api_key": vault(), "device_id": "device-1"}
+
+
+# Each fails, some before and some after a request.
+FAILURES = {
+    "refused": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=TokenCache()),
+    "without a cache": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=None),
+    "wrong url": lambda kuzzle, _: refresh_kuzzle_token(jwt(), jwt()),
+    "wrong lifetime": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), expires_in=vault()),
+    "wrong argument": lambda kuzzle, _: refresh_user_token(**{**pair(), "user_token": [vault()]}),
+    "Circle": lambda _, circle: refresh_user_token(**pair(), base_url=circle.url, cache=TokenCache()),
+    "auth": lambda kuzzle, _: KuzzleAuth(kuzzle.url, vault() + "\n"),
+    "Circle's auth": lambda _, circle: CircleAuth(**{**pair(), "refresh_token": None}),
+    "sign_out": lambda kuzzle, _: (kuzzle.stop(), KuzzleAuth(kuzzle.url, jwt(), timeout=0.5, cache=None).sign_out()),
+    "peek": lambda kuzzle, _: TokenCache(FileStore("/dev/null/x")).peek(kuzzle.url, jwt()),
+    "forget": lambda kuzzle, _: TokenCache(FileStore("/dev/null/x")).forget(kuzzle.url, jwt()),
+    "from_dict": lambda *_: KuzzleToken.from_dict({"_id": "foo", "jwt": vault(), "ttl": vault(), "expiresAt": 5}),
+    "keep_alive": lambda *_: list(keep_alive([vault()])),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def error(request, kuzzle, circle):
+    """An error, as a program gets it."""
+    try:
+        FAILURES[request.param](kuzzle, circle)
+    except refresher.RefreshError as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+def test_traceback(error):
+    """The standard library's tracebacks with local variables show no secret of ours."""
+    shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+    frames = [frame for frame in shown.stack if frame.filename.startswith(PACKAGE)]
+    assert frames
+    assert "planted" not in str(error)
+    assert not [frame for frame in frames if "planted" in str(frame.locals)]
+
+
+def test_sentry(error):
+    """Nor does Sentry, as it comes."""
+    sent = []
+
+    class Kept(Transport):
+        def capture_envelope(self, envelope):
+            sent.extend(item.payload.json for item in envelope.items)
+
+    with sentry_sdk.isolation_scope():
+        sentry_sdk.init("http://key@127.0.0.1/1", transport=Kept)
+        sentry_sdk.capture_exception(error)
+        sentry_sdk.flush()
+        sentry_sdk.init()
+    (event,) = sent
+    frames = [frame for value in event["exception"]["values"] for frame in value["stacktrace"]["frames"]]
+    ours = [frame for frame in frames if frame["module"].startswith("refresher")]
+    assert ours
+    assert any("vars" in frame for frame in ours)
+    assert "planted" not in json.dumps(ours)
+
+
+def _nodes(locals):
+    """Give all that rich shows of local variables."""
+    for node in (locals or {}).values():
+        stack = [node]
+        while stack:
+            yield (node := stack.pop())
+            stack += node.children or []
+
+
+def test_rich(error):
+    """Nor does rich."""
+    shown = rich.traceback.Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True)
+    frames = [frame for stack in shown.trace.stacks for frame in stack.frames if frame.filename.startswith(PACKAGE)]
+    assert frames
+    assert "planted" not in str([node.value_repr for frame in frames for node in _nodes(frame.locals)])
+
+
+def test_ipython(error):
+    """Nor does IPython where it is most verbose: here no frame has a secret."""
+    shown = VerboseTB(theme_name="nocolor").text(type(error), error, error.__traceback__)
+    assert PACKAGE in shown or "refresher/" in shown
+    assert "planted" not in shown.replace('"planted" * 3', "")
+
+
+def test_django(error):
+    """Nor does Django's debug page."""
+    if not django.conf.settings.configured:
+        django.conf.settings.configure(DEBUG=True)
+    reporter = ExceptionReporter(None, type(error), error, error.__traceback__)
+    ours = [frame for frame in reporter.get_traceback_frames() if frame["filename"].startswith(PACKAGE)]
+    assert ours
+    assert "planted" not in str([frame["vars"] for frame in ours])
+
+
+def test_opentelemetry(kuzzle):
+    """A request for a refresh is a span of the call that caused it, and carries its trace."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    URLLib3Instrumentor().instrument(tracer_provider=provider)
+    try:
+        with provider.get_tracer("test").start_as_current_span("view") as view:
+            refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=TokenCache())
+    finally:
+        URLLib3Instrumentor().uninstrument()
+    post, _ = exporter.get_finished_spans()
+    assert (post.name, post.parent.span_id) == ("POST", view.get_span_context().span_id)
+    assert format(view.get_span_context().trace_id, "032x") in kuzzle.requests[-1].headers["traceparent"]
+
+
+def test_structlog(kuzzle):
+    """What structlog keeps in context variables is there when an event is told."""
+    seen = []
+    cache = TokenCache(on_event=lambda event: seen.append((structlog.contextvars.get_contextvars(), event.outcome)))
+    with structlog.contextvars.bound_contextvars(request_id="r-1"):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=60), cache=cache)
+    assert seen == [({"request_id": "r-1"}, "refreshed")]
