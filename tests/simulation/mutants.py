@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("memory is trusted for a minute", (_RULES, "TRUSTED = 0.5 ", "TRUSTED = 60.0 ")),
     Mutant(
         "who may point to a chain is not checked, nor whose a token is",
-        (_RULES, 'chain if entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
+        (_RULES, 'chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
         (_KUZZLE, "return user is not None and bool(found - {user, None})", "return False"),
     ),
     Mutant(
