@@ -271,6 +271,7 @@ def death(world: World, session: Session) -> None:
     died = world.time - dead_for
     due = 0.4 * min(60.0, (life(session.newest) - 1) / 10)
     # After a fault, only its service may keep a token from being refreshed in its last moments.
+    # A token's last second may be over sooner than it seems: a service counts in whole ones.
     share = 1 / 8 if any(kind != "clock is set" for kind in world.faults.happened) else 1
     for call in session.calls:
         process = call.process
@@ -278,7 +279,7 @@ def death(world: World, session: Session) -> None:
         undisturbed = died - due - 1
         knows_for = call.began - min(call.knows_since, session.receipts.get(process, call.began))
         if (
-            call.began <= died - (0.45 if knows_for > 1.2 else 1.5)
+            call.began <= died - (1.5 if knows_for <= 1.2 else 0.45 if share == 1 else 1.05)
             and (call.began >= died - last or (call.ended > died - 0.1 and last > 0.5))
             and call.knows
             and call.knows_time
