@@ -183,7 +183,7 @@ def answered(world: World, process: Process, session: Session, request: Request,
     if (
         not refused
         or session.is_alive()
-        or any(word in happened for word in ("kill", "suspend", "boot", "store", "request"))
+        or any(word in happened for word in ("kill", "suspend", "boot", "store", "request", "interrupt"))
     ):
         return
     machine = process.machine
