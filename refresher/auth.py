@@ -32,6 +32,14 @@ _LARGEST_BODY = 1024 * 1024
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
 
 
+@attrs.define(eq=False)
+class _SignIn(Generic[_Token]):
+    """What one sign-in leads to. The next one has another, so what comes late of this one cannot harm that."""
+
+    credential: Credential[_Token] | None
+    unsaved: _Token | None = None
+
+
 class Auth(AuthBase, Generic[_Token]):
     """Sends the last successor of a credential."""
 
@@ -59,9 +67,12 @@ class Auth(AuthBase, Generic[_Token]):
     def _scope(self) -> str:
         return self._credential.scope if self._credential else ""
 
+    @property
+    def _credential(self) -> Credential[_Token] | None:
+        return self._sign_in.credential
+
     def _set(self, credential: Credential[_Token] | None) -> None:
-        self._credential: Credential[_Token] | None = credential
-        self._unsaved: _Token | None = None
+        self._sign_in = _SignIn(credential)
         if credential is not None:
             self._cache._ledger.observed.seen_for(credential.keys[0])
 
@@ -95,17 +106,17 @@ class Auth(AuthBase, Generic[_Token]):
         A refresh under way is waited for, in other processes too. A session that has ended already is fine, and so is
         that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire.
 
-        Afterwards this object's requests are anonymous.
+        Afterwards this object's requests are anonymous, unless somebody has signed in meanwhile.
 
         Raises:
             UnavailableError: The service or the store could not be reached. The session may live on: call again.
             OutcomeUnknownError: Time was up, and the sign-out goes on: call again.
             RefreshError: Something else answered. The session may live on.
         """
-        credential = self._credential
-        if credential is not None:
-            self._cache._sign_out(self._call(credential=credential))
-            self._set(None)
+        sign_in = self._sign_in
+        if sign_in.credential is not None:
+            self._cache._sign_out(self._call(credential=sign_in.credential))
+            sign_in.credential = sign_in.unsaved = None
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the newest token on a request, if it goes to the service. `requests` calls this."""
@@ -138,25 +149,27 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _current(self, rejected: Headers | None = None, *, patient: bool = False) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
-        first = self._credential
+        sign_in = self._sign_in
+        first = sign_in.credential
         if first is None or not first.can_expire:
             return first
         newest = self._cache._get(self._call(credential=first, rejected=rejected, patient=patient))
         last = first if newest.secret == first.secret else first.following(newest.token)
-        if last is not first and self._credential is first:  # else another was set meanwhile
-            self._credential, self._unsaved = last, last.token
-        self._save()
+        if last is not first and sign_in.credential is first:
+            sign_in.credential, sign_in.unsaved = last, last.token
+        if self._sign_in is sign_in:  # else another was set meanwhile
+            self._save(sign_in)
         return last
 
-    def _save(self) -> None:
+    def _save(self, sign_in: _SignIn[_Token]) -> None:
         """Hand a new token over, once, unless that fails: then it's handed over again with the next request."""
-        unsaved, self._unsaved = self._unsaved, None
+        unsaved, sign_in.unsaved = sign_in.unsaved, None
         if unsaved is None or self._on_refresh is None:
             return
         try:
             self._on_refresh(unsaved)
         except BaseException:
-            self._unsaved = self._unsaved or unsaved
+            sign_in.unsaved = sign_in.unsaved or unsaved
             raise
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:

@@ -303,6 +303,21 @@ def test_two_tabs_sign_out(kuzzle):
     assert paths(kuzzle).count("/_logout") <= 4
 
 
+def test_a_sign_in_during_a_sign_out(kuzzle):
+    """The new session is kept: nobody could end it otherwise."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=60), cache=TokenCache())
+    kuzzle.delay_next(0.5)
+    with ThreadPoolExecutor() as pool:
+        end = pool.submit(auth.sign_out)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        auth.jwt = jwt = kuzzle.login("foo")
+        end.result()
+    assert auth.jwt == jwt
+    auth.sign_out()
+    assert not is_alive(kuzzle, jwt)
+
+
 def test_sign_out_of_a_service_that_is_down(kuzzle):
     """That says so, keeps the token, and can be called again."""
     jwt, cache = kuzzle.login("foo"), TokenCache()
