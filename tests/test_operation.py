@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import json
@@ -22,6 +23,7 @@ from refresher import (
     InvalidArgumentError,
     KuzzleAuth,
     OutcomeUnknownError,
+    RefreshError,
     RequestRefusedError,
     SignInRequiredError,
     TokenCache,
@@ -625,6 +627,25 @@ def test_on_event_calls(kuzzle, events):
     cache = TokenCache(on_event=look)
     token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5)
     assert events == [("refreshed", token)]
+
+
+@pytest.mark.parametrize("fault", [None, "refused", "lost", "unavailable"])
+def test_on_event_signs_out(kuzzle, events, fault):
+    """It may end the session, too: what it hears of no longer holds the lock."""
+    jwt = kuzzle.login("foo", ago=1800)
+    if fault is not None:
+        kuzzle.suffer(fault)
+
+    def end(event):
+        began = time.monotonic()
+        KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5).sign_out()
+        events.append((event.outcome, time.monotonic() - began < 3))
+
+    cache = TokenCache(on_event=end)
+    with contextlib.suppress(RefreshError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=9, queuable=False)
+    outcome = {None: "refreshed", "refused": "refused", "lost": "unknown", "unavailable": "down"}[fault]
+    assert events == [(outcome, True)]
 
 
 def test_context_of_events(kuzzle, events):
