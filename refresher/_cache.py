@@ -12,6 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any, NoReturn, SupportsIndex
 
 from . import _rules
@@ -190,6 +191,8 @@ class TokenCache:
             while (remaining := until + _GRACE - runtime.steady()) > 0:
                 if runtime.wait(waiter.event, min(remaining, 1.0 if flight.is_running else 0.1)):
                     break
+                if call.is_left is not None and call.is_left() and not flight.has_departed:
+                    raise CancelledError
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
                 elif remaining > 1:
@@ -261,7 +264,7 @@ class TokenCache:
         chain, trouble = ledger.look(credential)
         newest, left, window, _ = ledger.assess(chain, Call(credential=credential))
         if trouble is not None and newest is None:
-            self._fail("cannot be read", credential)
+            self._fail("cannot be read", credential.service)
         last = newest or credential.unspent() or credential
         is_refused = ledger.refusal(ledger.last_attempt(last)[0]) is not None
         return SessionStatus(
@@ -278,11 +281,11 @@ class TokenCache:
         chain, trouble = self._ledger.look(call.credential)
         newest, left, window, wanted = self._ledger.assess(chain, call)
         if trouble is not None and newest is None:
-            self._fail("cannot be read", call.credential)
+            self._fail("cannot be read", call.credential.service)
         return wanted or left.least <= window
 
-    def _fail(self, what: str, credential: Credential[Any]) -> NoReturn:
-        raise UnavailableError(f"{self._ledger.name} {what}", provider=credential.service, spent=False)
+    def _fail(self, what: str, service: str) -> NoReturn:
+        raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
 
     def _peek(self, credential: Credential[T]) -> Credential[T]:
         """Return the newest known credential of a chain, as it is."""
@@ -316,7 +319,9 @@ class TokenCache:
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
         if trouble is not None or not self._ledger.drop(chain, keys):
-            self._fail("cannot be reached, so other processes may still use the session: call again", credential)
+            self._fail(
+                "cannot be reached, so other processes may still use the session: call again", credential.service
+            )
 
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""

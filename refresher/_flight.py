@@ -113,6 +113,11 @@ class Flight(Generic[T]):
         """Whether a thread has begun. Its starter may have been interrupted before that."""
         return not self._claim
 
+    @property
+    def has_departed(self) -> bool:
+        """Whether something is on the wire."""
+        return self._departed
+
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True

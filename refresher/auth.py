@@ -147,22 +147,30 @@ class Auth(AuthBase, Generic[_Token]):
             return None if first is None else False
         return self._cache._is_due(self._call(credential=first))
 
-    def _current(self, rejected: Headers | None = None, *, patient: bool = False) -> Credential[_Token] | None:
+    def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
+        last = self._advance(rejected)
+        self._hand_over()
+        return last
+
+    def _advance(
+        self, rejected: Headers | None = None, *, patient: bool = False, is_left: Callable[[], bool] | None = None
+    ) -> Credential[_Token] | None:
+        """Find the last successor."""
         sign_in = self._sign_in
         first = sign_in.credential
         if first is None or not first.can_expire:
             return first
-        newest = self._cache._get(self._call(credential=first, rejected=rejected, patient=patient))
+        call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
+        newest = self._cache._get(call)
         last = first if newest.secret == first.secret else first.following(newest.token)
         if last is not first and sign_in.credential is first:
             sign_in.credential, sign_in.unsaved = last, last.token
-        if self._sign_in is sign_in:  # else another was set meanwhile
-            self._save(sign_in)
         return last
 
-    def _save(self, sign_in: _SignIn[_Token]) -> None:
+    def _hand_over(self) -> None:
         """Hand a new token over, once, unless that fails: then it's handed over again with the next request."""
+        sign_in = self._sign_in
         unsaved, sign_in.unsaved = sign_in.unsaved, None
         if unsaved is None or self._on_refresh is None:
             return

@@ -9,14 +9,17 @@ import json
 import pickle
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import attrs
 import pytest
 import requests
 from helpers import call_with
 
+import refresher
 from refresher import (
     CircleAuth,
     FileStore,
@@ -84,6 +87,13 @@ class Broken:
 
     def release(self, key, owner):
         return self.__getattr__("release")(key, owner)
+
+
+def locals_of(error):
+    """Show the local variables of the package's frames, as debuggers do."""
+    package = Path(refresher.__file__).parent
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+    return repr([frame.locals for frame in trace.stack if package in Path(frame.filename).parents])
 
 
 class Unlocked(FileStore):
@@ -506,6 +516,84 @@ def test_on_refresh_fails(kuzzle):
     assert isinstance(outcome.error, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("error", [SignInRequiredError("x"), UnavailableError("x"), OutcomeUnknownError("x")])
+def test_on_refresh_fails_like_a_service(kuzzle, error):
+    """What goes wrong there is no verdict on the session, and no outage of its service."""
+
+    def fail(token):
+        raise error
+
+    cache, jwts = TokenCache(), [kuzzle.login(f"u{i}", ago=3590) for i in range(3)]
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, on_refresh=None if i else fail) for i, jwt in enumerate(jwts)]
+    outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
+    assert [outcomes[each].outcome for each in auths] == ["refreshed"] * 3
+    assert outcomes[auths[0]].error is error
+
+
+def test_outcomes_come_at_once(kuzzle):
+    """What has come of a refresh is told before more is begun, also if there would be room."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=60 if i else 3590), cache=cache) for i in range(4)]
+
+    def slowly():
+        for auth in auths:
+            yield auth
+            time.sleep(1)
+
+    assert [each.outcome for each in keep_alive(slowly())].index("refreshed") < 3
+
+
+def test_an_outage_while_others_wait_for_their_turn(kuzzle):
+    """They are not sent any more, and need not wait."""
+    cache = TokenCache()
+    auths = [
+        KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, queuable=False, timeout=5)
+        for i in range(4)
+    ]
+    kuzzle.next_answers.extend([lambda request: kuzzle.refuse(request, "unavailable")] * 99)
+    assert {each.outcome for each in keep_alive(auths, per_second=0.5)} == {"skipped"}
+    assert len(kuzzle.requests) == 1
+
+
+def test_a_slow_store_is_given_up(kuzzle, tmp_path):
+    """It does not cost its timeout once for each session."""
+    store = Broken(FileStore(tmp_path))
+    get = store.get
+
+    def slowly(key):
+        time.sleep(0.5)
+        return get(key)
+
+    store.get = slowly
+    cache = TokenCache(store)
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, timeout=1) for i in range(20)]
+    began = time.monotonic()
+    assert [each.outcome for each in keep_alive(auths)] == ["skipped"] * 20
+    assert time.monotonic() - began < 8
+
+
+def test_auths_end_with_an_error(kuzzle):
+    """What was begun is told before."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(3)]
+    outcomes = []
+    with pytest.raises(InvalidArgumentError, match="auths"):
+        outcomes.extend(each.outcome for each in keep_alive([*auths, None]))
+    assert outcomes == ["refreshed"] * 3
+
+
+def test_a_run_is_left_in_an_outage(kuzzle):
+    """What waits for the service does so no longer."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590 * (i < 2)), cache=cache) for i in range(3)]
+    kuzzle.stop()
+    run = keep_alive(auths)
+    assert next(run).outcome == "fresh"
+    began = time.monotonic()
+    run.close()
+    assert time.monotonic() - began < 5
+
+
 def test_rates(circle):
     """Circle takes five requests a second; another rate may be given."""
     cache = TokenCache()
@@ -545,10 +633,15 @@ def test_bad_arguments(arguments):
         keep_alive([], **arguments)
 
 
-def test_no_auth_object():
-    """What is no auth object is a clear error."""
-    with pytest.raises(InvalidArgumentError, match="auths"):
-        list(keep_alive(["x"]))
+@pytest.mark.parametrize("auths", [["SECRET"], "SECRET", {"SECRET": "SECRET"}, None, 5])
+def test_no_auth_object(auths):
+    """What is no auth object is a clear error. It may be a token, which is not shown."""
+    with pytest.raises(InvalidArgumentError, match="auths") as caught:
+        list(keep_alive(auths))
+    assert "SECRET" not in locals_of(caught.value)
+    with pytest.raises(InvalidArgumentError, match="at_once") as caught:
+        keep_alive(auths, at_once="SECRET")
+    assert "SECRET" not in locals_of(caught.value)
 
 
 # on_event
