@@ -87,6 +87,8 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _rows(self) -> dict[str, str]:
         """List what people see of it: whose token it sends where, and how long that is valid."""
+        if "_sign_in" not in vars(self):  # in the middle of a complaint about an argument
+            return {}
         scheme, host, port = self._origin
         rows = {"origin": f"{scheme}://{host}:{port}", "user": "nobody"}
         if (first := self._credential) is None:

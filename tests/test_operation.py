@@ -194,6 +194,41 @@ def test_peek_at_nothing(arguments):
         TokenCache().peek(**arguments)
 
 
+def test_peek_complains_about_a_token(kuzzle):
+    """A token in the place of a URL is not shown, nor is what a store says of itself."""
+    jwt = kuzzle.login("foo")
+    cache = TokenCache()
+    for call in (cache.peek, cache.forget):
+        with pytest.raises(InvalidArgumentError, match="url") as caught:
+            call(jwt, kuzzle.url)
+        assert jwt not in locals_of(caught.value)
+        with pytest.raises(InvalidArgumentError, match="base_url") as caught:
+            call(refresh_token="x", device_id="x", user_token="x", base_url=jwt)
+        assert jwt not in locals_of(caught.value)
+
+    class Talkative(Broken):
+        def get(self, key):
+            raise ConnectionError(jwt)
+
+    with pytest.raises(UnavailableError, match="Talkative cannot be read") as caught:
+        TokenCache(Talkative(None)).peek(kuzzle.url, jwt)
+    assert jwt not in locals_of(caught.value)
+
+
+def test_complaints_in_a_debugger(kuzzle):
+    """What is half made has a repr, since debuggers show it."""
+    for make in (
+        lambda: KuzzleAuth(kuzzle.login("foo"), kuzzle.url),
+        lambda: KuzzleAuth(kuzzle.url, timeout="x"),
+        lambda: CircleAuth(refresh_token="x", device_id="x", user_token="x", api_key="x", base_url="x"),
+        lambda: TokenCache("folder"),
+        lambda: TokenCache(lease="x"),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            make()
+        assert "self" in locals_of(caught.value)
+
+
 # sign_out
 
 
