@@ -55,7 +55,7 @@ def keep_alive(
         auths: Auth objects. They are taken one by one, so a generator of many sessions needs little memory.
         at_once: How many sessions are refreshed at the same time.
         per_second: How many refreshes are begun in a second, for each service, at most. None means as many as it
-            takes: 5 for Circle, any number for Kuzzle.
+            takes: 5 for Circle, any number for Kuzzle. A refresh by a Circle *user_id* counts as two.
 
     Yields:
         One outcome for each auth object. The order is not that of *auths*.
@@ -158,7 +158,7 @@ class _Keeper:
         if rate is not None:
             now = runtime.steady()
             turn = max(now, self._next.get(auth._scope, now))
-            self._next[auth._scope] = turn + 1 / rate
+            self._next[auth._scope] = turn + auth._requests / rate
             while (seconds := turn - runtime.steady()) > 0:
                 if self._running:
                     yield from self._done(seconds)

@@ -128,6 +128,12 @@ class Auth(AuthBase, Generic[_Token]):
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
 
+    @property
+    def _requests(self) -> int:
+        """How many requests a refresh is, at most: a user's id is exchanged for a user token first."""
+        credential = self._credential
+        return 2 if isinstance(credential, circle.CircleCredential) and credential.user_token is None else 1
+
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""
         credential = self._credential

@@ -649,6 +649,31 @@ def test_rates(circle):
         circle.receive = receive
 
 
+def test_rates_of_user_ids(circle):
+    """There a refresh is two requests, and both count."""
+    cache, times, receive = TokenCache(), [], circle.receive
+    auths = [
+        CircleAuth(
+            refresh_token=pair.refresh_token,
+            device_id="device-1",
+            user_id=pair.user_id,
+            api_key="TEST_API_KEY:fake-id:fake-secret",
+            base_url=circle.url,
+            cache=cache,
+        )
+        for pair in (circle.sign_in(f"user-{i}") for i in range(5))
+    ]
+
+    def note(request):
+        times.append(time.monotonic())
+        return receive(request)
+
+    circle.receive = note
+    assert [each.outcome for each in keep_alive(auths)] == ["refreshed"] * 5
+    assert len(times) == 10
+    assert times[-1] - times[0] >= 1.5
+
+
 def test_a_run_is_left(kuzzle):
     """Who stops in the middle leaves no thread, and nothing undone that was begun."""
     cache = TokenCache()
