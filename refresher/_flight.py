@@ -426,8 +426,8 @@ class Flight(Generic[T]):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
-                ledger.note(spend, verdict)
-                raise error
+                if ledger.note(spend, verdict):  # else others could not write down a successor either
+                    raise error
             self._wait_for_news(poll)
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
 
@@ -436,7 +436,10 @@ class Flight(Generic[T]):
         self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
             raise OutcomeUnknownError(f"{self.status}: call again", provider=self.call.credential.service)
+        began = self._runtime.steady()
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
+        if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was
+            self._ledger.troubled_at = self._runtime.steady()
 
     def _let_go(self) -> None:
         """Let go of the lock, if that is not done."""
@@ -524,9 +527,11 @@ class SignOut(Flight[T]):
             return self._verify(chain, newest, attempt, True, verdict)
         except SignInRequiredError:
             pass
-        if not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
-            what = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
-            raise UnavailableError(what, provider=credential.service, spent=False)
+        while not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
+            self.status = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
+            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():
+                raise UnavailableError(self.status, provider=credential.service, spent=False)
+            self.pause(min(_rules.LONGEST_POLL, time_left))
         self.is_over = True
         return None
 

@@ -338,7 +338,10 @@ class Ledger:
         """Go on where another chain did that began with a credential of this one, when an alias was lost."""
         key = spend.keys[0]
         other = self.chains.get(key) or self.ask("cannot be read", self._read, key, spend)[0]
-        if key == chain.key or other is None or other.newest is None:
+        if other is None and (text := self.ask("cannot be read", self.store.get, f"{key}-alias")[0]) is not None:
+            alias = _rules.read_alias(text, spend) or chain.key  # two chains may have been one
+            other = None if alias == chain.key else self.ask("cannot be read", self._read, alias, spend)[0]
+        if key == chain.key or other is None or other.newest is None or other.newest.keys[0] == key:
             return False
         self.keep(attrs.evolve(other, key=chain.key, generation=chain.generation + 1))
         return True

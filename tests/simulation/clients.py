@@ -177,23 +177,21 @@ class InCookieMode:
 class ByAuth:
     """Calls an auth object as requests does, with a request to be sent."""
 
-    timeout = 30.0
-
-    def __init__(self, process: Process, session: Session) -> None:
+    def __init__(self, process: Process, session: Session, timeout: float | None = 30.0) -> None:
         token: Any = session.first
         self._session, self._auth = session, None
         if isinstance(token, UserToken):
             named = {"user_id": session.user} if session.by_user_id else {"user_token": token.user_token}
             self._auth = CircleAuth(
                 refresh_token=token.refresh_token, device_id="device-1", **named, api_key=API_KEY,  # type: ignore
-                timeout=self.timeout, cache=process.cache,
+                timeout=timeout, cache=process.cache,
             )  # fmt: skip
         else:
             self._auth = KuzzleAuth(
                 session.server.url,
                 token,
                 expires_in=f"{session.ttl}s",
-                timeout=self.timeout,
+                timeout=timeout,
                 cache=process.cache,
             )
 
@@ -211,6 +209,11 @@ class ByAuth:
             call.process.heard.add(call.session.server.url)
             response = request.hook(response)
         return response.request.token()
+
+    def sign_out(self, call: Call) -> None:
+        """Sign its user out."""
+        self._auth.sign_out()  # type: ignore[union-attr]
+        call.session.left_at = call.world.time
 
 
 class _Sent:
@@ -322,12 +325,41 @@ def cron(world: World, machine: Machine, session: Session, period: float, until:
         world.park(period)
 
 
-def sign_out(process: Process, session: Session, at: float) -> None:
+def leave(process: Process, session: Session) -> None:
+    """Sign a user out, and try again if that fails."""
+    world, rng = process.world, process.world.random
+    if rng.random() < 0.25:
+        _sign_out_by_hand(process, session)
+    else:
+        session.is_leaving, session.signed_out = True, session.signed_out or session.is_circle
+        timeout = rng.choice((1.0, 5.0, 30.0, 30.0, None))
+        auth = ByAuth(process, session, timeout)
+        for _ in range(6):
+            world.say(f"{session.user} signs out, timeout={timeout}")
+            Call(process, session, session.first, timeout=timeout, retry=True, asked=None).make(auth.sign_out)
+            session.refusals.clear()  # they are forgotten too
+            if session.left_at < math.inf or process.leaving.happened:
+                break
+            world.park(rng.choice((0.1, 2.0, 30.0, 120.0)), process.leaving)
+        if session.left_at < math.inf:
+            world.say(f"{session.user} is signed out")
+            session.forgotten_at = session.left_at
+            world.spawn(None, "watcher", lambda: _watch(world, session))
+    process.returned_at = world.time
+
+
+def _watch(world: World, session: Session) -> None:
+    """Look whether a session outlives its sign-out."""
+    while True:
+        if judge.outlives(world, session):
+            world.park(2.0)
+        else:
+            world.park(1e9, session.exchanged)
+
+
+def _sign_out_by_hand(process: Process, session: Session) -> None:
     """Sign a user out: end the session at the service, and forget it."""
     world = process.world
-    world.park(at)
-    if world.random.random() < 0.5:  # in the middle of a refresh
-        world.park(at / 4, session.exchanged)
     session.server.sign_out(session)
     world.say(f"{session.user} signs out")
     names: Any = {"url": session.server.url, "jwt": session.first}
@@ -340,4 +372,3 @@ def sign_out(process: Process, session: Session, at: float) -> None:
         world.say(f"could not forget: {error}")
     else:
         session.forgotten_at = world.time
-    process.returned_at = world.time

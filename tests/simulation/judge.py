@@ -55,6 +55,11 @@ def last_moments(token: Any, ahead: float = 0.0) -> float:
     return max(0.3, min(10.0, window(token, ahead) / 3))
 
 
+def is_sign_out(request: Request) -> bool:
+    """Tell whether a request is to end a session."""
+    return request.url.endswith("/_logout")
+
+
 def plain(secret: Any) -> Any:
     """Take a secret out of its wrapper."""
     return secret.reveal() if hasattr(secret, "reveal") else secret
@@ -130,6 +135,12 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
 
 def exchange(world: World, process: Process, session: Session, request: Request, answer: Answer) -> None:
     """The service has acted. Note what it did."""
+    if is_sign_out(request):
+        is_newest = plain(request.secret) == session.newest_secret
+        world.say(f"POST {session.user}: sign-out{'' if is_newest else ' of an old token'}, {answer.status}")
+        session.signed_out |= answer.status == 200 and is_newest
+        session.must_stay |= answer.status == 403
+        return
     if answer.status != 200:
         world.say(f"POST {session.user}: refused, {answer.status}")
         if answer.status in (401, 404) and not world.faults.happened and session.is_alive():
@@ -154,7 +165,12 @@ def exchange(world: World, process: Process, session: Session, request: Request,
     world.counts["exchanges"] += 1
     left = session.left()
     world.say(f"POST {session.user}: exchanged, {left:.2f} s before its end")
-    as_usual = session.asked_alike and not world.faults.happened and not any(p.machine.offset for p in world.processes)
+    as_usual = (
+        session.asked_alike
+        and not session.is_leaving
+        and not world.faults.happened
+        and not any(p.machine.offset for p in world.processes)
+    )
     if session.newest is not session.first and left > window(session.newest, process.ahead) + 1.0 and as_usual:
         world.violated("refreshed though it was fresh", f"{session.user}: {left:.1f} s before its end")
     session.succeed(new, left < last_moments(session.newest, process.ahead) + 0.5)
@@ -162,7 +178,7 @@ def exchange(world: World, process: Process, session: Session, request: Request,
 
 def answered(world: World, process: Process, session: Session, request: Request, answer: Answer) -> None:
     """An answer has arrived. A dead session may be asked about again after a minute, five, an hour."""
-    refused = answer.status == 401 or (session.is_circle and answer.status == 404)
+    refused = not is_sign_out(request) and (answer.status == 401 or (session.is_circle and answer.status == 404))
     happened = " ".join(world.faults.happened)
     if (
         not refused
@@ -172,7 +188,7 @@ def answered(world: World, process: Process, session: Session, request: Request,
         return
     machine = process.machine
     key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
-    if not session.signed_out:
+    if not session.signed_out or -1.0 < session.left() < last_moments(session.newest, process.ahead) + 1.5:
         return
     times = session.refusals.setdefault(key, [])
     times.append(world.time)
@@ -241,19 +257,21 @@ def _could_not_keep(world: World, holder: Process, since: float, session: Sessio
 def told_to_sign_in(world: World, call: Any) -> None:
     """Somebody was told to sign in."""
     session, process = call.session, call.process
-    if session.is_alive(2.0) and not excuse(world, process, session, call.token):
+    has_left = session.is_leaving and (world.store.kind == "memory" or world.store.holds('"ended": true'))
+    if session.is_alive(2.0) and not has_left and not excuse(world, process, session, call.token):
         world.violated(f"told to sign in: {session.why}", f"{session.user} is alive, {process.name} was told")
 
 
 def death(world: World, session: Session) -> None:
     """A session in use, with its service in order, must not end because nobody refreshed it in time."""
     dead_for = -session.left()
-    if session.judged or session.signed_out or session.is_circle or dead_for < 0:
+    if session.judged or session.signed_out or session.is_leaving or session.is_circle or dead_for < 0:
         return
     session.judged = True
     died = world.time - dead_for
     due = 0.4 * min(60.0, (life(session.newest) - 1) / 10)
     # After a fault, only its service may keep a token from being refreshed in its last moments.
+    # A token's last second may be over sooner than it seems: a service counts in whole ones.
     share = 1 / 8 if any(kind != "clock is set" for kind in world.faults.happened) else 1
     for call in session.calls:
         process = call.process
@@ -261,7 +279,7 @@ def death(world: World, session: Session) -> None:
         undisturbed = died - due - 1
         knows_for = call.began - min(call.knows_since, session.receipts.get(process, call.began))
         if (
-            call.began <= died - (0.45 if knows_for > 1.2 else 1.5)
+            call.began <= died - (1.5 if knows_for <= 1.2 else 0.45 if share == 1 else 1.05)
             and (call.began >= died - last or (call.ended > died - 0.1 and last > 0.5))
             and call.knows
             and call.knows_time
@@ -277,6 +295,29 @@ def death(world: World, session: Session) -> None:
             early = f"{process.name} called {died - call.began:.2f} s before its end"
             world.violated("let die", f"{session.user}, {session.ttl} s: {early}")
             return
+
+
+def outlives(world: World, session: Session) -> bool:
+    """Tell whether a session is still alive that was signed out. Once all is quiet, it must not be."""
+    if not session.is_alive():
+        return False
+    if session.must_stay:
+        return True
+    server, store, holders = session.server, world.store, session.receipts
+    rests = [session.left_at, session.disturbed_at, server.disturbed_at, store.disturbed_at, store.lost_at]
+    rests += [*holders.values(), *(holder.asleep_until for holder in holders)]
+    is_on_the_way = any(mail.session is session for mail in world.network.pending) or session.on_the_way is not None
+    if is_on_the_way or world.time - max(rests) < 15.0 or store.lost or not holders:
+        return True
+    if not all(_could_not_end(world, holder, since, session) for holder, since in holders.items()):
+        names = ", ".join(f"{holder.name} ({holder.how or 'alive'})" for holder in holders)
+        world.violated("outlives its sign-out", f"{session.user}, {session.left():.0f} s left, {names} had the token")
+    return True
+
+
+def _could_not_end(world: World, holder: Process, since: float, session: Session) -> bool:
+    """Tell whether nobody can help it that a process had a token of a session that was signed out."""
+    return _could_not_keep(world, holder, since, session)
 
 
 def handed_out(world: World, call: Any, token: Any) -> None:
@@ -318,9 +359,10 @@ def _note_affirmed(world: World, call: Any, secret: str) -> None:
 
 def unknown(world: World, call: Any) -> None:
     """A call says that something may have been spent: somebody must have sent something, or have the lock."""
-    locked_until = max((until for _, until in world.store.locks.values()), default=0.0)
+    locked_until = max([until for _, until in world.store.locks.values()] + [world.store.released_at])
     is_sent = call.session.departed_at > call.began - 100.0 or world.network.pending
-    if not is_sent and locked_until < call.began and not world.store.lost:
+    # Who went ahead without the lock does not know how it stands with the one who had it.
+    if not is_sent and locked_until < call.began - 100.0 and not (world.store.lost or call.session.is_leaving):
         world.violated("an outcome is unknown though nothing was sent", call.session.user)
 
 

@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("memory is trusted for a minute", (_RULES, "TRUSTED = 0.5 ", "TRUSTED = 60.0 ")),
     Mutant(
         "who may point to a chain is not checked, nor whose a token is",
-        (_RULES, 'chain if entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
+        (_RULES, 'chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
         (_KUZZLE, "return user is not None and bool(found - {user, None})", "return False"),
     ),
     Mutant(
@@ -298,6 +298,55 @@ MUTANTS = [
         "a flight goes on when nobody waits any more",
         (_FLIGHT, "            raise _Abandoned\n", "            pass\n"),
         (_FLIGHT, "default=-math.inf)", "default=math.inf)"),
+    ),
+    # Sign-outs
+    Mutant(
+        "a sign-out only forgets",
+        (
+            _FLIGHT,
+            "newest.sign_out(Exchange(self._runtime, ledger.observed, self, newest.scope, ",
+            "bool((newest.scope, ",
+        ),
+    ),
+    Mutant(
+        "a sign-out is that of the token that it was called with",
+        (_FLIGHT, "newest = credential if chain.newest is None else chain.newest\n", "newest = credential\n"),
+    ),
+    Mutant(
+        "a sign-out does not look whether there is a newer token",
+        (_FLIGHT, "            return self._verify(chain, newest, attempt, True, verdict)", "            pass"),
+    ),
+    Mutant(
+        "a sign-out takes no lock",
+        (
+            _FLIGHT,
+            "        if trouble is None and lease.lock is not Lock.LOST and not lease.is_ours():",
+            "        if False:",
+        ),
+    ),
+    Mutant(
+        "a sign-out does not wait for a refresh that is under way",
+        (
+            _FLIGHT,
+            "        return any(one and one.is_under_way(",
+            "        return self.kind == 'refresh' and any(one and one.is_under_way(",
+        ),
+    ),
+    Mutant(
+        "after a sign-out, the store does not say that the session has ended",
+        (_FLIGHT, "has_ended=True", "has_ended=False"),
+    ),
+    Mutant(
+        "what comes too late for a sign-out is not signed out",
+        (_LEDGER, "        if newest is not None and has_ended and there > chain.generation:", "        if False:"),
+    ),
+    Mutant(
+        "one failed write ends a sign-out",
+        (
+            _FLIGHT,
+            "            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():\n",
+            "            if time_left := self._time_left() - _rules.LAST_CALL:\n",
+        ),
     ),
 ]
 

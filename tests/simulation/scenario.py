@@ -68,6 +68,8 @@ def _play(world: World) -> None:
         world.spawn(None, "cron", lambda: clients.cron(world, machines[0], sessions[0], period, until))
     else:
         _start_servers(world, machines, until)
+    if rng.random() < 0.25:
+        _start_leaver(world, machines, until)
     world.run(until)
     world.faults.heal()
     _check_all(world, machines)
@@ -78,10 +80,27 @@ def _start_servers(world: World, machines: list[Machine], until: float) -> None:
     rng, memory = world.random, world.store.kind == "memory"
     for number in range(1 if memory else rng.randint(1, 3)):
         _start_server(world, f"server {number + 1}", rng.choice(machines), until)
-    if rng.random() < 0.15:
-        leaver, at = rng.choice(world.sessions), rng.uniform(0.2, 0.8) * until
-        process = world.processes[0]
-        world.spawn(process, "leaver", lambda: clients.sign_out(process, leaver, at))
+
+
+def _start_leaver(world: World, machines: list[Machine], until: float) -> None:
+    """Let somebody sign out, in one of the processes or in another."""
+    rng = world.random
+    session, at = rng.choice(world.sessions), rng.uniform(0.1, 0.8) * until
+
+    def leave() -> None:
+        world.park(at)
+        if rng.random() < 0.6 and world.park(until / 4, session.exchanged) and session.on_the_way is not None:
+            holder, _ = session.on_the_way  # in the middle of a refresh
+            if world.time < until and rng.random() < 0.3:
+                holder.suspend(rng.choice((1.0, 10.0, 70.0, 90.0)))
+                world.faults.happened.append("suspend")
+        alive = [process for process in world.processes if process.alive and not process.leaving.happened]
+        process = rng.choice(alive) if alive and (world.store.kind == "memory" or rng.random() < 0.4) else None
+        if world.time < until and (process or world.store.kind != "memory"):
+            process = process or clients.start(world, "leaver", rng.choice(machines))
+            world.spawn(process, "leaver", lambda: clients.leave(process, session))
+
+    world.spawn(None, "user", leave)
 
 
 def _start_server(world: World, name: str, machine: Machine, until: float) -> None:
@@ -111,7 +130,8 @@ def _play_long(world: World) -> None:
     footprints: list[int] = []
     world.spawn(process, "main", lambda: clients.serve_long(process, session, 80, footprints))
     world.run(90 * 3600.0)
-    judge.growth(world, process, footprints)
+    if (process.returned_at or 0.0) > 70 * 3500.0:  # it was not refused again and again
+        judge.growth(world, process, footprints)
     if session.is_circle and world.store.kind != "memory":  # Circle leads through all pairs to the newest one
         world.faults.heal()
         world.store.flush()
@@ -138,10 +158,11 @@ def _check(world: World, process: Process) -> None:
         if world.violation or not process.alive or not session.is_alive(3.0):
             continue
         results: list[Any] = []
+        began = world.time
         excuse = judge.excuse(world, process, session, session.first)
         world.spawn(process, "check", lambda s=session, r=results: clients.run_once(process, s, 30.0, r))
         world.run(world.time + 31.0)
-        if results in ([], [None]) and not excuse:
+        if results in ([], [None]) and not excuse and session.disturbed_at <= began:
             world.violated("does not work after healing", f"{session.user} in {process.name}: {session.why}")
 
 

@@ -36,6 +36,9 @@ class Session:
         self.calls: list[Any] = []
         self.refusals: dict[Any, list[float]] = {}  # by credential
         self.signed_out = self.judged = False
+        self.is_leaving = False  # whether its user wants to sign out
+        self.must_stay = False  # whether its service has refused to sign it out
+        self.left_at = math.inf  # when that was done, as far as the core says
         self.exchanged = Event()  # the next time that it is
         self.forgotten_at = math.inf
         self.disturbed_at = -math.inf  # when its service last was out of order for it
@@ -351,7 +354,8 @@ class _Mail:
             session.slept_before.setdefault(self.process, self.process.asleep_for)
             session.on_the_way = None
         if self.not_before is not None:
-            self.process.not_before[judge.scope(session)] = self.not_before
+            known = self.process.not_before.get(judge.scope(session), 0.0)
+            self.process.not_before[judge.scope(session)] = max(known, self.not_before)
         judge.answered(world, self.process, session, self.request, answer)
         cookie = answer.headers.get("Set-Cookie", "").partition(";")[0].partition("=")
         return Reply(

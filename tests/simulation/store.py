@@ -32,6 +32,7 @@ class SharedStore:
         self.trouble = ""  # "", "is down", "is read-only", "is full", "hangs"
         self.trouble_since, self.trouble_until, self.well_since = 0.0, 0.0, 0.0
         self.hung_until = -math.inf
+        self.released_at = -math.inf  # when a lock last was
         self.disturbed_at = -math.inf  # when it last was out of order
         self.lost: list[str] = []  # what faults did to entries
         self.lost_at = -math.inf
@@ -169,4 +170,9 @@ class StoreClient:
         return self._command("renew", key, prolong)
 
     def release(self, key: str, owner: str) -> None:
-        self._command("release", key, lambda: self._mine(key, owner) and self._store.locks.pop(key) and None)
+        def let_go() -> None:
+            if self._mine(key, owner):
+                del self._store.locks[key]
+                self._store.released_at = self._world.time
+
+        self._command("release", key, let_go)
