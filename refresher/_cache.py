@@ -12,6 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any, NoReturn, SupportsIndex
 
 from . import _rules
@@ -115,7 +116,7 @@ class TokenCache:
         return "SHARED_CACHE" if self is SHARED_CACHE else super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
-        return f"TokenCache({self._store!r})"
+        return f"TokenCache({getattr(self, '_store', None)!r})"  # also in the middle of a complaint
 
     # What a call gets
 
@@ -194,6 +195,8 @@ class TokenCache:
                 was_running = flight.is_running
                 if runtime.wait(waiter.event, min(remaining, 1.0 if was_running else 0.1)):
                     break
+                if call.is_left is not None and call.is_left() and not flight.has_departed:
+                    raise CancelledError
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
                 elif was_running and remaining > 1:
@@ -257,15 +260,16 @@ class TokenCache:
             >>> status.user, status.state, status.generation
             ('foo', 'fresh', 1)
         """
-        jwt, refresh_token, user_token = hide_all(jwt, refresh_token, user_token)
+        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
+        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
         return self._status(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
 
     def _status(self, credential: Credential[T]) -> SessionStatus:
         ledger = self._ledger
-        chain, trouble = ledger.look(credential)
+        chain, is_readable = self._look(credential)
         newest, left, window, _ = ledger.assess(chain, Call(credential=credential))
-        if trouble is not None and newest is None:
-            self._fail("cannot be read", credential)
+        if newest is None and not is_readable:
+            self._fail("cannot be read", credential.service)
         last = newest or credential.unspent() or credential
         is_refused = ledger.refusal(ledger.last_attempt(last)[0]) is not None
         return SessionStatus(
@@ -279,14 +283,19 @@ class TokenCache:
 
     def _is_due(self, call: Call[T]) -> bool:
         """Whether a session is to be refreshed, by what the store has."""
-        chain, trouble = self._ledger.look(call.credential)
+        chain, is_readable = self._look(call.credential)
         newest, left, window, wanted = self._ledger.assess(chain, call)
-        if trouble is not None and newest is None:
-            self._fail("cannot be read", call.credential)
+        if newest is None and not is_readable:
+            self._fail("cannot be read", call.credential.service)
         return wanted or left.least <= window
 
-    def _fail(self, what: str, credential: Credential[Any]) -> NoReturn:
-        raise UnavailableError(f"{self._ledger.name} {what}", provider=credential.service, spent=False)
+    def _look(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
+        """Return what is known of a chain, and whether the store could be read. What it raised stays here."""
+        chain, trouble = self._ledger.look(credential)
+        return chain, trouble is None
+
+    def _fail(self, what: str, service: str) -> NoReturn:
+        raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
 
     def _peek(self, credential: Credential[T]) -> Credential[T]:
         """Return the newest known credential of a chain, as it is."""
@@ -312,15 +321,18 @@ class TokenCache:
             InvalidArgumentError: An argument is wrong.
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
-        jwt, refresh_token, user_token = hide_all(jwt, refresh_token, user_token)
+        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
+        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
         self._forget(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
 
     def _forget(self, credential: Credential[Any]) -> None:
-        chain, trouble = self._ledger.look(credential)
+        chain, is_readable = self._look(credential)
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
-        if trouble is not None or not self._ledger.drop(chain, keys):
-            self._fail("cannot be reached, so other processes may still use the session: call again", credential)
+        if not is_readable or not self._ledger.drop(chain, keys):
+            self._fail(
+                "cannot be reached, so other processes may still use the session: call again", credential.service
+            )
 
     def clear(self) -> None:
         """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""

@@ -124,13 +124,18 @@ class _Run(logging.Handler):
         """Print one line: when, about what, and what the matter is."""
         about = " ".join([f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", *self.about])
         line = f"refresher: {about}: {complaint}"
-        _write(sys.stderr, "".join(each if each.isprintable() else "?" for each in line) + "\n")
+        _write(sys.stderr, _printable(line) + "\n")
 
     def show_wait(self, what: str, seconds: float | None) -> None:
         """Say on one line of a terminal what is waited for, and wipe it out in the end."""
         if not self.is_quiet and sys.stderr is not None and sys.stderr.isatty():
             line = what if seconds is None else f"Waiting, {seconds:.0f} s left: {what}"
             _write(sys.stderr, f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}")
+
+
+def _printable(line: str) -> str:
+    """Replace what would control a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
@@ -320,18 +325,25 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     """
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments))
-    status = cache._status(credential)
-    shown = status.to_dict()
-    newest: Any = cache._peek(credential)
-    if arguments.check:
-        patience = FixedPatience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
-        shown["valid"] = newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None))
+    while True:
+        status, newest = cache._status(credential), cache._peek(credential)
+        shown = status.to_dict()
+        if arguments.check:
+            shown["valid"] = _is_valid(newest, run)
+        if shown.get("valid") is not False or cache._peek(credential).secret == newest.secret:
+            break  # else another process has just refreshed it
     is_dead = status.state == "expired" and not isinstance(newest, circle.CircleCredential)
     if status.state == "refused" or is_dead or shown.get("valid") is False:
         run.status = 77
     if arguments.output == "json":
         return json.dumps(shown) + "\n"
-    return "".join(f"{name:12} {'-' if value is None else value}\n" for name, value in shown.items())
+    rows = [f"{name:12} {'-' if value is None else value}" for name, value in shown.items()]
+    return "".join(f"{_printable(row)}\n" for row in rows)
+
+
+def _is_valid(newest: Any, run: _Run) -> bool:
+    patience = FixedPatience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
+    return bool(newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None)))
 
 
 def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> None:

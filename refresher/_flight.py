@@ -90,6 +90,7 @@ class Flight(Generic[T]):
         self._left_at = -math.inf
         self._alarm: Event | None = None
         self._claim = [True]
+        self._has_let_go = False
         self.is_for_all = True  # what comes of it is not about its first caller alone
 
     def run(self) -> None:
@@ -112,12 +113,19 @@ class Flight(Generic[T]):
         """Whether a thread has begun. Its starter may have been interrupted before that."""
         return not self._claim
 
+    @property
+    def has_departed(self) -> bool:
+        """Whether something is on the wire."""
+        return self._departed
+
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
         if self._flights.get(self.chain) is self:
             del self._flights[self.chain]
         try:
+            if self._on_event is not None and self.chain not in self._ledger.unsaved:
+                self._let_go()  # it may call the cache again
             self._report(outcome)
         except BaseException:  # it may be a SystemExit, and there are callers who wait
             _log.exception("on_event has failed")
@@ -433,6 +441,14 @@ class Flight(Generic[T]):
         if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was
             self._ledger.troubled_at = self._runtime.steady()
 
+    def _let_go(self) -> None:
+        """Let go of the lock, if that is not done."""
+        if not self._has_let_go:
+            self._has_let_go = True
+            if self._spent is not None and self.chain not in self._ledger.unsaved:
+                self._ledger.retire(self._spent, self.chain)
+            self._lease.give_back()
+
     def _clean_up(self) -> None:
         """Write down what could not be written before, and let go of the lock."""
         ledger, runtime = self._ledger, self._runtime
@@ -443,9 +459,7 @@ class Flight(Generic[T]):
             runtime.sleep(pause)
             pause = min(2 * pause, _rules.LONGEST_POLL)
         is_well = self.chain not in ledger.unsaved
-        if self._spent is not None and is_well:
-            ledger.retire(self._spent, self.chain)
-        self._lease.give_back()
+        self._let_go()
         for chain in list(ledger.unsaved.values()) if is_well else []:
             other = Lease(ledger, chain.key, self._name)
             other.take()

@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import attrs
 
-from ._text import Secret
+from ._cache import TokenCache
+from ._text import hide, hide_all, number, reveal
 from .auth import Auth
 from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
 
 # How many requests a second a service takes from one who asks, where it tells.
 _PER_SECOND = {"circle": 5.0}
+# How many seconds a store may cost by not answering, before it counts as down.
+_WASTE = 2.0
+_WRONG = "auths must be KuzzleAuth or CircleAuth objects"
 
 
 @attrs.frozen(kw_only=True)
@@ -49,7 +53,7 @@ def keep_alive(
         auths: Auth objects. They are taken one by one, so a generator of many sessions needs little memory.
         at_once: How many sessions are refreshed at the same time.
         per_second: How many refreshes are begun in a second, for each service, at most. None means as many as it
-            takes: 5 for Circle, any number for Kuzzle.
+            takes: 5 for Circle, any number for Kuzzle. A refresh by a Circle *user_id* counts as two.
 
     Yields:
         One outcome for each auth object. The order is not that of *auths*.
@@ -65,14 +69,15 @@ def keep_alive(
         ...     print(sorted(outcome.outcome for outcome in keep_alive(auths)))
         ['fresh', 'refreshed']
     """
-    hidden = Secret(auths)
-    del auths
-    if type(at_once) is not int or at_once < 1:
+    auths, at_once, per_second = hide_all(auths, at_once, per_second)  # there may be tokens among them
+    if type(reveal(at_once)) is not int or reveal(at_once) < 1:
         raise InvalidArgumentError("at_once must be a whole number, 1 or more")
-    is_number = isinstance(per_second, (int, float)) and not isinstance(per_second, bool)
-    if per_second is not None and not (is_number and 0 < per_second <= 1e6):
+    rate = None if per_second is None else number(reveal(per_second))
+    if per_second is not None and (rate is None or not 0 < rate <= 1e6):
         raise InvalidArgumentError("per_second must be a number of refreshes, more than 0, or None")
-    return _Keeper(at_once, per_second).run(hidden)
+    if not isinstance(reveal(auths), Iterable):
+        raise InvalidArgumentError(_WRONG)
+    return _Keeper(reveal(at_once), rate).run(iter(reveal(auths)))
 
 
 class _Keeper:
@@ -81,36 +86,61 @@ class _Keeper:
     def __init__(self, at_once: int, per_second: float | None) -> None:
         self._at_once, self._per_second = at_once, per_second
         self._outages: dict[str, RefreshError] = {}  # by whom a pause is about
+        self._wasted: dict[TokenCache, float] = {}  # seconds that a store has cost by not answering
         self._next: dict[str, float] = {}  # when the next refresh may begin
+        self._running: set[Future[KeepAliveOutcome]] = set()
+        self._is_left = False  # nobody wants the rest
 
-    def run(self, auths: Secret[Iterable[Auth[Any]]]) -> Iterator[KeepAliveOutcome]:
+    def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
-        running: set[Future[KeepAliveOutcome]] = set()
         with ThreadPoolExecutor(self._at_once, thread_name_prefix="refresher") as pool:
-            for each in map(Secret, auths.reveal()):  # it may be a token in the wrong place
-                if not isinstance(each.reveal(), Auth):
-                    raise InvalidArgumentError("auths must be KuzzleAuth or CircleAuth objects")
-                auth = each.reveal()
-                outcome = self._look(auth)
-                while outcome is None and len(running) >= self._at_once:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (each.result() for each in done)
-                outcome = outcome or self._skip(auth)
-                if outcome is not None:
-                    yield outcome
-                else:
-                    self._wait_for_turn(auth)
-                    running.add(pool.submit(contextvars.copy_context().run, self._refresh, auth))
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (each.result() for each in done)
+            try:
+                try:
+                    for auth in map(_check, auths):
+                        yield from self._step(auth, pool)
+                except Exception:
+                    yield from self._rest()
+                    raise
+                yield from self._rest()
+            finally:
+                self._is_left = True
+
+    def _rest(self) -> Iterator[KeepAliveOutcome]:
+        while self._running:
+            yield from self._done()
+
+    def _step(self, auth: Auth[Any], pool: ThreadPoolExecutor) -> Iterator[KeepAliveOutcome]:
+        """Begin with one auth object, when there is room for it, and tell what came of others meanwhile."""
+        outcome = self._look(auth)
+        yield from self._done(0)
+        while outcome is None and len(self._running) >= self._at_once:
+            yield from self._done()
+        if outcome is None and (outcome := self._skip(auth)) is None:
+            yield from self._wait_for_turn(auth)
+            outcome = self._skip(auth)
+        if outcome is not None:
+            yield outcome
+        else:
+            self._running.add(pool.submit(contextvars.copy_context().run, self._refresh, auth))
+
+    def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
+        """Tell what has come of refreshes, after some seconds at most."""
+        done, self._running = wait(self._running, seconds, return_when=FIRST_COMPLETED)
+        yield from (each.result() for each in done)
 
     def _look(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session that is not due."""
+        cache, began = auth._cache, auth._runtime.steady()
+        wasted = self._wasted.get(cache, 0.0)
         try:
+            if wasted > _WASTE:
+                cache._fail("cannot be read", auth._service)
             is_due = auth._is_due()
         except UnavailableError as error:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
+        finally:
+            if cache._ledger.troubled_at >= began:
+                self._wasted[cache] = wasted + auth._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")
         return None if is_due else KeepAliveOutcome(auth=auth, outcome="fresh")
@@ -120,15 +150,18 @@ class _Keeper:
         error = self._outages.get(auth._scope)
         return None if error is None else KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
 
-    def _wait_for_turn(self, auth: Auth[Any]) -> None:
+    def _wait_for_turn(self, auth: Auth[Any]) -> Iterator[KeepAliveOutcome]:
         """Begin no more refreshes in a second than the service takes."""
         rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._runtime
         if rate is not None:
             now = runtime.steady()
             turn = max(now, self._next.get(auth._scope, now))
-            self._next[auth._scope] = turn + 1 / rate
-            if turn > now:
-                runtime.sleep(turn - now)
+            self._next[auth._scope] = turn + auth._requests / rate
+            while (seconds := turn - runtime.steady()) > 0:
+                if self._running:
+                    yield from self._done(seconds)
+                else:
+                    runtime.sleep(seconds)
 
     def _refresh(self, auth: Auth[Any]) -> KeepAliveOutcome:
         """Refresh one session."""
@@ -137,15 +170,27 @@ class _Keeper:
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
-            auth._current(patient=True)
-            outcome = "fresh" if auth._newest() == before else "refreshed"
+            last = auth._advance(patient=True, is_left=lambda: self._is_left)
+            outcome = "fresh" if last is None or last.secret == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error
         except RefreshError as error:
             failure = error
             if not isinstance(error, RequestRefusedError):
                 self._outages.setdefault(auth._scope, error)
-        except Exception as error:  # on_refresh may raise whatever it likes, after the refresh
-            outcome, failure = "refreshed", error
+        else:
+            try:
+                auth._hand_over()
+            except Exception as error:  # on_refresh may raise whatever it likes
+                failure = error
         seconds = auth._runtime.steady() - began
         return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=seconds, error=failure)
+
+
+def _check(auth: Any) -> Auth[Any]:
+    """Complain about what is no auth object, and might be a token."""
+    auth = hide(auth)
+    if not isinstance(reveal(auth), Auth):
+        raise InvalidArgumentError(_WRONG)
+    found: Auth[Any] = reveal(auth)
+    return found

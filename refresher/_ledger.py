@@ -60,6 +60,7 @@ class Call(Generic[T]):
         timeout: How many seconds to wait. None means as long as it takes.
         own_will_do: Whether the caller's own token will do while it is valid and has no successor.
         patient: Whether it wants a new token when one is due, and waits for that for all of its time.
+        is_left: Tells whether nobody wants the answer any more. Then the call gives up, unless a request is on its way.
         rejected: The headers that the service has just rejected. What they came from will not do, unless it is
             new: a newer one would not help.
         hit: What it got when it was last made with the same cache.
@@ -71,6 +72,7 @@ class Call(Generic[T]):
     timeout: float | None = None
     own_will_do: bool = False
     patient: bool = False
+    is_left: Callable[[], bool] | None = None
     rejected: Headers | None = None
     hit: Hit[T] | None = attrs.field(default=None, init=False, eq=False, repr=False)
 

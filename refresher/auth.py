@@ -41,6 +41,14 @@ class _Ready(Generic[_Token]):
     headers: Headers
 
 
+@attrs.define(eq=False)
+class _SignIn(Generic[_Token]):
+    """What one sign-in leads to. The next one has another, so what comes late of this one cannot harm that."""
+
+    credential: Credential[_Token] | None
+    unsaved: _Token | None = None
+
+
 class Auth(AuthBase, Generic[_Token]):
     """Sends the last successor of a credential."""
 
@@ -71,16 +79,17 @@ class Auth(AuthBase, Generic[_Token]):
     def _scope(self) -> str:
         return self._credential.scope if self._credential else ""
 
+    @property
+    def _credential(self) -> Credential[_Token] | None:
+        return self._sign_in.credential
+
     def _set(self, credential: Credential[_Token] | None) -> None:
-        self._credential: Credential[_Token] | None = credential
-        self._unsaved: _Token | None = None
+        self._sign_in = _SignIn(credential)
         self._ready: _Ready[_Token] | None = None
         if credential is not None:
             self._cache._ledger.observed.seen_for(credential.keys[0])
 
     def __repr__(self) -> str:
-        if "_credential" not in vars(self):  # its arguments are wrong, and somebody looks at the traceback
-            return f"{type(self).__name__}()"
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"
 
     def _repr_html_(self) -> str:
@@ -91,6 +100,8 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _rows(self) -> dict[str, str]:
         """List what people see of it: whose token it sends where, and how long that is valid."""
+        if "_sign_in" not in vars(self):  # in the middle of a complaint about an argument
+            return {}
         scheme, host, port = self._origin
         rows = {"origin": f"{scheme}://{host}:{port}", "user": "nobody"}
         if (first := self._credential) is None:
@@ -110,17 +121,17 @@ class Auth(AuthBase, Generic[_Token]):
         A refresh under way is waited for, in other processes too. A session that has ended already is fine, and so is
         that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire.
 
-        Afterwards this object's requests are anonymous.
+        Afterwards this object's requests are anonymous, unless somebody has signed in meanwhile.
 
         Raises:
             UnavailableError: The service or the store could not be reached. The session may live on: call again.
             OutcomeUnknownError: Time was up, and the sign-out goes on: call again.
             RefreshError: Something else answered. The session may live on.
         """
-        credential = self._credential
-        if credential is not None:
-            self._cache._sign_out(self._call(credential=credential))
-            self._set(None)
+        sign_in = self._sign_in
+        if sign_in.credential is not None:
+            self._cache._sign_out(self._call(credential=sign_in.credential))
+            sign_in.credential = sign_in.unsaved = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_ready": None}
@@ -132,6 +143,12 @@ class Auth(AuthBase, Generic[_Token]):
                 request.headers[name] = reveal(value)
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
+
+    @property
+    def _requests(self) -> int:
+        """How many requests a refresh is, at most: a user's id is exchanged for a user token first."""
+        credential = self._credential
+        return 2 if isinstance(credential, circle.CircleCredential) and credential.user_token is None else 1
 
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""
@@ -159,35 +176,45 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _headers(self) -> Headers | None:
         """Return the headers to send: those of the last time, if that takes no more than a look."""
-        ready = self._ready
-        if ready is not None and ready.credential is self._credential and self._cache._ledger.hit(ready.call):
+        ready, sign_in = self._ready, self._sign_in
+        is_last = ready is not None and ready.credential is sign_in.credential and sign_in.unsaved is None
+        if ready is not None and is_last and self._cache._ledger.hit(ready.call):
             return ready.headers
         current = self._current()
         return None if current is None else current.headers
 
-    def _current(self, rejected: Headers | None = None, *, patient: bool = False) -> Credential[_Token] | None:
+    def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
-        first = self._credential
+        last = self._advance(rejected)
+        self._hand_over()
+        return last
+
+    def _advance(
+        self, rejected: Headers | None = None, *, patient: bool = False, is_left: Callable[[], bool] | None = None
+    ) -> Credential[_Token] | None:
+        """Find the last successor."""
+        sign_in = self._sign_in
+        first = sign_in.credential
         if first is None or not first.can_expire:
             return first
-        call = self._call(credential=first, rejected=rejected, patient=patient)
+        call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
         newest = self._cache._get(call)
         last = first if newest.secret == first.secret else first.following(newest.token)
-        if last is not first and self._credential is first:  # else another was set meanwhile
-            self._credential, self._unsaved = last, last.token
-        self._save()
+        if last is not first and sign_in.credential is first:
+            sign_in.credential, sign_in.unsaved = last, last.token
         self._ready = _Ready(call, last, last.headers)
         return last
 
-    def _save(self) -> None:
+    def _hand_over(self) -> None:
         """Hand a new token over, once, unless that fails: then it's handed over again with the next request."""
-        unsaved, self._unsaved = self._unsaved, None
+        sign_in = self._sign_in
+        unsaved, sign_in.unsaved = sign_in.unsaved, None
         if unsaved is None or self._on_refresh is None:
             return
         try:
             self._on_refresh(unsaved)
         except BaseException:
-            self._unsaved = self._unsaved or unsaved
+            sign_in.unsaved = sign_in.unsaved or unsaved
             raise
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:

@@ -28,7 +28,7 @@ import time_machine
 from cryptography.fernet import Fernet
 from helpers import call_with
 
-from refresher import KuzzleToken, TokenCache, UserToken, _cli, refresh_user_token
+from refresher import FileStore, KuzzleToken, TokenCache, UserToken, _cli, refresh_kuzzle_token, refresh_user_token
 from refresher._cli import main
 from refresher._text import fingerprint
 from refresher.services import kuzzle as kuzzle_service
@@ -522,6 +522,36 @@ def test_status_of_circle(circle, pair, run, monkeypatch):
     status, out, _ = run("status", "circle", "--base-url", circle.url)
     assert (status, json.loads(out)["state"], json.loads(out)["user"]) == (0, "fresh", "user-1")
     assert len(circle.requests) == 1
+
+
+def test_status_is_no_verdict_on_junk(kuzzle, jwt, run):
+    """An answer that does not say whether the token is valid does not say that it is not."""
+    kuzzle.suffer("incomplete")
+    status, out, err = run("status", "kuzzle", kuzzle.url, "--check")
+    assert (status, out, err.count("\n")) == (69, "", 1)
+
+
+def test_status_during_a_refresh_elsewhere(kuzzle, jwt, run, tmp_path):
+    """A token that another process spends meanwhile is invalid, and its session is not."""
+    store = tmp_path / "store"
+    cache, receive, kuzzle.grace = TokenCache(FileStore(store)), kuzzle.receive, 0.1
+
+    def late(request):
+        kuzzle.receive = receive
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+        kuzzle.clock.advance(1)
+        return receive(request)
+
+    kuzzle.receive = late
+    status, out, _ = run("status", "kuzzle", kuzzle.url, "--check", "--store", store)
+    assert (status, json.loads(out)["valid"], json.loads(out)["generation"]) == (0, True, 1)
+
+
+def test_status_of_a_strange_user(kuzzle, run, monkeypatch):
+    """A table cannot control a terminal, whatever a token calls its user."""
+    monkeypatch.setenv("KUZZLE_JWT", kuzzle.login("\x1b[31m\nstate fresh", ago=60))
+    status, out, _ = run("status", "kuzzle", kuzzle.url, "--output", "table")
+    assert (status, len(out.splitlines()), out.replace("\n", "").isprintable()) == (0, 6, True)
 
 
 def test_status_of_the_dead(kuzzle, jwt, run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
 import itertools
@@ -11,8 +12,10 @@ import re
 import textwrap
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import attrs
 import prometheus_client
@@ -24,6 +27,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+import refresher
 from refresher import (
     SHARED_CACHE,
     CircleAuth,
@@ -31,6 +35,7 @@ from refresher import (
     InvalidArgumentError,
     KuzzleAuth,
     OutcomeUnknownError,
+    RefreshError,
     RefreshEvent,
     RequestRefusedError,
     SignInRequiredError,
@@ -94,6 +99,13 @@ class Broken:
 
     def release(self, key, owner):
         return self.__getattr__("release")(key, owner)
+
+
+def locals_of(error):
+    """Show the local variables of the package's frames, as debuggers do."""
+    package = Path(refresher.__file__).parent
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+    return repr([frame.locals for frame in trace.stack if package in Path(frame.filename).parents])
 
 
 class Unlocked(FileStore):
@@ -192,6 +204,41 @@ def test_peek_at_nothing(arguments):
     """What is no session is a clear error."""
     with pytest.raises(InvalidArgumentError):
         TokenCache().peek(**arguments)
+
+
+def test_peek_complains_about_a_token(kuzzle):
+    """A token in the place of a URL is not shown, nor is what a store says of itself."""
+    jwt = kuzzle.login("foo")
+    cache = TokenCache()
+    for call in (cache.peek, cache.forget):
+        with pytest.raises(InvalidArgumentError, match="url") as caught:
+            call(jwt, kuzzle.url)
+        assert jwt not in locals_of(caught.value)
+        with pytest.raises(InvalidArgumentError, match="base_url") as caught:
+            call(refresh_token="x", device_id="x", user_token="x", base_url=jwt)
+        assert jwt not in locals_of(caught.value)
+
+    class Talkative(Broken):
+        def get(self, key):
+            raise ConnectionError(jwt)
+
+    with pytest.raises(UnavailableError, match="Talkative cannot be read") as caught:
+        TokenCache(Talkative(None)).peek(kuzzle.url, jwt)
+    assert jwt not in locals_of(caught.value)
+
+
+def test_complaints_in_a_debugger(kuzzle):
+    """What is half made has a repr, since debuggers show it."""
+    for make in (
+        lambda: KuzzleAuth(kuzzle.login("foo"), kuzzle.url),
+        lambda: KuzzleAuth(kuzzle.url, timeout="x"),
+        lambda: CircleAuth(refresh_token="x", device_id="x", user_token="x", api_key="x", base_url="x"),
+        lambda: TokenCache("folder"),
+        lambda: TokenCache(lease="x"),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            make()
+        assert "self" in locals_of(caught.value)
 
 
 # sign_out
@@ -359,6 +406,21 @@ def test_two_tabs_sign_out(kuzzle):
         assert [end.result() for end in ends] == [None] * 4
     assert not is_alive(kuzzle, jwt)
     assert paths(kuzzle).count("/_logout") <= 4
+
+
+def test_a_sign_in_during_a_sign_out(kuzzle):
+    """The new session is kept: nobody could end it otherwise."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", ago=60), cache=TokenCache())
+    kuzzle.delay_next(0.5)
+    with ThreadPoolExecutor() as pool:
+        end = pool.submit(auth.sign_out)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        auth.jwt = jwt = kuzzle.login("foo")
+        end.result()
+    assert auth.jwt == jwt
+    auth.sign_out()
+    assert not is_alive(kuzzle, jwt)
 
 
 def test_sign_out_of_a_service_that_is_down(kuzzle):
@@ -552,6 +614,84 @@ def test_on_refresh_fails(kuzzle):
     assert isinstance(outcome.error, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("error", [SignInRequiredError("x"), UnavailableError("x"), OutcomeUnknownError("x")])
+def test_on_refresh_fails_like_a_service(kuzzle, error):
+    """What goes wrong there is no verdict on the session, and no outage of its service."""
+
+    def fail(token):
+        raise error
+
+    cache, jwts = TokenCache(), [kuzzle.login(f"u{i}", ago=3590) for i in range(3)]
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, on_refresh=None if i else fail) for i, jwt in enumerate(jwts)]
+    outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
+    assert [outcomes[each].outcome for each in auths] == ["refreshed"] * 3
+    assert outcomes[auths[0]].error is error
+
+
+def test_outcomes_come_at_once(kuzzle):
+    """What has come of a refresh is told before more is begun, also if there would be room."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=60 if i else 3590), cache=cache) for i in range(4)]
+
+    def slowly():
+        for auth in auths:
+            yield auth
+            time.sleep(1)
+
+    assert [each.outcome for each in keep_alive(slowly())].index("refreshed") < 3
+
+
+def test_an_outage_while_others_wait_for_their_turn(kuzzle):
+    """They are not sent any more, and need not wait."""
+    cache = TokenCache()
+    auths = [
+        KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, queuable=False, timeout=5)
+        for i in range(4)
+    ]
+    kuzzle.next_answers.extend([lambda request: kuzzle.refuse(request, "unavailable")] * 99)
+    assert {each.outcome for each in keep_alive(auths, per_second=0.5)} == {"skipped"}
+    assert len(kuzzle.requests) == 1
+
+
+def test_a_slow_store_is_given_up(kuzzle, tmp_path):
+    """It does not cost its timeout once for each session."""
+    store = Broken(FileStore(tmp_path))
+    get = store.get
+
+    def slowly(key):
+        time.sleep(0.5)
+        return get(key)
+
+    store.get = slowly
+    cache = TokenCache(store)
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache, timeout=1) for i in range(20)]
+    began = time.monotonic()
+    assert [each.outcome for each in keep_alive(auths)] == ["skipped"] * 20
+    assert time.monotonic() - began < 8
+
+
+def test_auths_end_with_an_error(kuzzle):
+    """What was begun is told before."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(3)]
+    outcomes = []
+    with pytest.raises(InvalidArgumentError, match="auths"):
+        outcomes.extend(each.outcome for each in keep_alive([*auths, None]))
+    assert outcomes == ["refreshed"] * 3
+
+
+def test_a_run_is_left_in_an_outage(kuzzle):
+    """What waits for the service does so no longer."""
+    cache = TokenCache()
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590 * (i < 2)), cache=cache) for i in range(3)]
+    kuzzle.stop()
+    run = keep_alive(auths)
+    assert next(run).outcome == "fresh"
+    began = time.monotonic()
+    run.close()
+    assert time.monotonic() - began < 5
+
+
 def test_rates(circle):
     """Circle takes five requests a second; another rate may be given."""
     cache = TokenCache()
@@ -570,6 +710,31 @@ def test_rates(circle):
         assert [each.outcome for each in keep_alive(auths, at_once=5, per_second=rate)] == ["refreshed"] * 6
         assert times[-1] - times[0] >= least - 0.05
         circle.receive = receive
+
+
+def test_rates_of_user_ids(circle):
+    """There a refresh is two requests, and both count."""
+    cache, times, receive = TokenCache(), [], circle.receive
+    auths = [
+        CircleAuth(
+            refresh_token=pair.refresh_token,
+            device_id="device-1",
+            user_id=pair.user_id,
+            api_key="TEST_API_KEY:fake-id:fake-secret",
+            base_url=circle.url,
+            cache=cache,
+        )
+        for pair in (circle.sign_in(f"user-{i}") for i in range(5))
+    ]
+
+    def note(request):
+        times.append(time.monotonic())
+        return receive(request)
+
+    circle.receive = note
+    assert [each.outcome for each in keep_alive(auths)] == ["refreshed"] * 5
+    assert len(times) == 10
+    assert times[-1] - times[0] >= 1.5
 
 
 def test_a_run_is_left(kuzzle):
@@ -591,10 +756,15 @@ def test_bad_arguments(arguments):
         keep_alive([], **arguments)
 
 
-def test_no_auth_object():
-    """What is no auth object is a clear error."""
-    with pytest.raises(InvalidArgumentError, match="auths"):
-        list(keep_alive(["x"]))
+@pytest.mark.parametrize("auths", [["SECRET"], "SECRET", {"SECRET": "SECRET"}, None, 5])
+def test_no_auth_object(auths):
+    """What is no auth object is a clear error. It may be a token, which is not shown."""
+    with pytest.raises(InvalidArgumentError, match="auths") as caught:
+        list(keep_alive(auths))
+    assert "SECRET" not in locals_of(caught.value)
+    with pytest.raises(InvalidArgumentError, match="at_once") as caught:
+        keep_alive(auths, at_once="SECRET")
+    assert "SECRET" not in locals_of(caught.value)
 
 
 # on_event
@@ -673,6 +843,25 @@ def test_on_event_calls(kuzzle, events):
     cache = TokenCache(on_event=look)
     token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5)
     assert events == [("refreshed", token)]
+
+
+@pytest.mark.parametrize("fault", [None, "refused", "lost", "unavailable"])
+def test_on_event_signs_out(kuzzle, events, fault):
+    """It may end the session, too: what it hears of no longer holds the lock."""
+    jwt = kuzzle.login("foo", ago=1800)
+    if fault is not None:
+        kuzzle.suffer(fault)
+
+    def end(event):
+        began = time.monotonic()
+        KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5).sign_out()
+        events.append((event.outcome, time.monotonic() - began < 3))
+
+    cache = TokenCache(on_event=end)
+    with contextlib.suppress(RefreshError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=9, queuable=False)
+    outcome = {None: "refreshed", "refused": "refused", "lost": "unknown", "unavailable": "down"}[fault]
+    assert events == [(outcome, True)]
 
 
 def test_context_of_events(kuzzle, events):

@@ -288,7 +288,10 @@ def _parse_sign_out(reply: Reply, request: Request) -> Done:
 
 
 def _parse_check(reply: Reply, request: Request) -> Done:
-    return Done("valid" if _result(reply, request, "checkToken").get("valid") is True else "not valid")
+    is_valid = _result(reply, request, "checkToken").get("valid")
+    if not isinstance(is_valid, bool):
+        raise failure(meaning(reply.status), request, reply)
+    return Done("valid" if is_valid else "not valid")
 
 
 def _result(reply: Reply, request: Request, action: str) -> dict[str, Any]:
