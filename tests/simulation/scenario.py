@@ -89,7 +89,9 @@ def _start_leaver(world: World, machines: list[Machine], until: float) -> None:
 
     def leave() -> None:
         world.park(at)
-        if rng.random() < 0.6 and world.park(until / 4, session.exchanged) and session.on_the_way is not None:
+        if rng.random() < 0.2:  # when others are about to refresh it
+            world.park(max(0.0, session.left() - rng.uniform(0.0, judge.window(session.newest) / 4)))
+        elif rng.random() < 0.7 and world.park(until / 4, session.exchanged) and session.on_the_way is not None:
             holder, _ = session.on_the_way  # in the middle of a refresh
             if world.time < until and rng.random() < 0.5:
                 holder.nap = rng.choice(("get", "set", "set", "wait")), rng.choice((1.0, 6.0, 20.0, 70.0, 90.0))
