@@ -279,7 +279,7 @@ def death(world: World, session: Session) -> None:
         undisturbed = died - due - 1
         knows_for = call.began - min(call.knows_since, session.receipts.get(process, call.began))
         if (
-            call.began <= died - (1.5 if knows_for <= 1.2 else 0.45 if share == 1 else 1.05)
+            call.began <= died - (1.5 if knows_for <= 1.2 else 0.45 if world.store.disturbed_at < undisturbed else 1.05)
             and (call.began >= died - last or (call.ended > died - 0.1 and last > 0.5))
             and call.knows
             and call.knows_time
@@ -329,6 +329,8 @@ def outlives(world: World, session: Session) -> bool:
 
 def _could_not_end(world: World, holder: Process, since: float, session: Session) -> bool:
     """Tell whether nobody can help it that a process had a token of a session that was signed out."""
+    if holder.alive:
+        return world.store.well_since - since > 55.0
     return _could_not_keep(world, holder, since, session)
 
 
