@@ -150,6 +150,15 @@ class Auth(AuthBase, Generic[_Token]):
         credential = self._credential
         return 2 if isinstance(credential, circle.CircleCredential) and credential.user_token is None else 1
 
+    @property
+    def _is_young(self) -> bool:
+        """Whether its token may have been issued within this second, so that it is not refreshed yet."""
+        ledger, first = self._cache._ledger, self._credential
+        if first is None:
+            return False
+        chain = ledger.recall(first)[0]
+        return ledger.hold(chain.newest or first, chain) > 0
+
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""
         credential = self._credential
