@@ -119,7 +119,8 @@ class Auth(AuthBase, Generic[_Token]):
         End the session: at Kuzzle, with its newest token, and then in the cache and its store.
 
         A refresh under way is waited for, in other processes too. A session that has ended already is fine, and so is
-        that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire.
+        that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire. An API
+        key is no session, and stays good.
 
         Afterwards this object's requests are anonymous, unless somebody has signed in meanwhile.
 

@@ -232,8 +232,8 @@ REFUSED = Meaning(RequestRefusedError, what="refused the request: check the argu
 BUSY = Meaning(UnavailableError, retry=True, what="is busy or down: try again later")
 UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached: check the URL, or try again later")
 LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part: call again")
-FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: call again")
-STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL and any proxy")
+FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and does not say what it did: call again")
+STRANGE = Meaning(ReplyError, None, what="or a proxy sent something unexpected: check the URL and any proxy")
 FOREIGN = Meaning(ReplyError, what="or a proxy found nothing there: check the URL and any proxy")
 REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed: check the URL")
 _GATEWAY = attrs.evolve(FAILED, retry=True)  # the answer is lost, as if the connection had broken
