@@ -527,6 +527,11 @@ class SignOut(Flight[T]):
             return self._verify(chain, newest, attempt, True, verdict)
         except SignInRequiredError:
             pass
+        except OutcomeUnknownError:
+            if self._runtime.steady() - ledger.troubled_at > _rules.SETTLED:
+                raise
+            what = f"{ledger.name} cannot be read or written, and may have a newer token of the session: call again"
+            raise UnavailableError(what, provider=credential.service, spent=False) from None
         while not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
             self.status = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
             if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():

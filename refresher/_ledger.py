@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
+_GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 Headers = Mapping[str, str | Secret[str]]
 
 
@@ -290,8 +291,8 @@ class Ledger:
         return trouble is None
 
     def _save(self, chain: Chain[Any]) -> None:
+        began, newest = self.runtime.steady(), chain.newest
         there, has_ended = self._find(chain)
-        newest = chain.newest
         if newest is not None and has_ended and there > chain.generation:
             self.orphans[newest.keys[0]] = newest
         if newest is not None and there <= chain.generation:
@@ -302,11 +303,19 @@ class Ledger:
                 self.store.set(f"{key}-alias", alias, math.ceil(min(seconds, _rules.FOREVER) + _rules.DAY))
         if there < chain.generation:
             self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
+            if newest is not None and self.runtime.steady() - began > _rules.TRUSTED:
+                self._look_back(chain, newest)
+
+    def _look_back(self, chain: Chain[Any], newest: Credential[Any]) -> None:
+        """See whether what was written took the place of a tombstone: its session was signed out meanwhile."""
+        ended = self.store.get(f"{chain.key}-ended")
+        if _generation(ended) > chain.generation:
+            self.orphans[newest.keys[0]] = newest
+            self.store.set(chain.key, str(ended), math.ceil(_GONE))
 
     def generation(self, key: str) -> int:
         """Return the generation that the store has. -1 if it has none."""
-        there = json_object(self.store.get(key)).get("generation")
-        return there if type(there) is int and 0 <= there < 2**53 else -1
+        return _generation(self.store.get(key))
 
     def _find(self, chain: Chain[Any]) -> tuple[int, bool]:
         """Return the generation that the store has, and if the session has ended. What is malformed forbids nothing."""
@@ -321,7 +330,7 @@ class Ledger:
     def _seconds(self, chain: Chain[Any]) -> float:
         """Return for how long a chain is worth remembering."""
         if chain.newest is None or chain.requested is None:
-            return 30 * _rules.DAY  # it was forgotten, and what others remember of it must not count
+            return _GONE  # it was forgotten, and what others remember of it must not count
         if chain.newest.refreshable_for is None:
             return _rules.FOREVER
         age = chain.requested.age(self.now()) or 0.0
@@ -378,11 +387,21 @@ class Ledger:
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)
+        if has_ended:  # who has looked already, and writes late, looks for this
+            mark = f"{chain.key}-ended", str(tombstone.text), math.ceil(_GONE)
+            if self.ask("cannot be written", self.store.set, *mark)[1] is not None:
+                return False
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
     def delete(self, key: str) -> bool:
         """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
+
+
+def _generation(text: str | bytes | None) -> int:
+    """Read the generation of a chain's entry. -1 if it has none."""
+    there = json_object(text).get("generation")
+    return there if type(there) is int and 0 <= there < 2**53 else -1
 
 
 class Lease:

@@ -214,6 +214,7 @@ class ByAuth:
         """Sign its user out."""
         self._auth.sign_out()  # type: ignore[union-attr]
         call.session.left_at = call.world.time
+        judge.has_left(call.world, call)
 
 
 class _Sent:

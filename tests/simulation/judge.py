@@ -183,7 +183,7 @@ def answered(world: World, process: Process, session: Session, request: Request,
     if (
         not refused
         or session.is_alive()
-        or any(word in happened for word in ("kill", "suspend", "boot", "store", "request"))
+        or any(word in happened for word in ("kill", "suspend", "boot", "store", "request", "interrupt"))
     ):
         return
     machine = process.machine
@@ -295,6 +295,18 @@ def death(world: World, session: Session) -> None:
             early = f"{process.name} called {died - call.began:.2f} s before its end"
             world.violated("let die", f"{session.user}, {session.ttl} s: {early}")
             return
+
+
+def has_left(world: World, call: Any) -> None:
+    """A sign-out says that it is done. It has to wait for others who are refreshing the token, for up to a minute."""
+    session, store = call.session, world.store
+    if not session.is_alive() or session.must_stay or store.lost or store.disturbed_at > call.began - 60.0:
+        return
+    if session.spent_at > world.time - 55.0 and not session.kept:
+        mails = [mail for mail in world.network.pending if mail.session is session and mail.brings_newest()]
+        holders = [*session.receipts, *(mail.process for mail in mails)]
+        if any(holder.alive and holder is not call.process for holder in holders):
+            world.violated("does not wait for a refresh", f"{session.user} has left, and has a new token since then")
 
 
 def outlives(world: World, session: Session) -> bool:

@@ -200,6 +200,14 @@ MUTANTS = [
         "each refusal is remembered for a minute",
         (_RULES, "REFUSALS = (60.0, 300.0, 3600.0)", "REFUSALS = (60.0, 60.0, 60.0)"),
     ),
+    Mutant(
+        "a refusal is the verdict though it cannot be written down",
+        (
+            _FLIGHT,
+            "                if ledger.note(spend, verdict):",
+            "                if ledger.note(spend, verdict) or True:",
+        ),
+    ),
     Mutant("a refusal is not remembered", (_RULES, "        return Step.REFUSE\n", "        pass\n")),
     Mutant(
         "a refusal by Circle comes back as the answer to the next request",
@@ -339,6 +347,14 @@ MUTANTS = [
     Mutant(
         "what comes too late for a sign-out is not signed out",
         (_LEDGER, "        if newest is not None and has_ended and there > chain.generation:", "        if False:"),
+    ),
+    Mutant(
+        "what is written late takes the place of a sign-out",
+        (
+            _LEDGER,
+            "            if newest is not None and self.runtime.steady() - began > _rules.TRUSTED:",
+            "            if False:",
+        ),
     ),
     Mutant(
         "one failed write ends a sign-out",

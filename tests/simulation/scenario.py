@@ -68,7 +68,7 @@ def _play(world: World) -> None:
         world.spawn(None, "cron", lambda: clients.cron(world, machines[0], sessions[0], period, until))
     else:
         _start_servers(world, machines, until)
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         _start_leaver(world, machines, until)
     world.run(until)
     world.faults.heal()
@@ -89,11 +89,12 @@ def _start_leaver(world: World, machines: list[Machine], until: float) -> None:
 
     def leave() -> None:
         world.park(at)
-        if rng.random() < 0.6 and world.park(until / 4, session.exchanged) and session.on_the_way is not None:
+        if rng.random() < 0.2:  # when others are about to refresh it
+            world.park(max(0.0, session.left() - rng.uniform(0.0, judge.window(session.newest) / 4)))
+        elif rng.random() < 0.7 and world.park(until / 4, session.exchanged) and session.on_the_way is not None:
             holder, _ = session.on_the_way  # in the middle of a refresh
-            if world.time < until and rng.random() < 0.3:
-                holder.suspend(rng.choice((1.0, 10.0, 70.0, 90.0)))
-                world.faults.happened.append("suspend")
+            if world.time < until and rng.random() < 0.5:
+                holder.nap = rng.choice(("get", "set", "set", "wait")), rng.choice((1.0, 6.0, 20.0, 70.0, 90.0))
         alive = [process for process in world.processes if process.alive and not process.leaving.happened]
         process = rng.choice(alive) if alive and (world.store.kind == "memory" or rng.random() < 0.4) else None
         if world.time < until and (process or world.store.kind != "memory"):

@@ -122,6 +122,12 @@ class World:
         if self.reading or self.held():
             raise AssertionError("an effect within a reading, or under a mutex")
         self.counts["steps"] += 1
+        if task.process is not None and task.process.nap[0] == kind and not self.faults.healed:
+            self.faults.happened.append("suspend")
+            self.say(f"*** suspend, before: {kind} {detail[:8]}")
+            (_, seconds), task.process.nap = task.process.nap, ("", 0.0)
+            task.process.suspend(seconds)
+            self.park(0)
         if self.faults.left:
             self.faults.strike(task, kind, detail)
         if self.random.random() < 0.5:
@@ -222,6 +228,7 @@ class Process:
         self.mutexes: list[Mutex] = []
         self.began_at, self.ended_at, self.how = world.time, math.inf, ""
         self.asleep_until, self.asleep_for = 0.0, 0.0
+        self.nap = "", 0.0  # before which effect it is to be suspended, and for how long
         self.returned_at: float | None = None  # when the last of its callers had what it wanted
         self.groups: list[set[str]] = []  # tokens that it knows to be of one session
         self.leaving = Event()  # happens when it is to end, as soon as its calls have
