@@ -27,33 +27,33 @@ from ..errors import (
 )
 
 
-class Token(Protocol):
-    """What a refresh yields."""
+class Result(Protocol):
+    """What a request yields."""
 
     @property
     def fingerprint(self) -> str:
-        """Eight digits that tell tokens apart without revealing them."""
+        """What the log calls it: tells it from another without revealing either."""
+
+
+class Token(Result, Protocol):
+    """What a refresh yields."""
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it dies, by the service's clock. None: never."""
+        """When it expires, by the service's clock. None: never."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it in the service's own JSON."""
+        """Write it down."""
 
 
 @attrs.frozen
 class Done:
-    """What a request yields that is no refresh. *fingerprint*: what the log says of it."""
+    """What a request yields that is no refresh."""
 
     fingerprint: str
-    expires_at: None = attrs.field(default=None, init=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Write down nothing."""
-        return {}
 
 
+R = TypeVar("R", bound=Result)
 T = TypeVar("T", bound=Token)
 T_co = TypeVar("T_co", bound=Token, covariant=True)
 
@@ -110,7 +110,7 @@ class Send(Protocol):
     def retry(self) -> bool:
         """Whether to send more than once."""
 
-    def __call__(self, request: Request, parse: Callable[[Reply, Request], T], /) -> tuple[T, Reply]:
+    def __call__(self, request: Request, parse: Callable[[Reply, Request], R], /) -> tuple[R, Reply]:
         """Send a request, and read the reply."""
 
 
