@@ -2,7 +2,7 @@
 Print a valid Kuzzle or Circle token, or one line that says why there is none.
 
 exit status:
-  0   done: the token is on standard output
+  0   done: what you asked for is on standard output
   2   the command line, the environment, an API key or a right is wrong: fix it
   69  something other than the service answered: check the URL and any proxy
   75  the service is down or busy, or the run was ended: try again later
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         run.is_over = True
         if text and (trouble := _write(sys.stdout, text)):
-            run.complain(f"standard output: {trouble}. The token is kept: run this again")
+            run.complain(f"standard output: {trouble}. Nothing is lost: run this again")
             return _TRY_LATER
     return run.status
 

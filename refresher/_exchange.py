@@ -13,7 +13,7 @@ from . import _rules
 from ._runtime import Memo
 from ._text import fingerprint
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
-from .services import Credential, Reply, Request, T
+from .services import Credential, R, Reply, Request, T
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,7 +164,7 @@ class Exchange:
         """Whether there may be another attempt."""
         return self._patience.retry()
 
-    def __call__(self, request: Request, parse: Callable[[Reply, Request], T]) -> tuple[T, Reply]:
+    def __call__(self, request: Request, parse: Callable[[Reply, Request], R]) -> tuple[R, Reply]:
         """
         Send a request, again if need be, read the reply and log the outcome.
 

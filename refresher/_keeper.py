@@ -176,7 +176,7 @@ class _Keeper:
             outcome, failure = "ended", error
         except RefreshError as error:
             failure = error
-            if not isinstance(error, RequestRefusedError):
+            if not isinstance(error, RequestRefusedError) and not auth._is_young:
                 self._outages.setdefault(auth._scope, error)
         else:
             try:

@@ -31,9 +31,6 @@ class Event(Protocol):
     def set(self) -> None:
         """Let it happen. Again changes nothing."""
 
-    def is_set(self) -> bool:
-        """Whether it has happened."""
-
 
 class Runtime(Protocol):
     """
@@ -156,9 +153,6 @@ class _Event:
     def set(self) -> None:
         self._has_happened = True
         self._queue.put(None)
-
-    def is_set(self) -> bool:
-        return self._has_happened
 
     def wait(self, seconds: float) -> bool:
         if not self._has_happened:

@@ -119,7 +119,8 @@ class Auth(AuthBase, Generic[_Token]):
         End the session: at Kuzzle, with its newest token, and then in the cache and its store.
 
         A refresh under way is waited for, in other processes too. A session that has ended already is fine, and so is
-        that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire.
+        that nobody has signed in. Circle has no sign-out: there the session is forgotten, and its tokens expire. An API
+        key is no session, and stays good.
 
         Afterwards this object's requests are anonymous, unless somebody has signed in meanwhile.
 
@@ -149,6 +150,15 @@ class Auth(AuthBase, Generic[_Token]):
         """How many requests a refresh is, at most: a user's id is exchanged for a user token first."""
         credential = self._credential
         return 2 if isinstance(credential, circle.CircleCredential) and credential.user_token is None else 1
+
+    @property
+    def _is_young(self) -> bool:
+        """Whether its token may have been issued within this second, so that it is not refreshed yet."""
+        ledger, first = self._cache._ledger, self._credential
+        if first is None:
+            return False
+        chain = ledger.recall(first)[0]
+        return ledger.hold(chain.newest or first, chain) > 0
 
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""

@@ -31,6 +31,7 @@ from refresher import (
     TokenCache,
     UnavailableError,
     _runtime,
+    _threads,
     refresh_kuzzle_token,
     refresh_user_token,
 )
@@ -324,8 +325,24 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    monkeypatch.setattr(_threads, "_CREWS", {daemon: _threads._Crew(daemon) for daemon in (False, True)})
     monkeypatch.setattr(threading.Thread, "start", start_no_flight)
-    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+    with requests.Session() as session:
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session).kuid == "foo"
+    done = []
+    SystemRuntime().start(lambda: done.append(1), daemon=True)
+    assert not done, "what may be left undone is not worth a wait"
+
+
+def test_memo():
+    """What is dropped is forgotten, and what is cleared, too."""
+    memo = Memo(lambda: 0.0)
+    for key in "abc":
+        memo.put(key, key)
+    memo.drop("a")
+    assert (memo.get("a"), memo.keys()) == (None, {"b", "c"})
+    memo.clear()
+    assert memo.keys() == set()
 
 
 def test_joining_a_refresh_as_it_ends(kuzzle, cache, root):

@@ -6,11 +6,11 @@ import json
 import traceback
 from pathlib import Path
 
-import django.conf
 import pytest
 import rich.traceback
 import sentry_sdk
 import structlog
+from django.conf import UserSettingsHolder, global_settings, settings
 from django.views.debug import ExceptionReporter
 from IPython.core.ultratb import VerboseTB
 from opentelemetry.instrumentation.urllib3 import URLLib3Instrumentor
@@ -129,10 +129,9 @@ def test_ipython(error):
     assert "planted" not in shown.replace('"planted" * 3', "")
 
 
-def test_django(error):
+def test_django(error, monkeypatch):
     """Nor does Django's debug page."""
-    if not django.conf.settings.configured:
-        django.conf.settings.configure(DEBUG=True)
+    monkeypatch.setitem(object.__getattribute__(settings, "__dict__"), "_wrapped", UserSettingsHolder(global_settings))
     reporter = ExceptionReporter(None, type(error), error, error.__traceback__)
     ours = [frame for frame in reporter.get_traceback_frames() if frame["filename"].startswith(PACKAGE)]
     assert ours

@@ -496,7 +496,7 @@ def test_repr(kuzzle, circle):
 def test_keep_alive(kuzzle):
     """What is due is refreshed, and nothing else."""
     cache = TokenCache()
-    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590 - 10 * i), cache=cache) for i in range(9)]
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590 if i % 3 else 60), cache=cache) for i in range(9)]
     outcomes = list(keep_alive(auths))
     refreshed = [each.auth for each in outcomes if each.outcome == "refreshed"]
     assert set(refreshed) <= set(auths)
@@ -604,6 +604,15 @@ def test_one_that_is_refused_stops_nobody(kuzzle):
     outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
     assert [outcomes[each].outcome for each in auths] == ["skipped", "refreshed", "refreshed"]
     assert isinstance(outcomes[auths[0]].error, RequestRefusedError)
+
+
+@pytest.mark.holds
+def test_one_that_is_young_stops_nobody(kuzzle):
+    """That a token is too new to be refreshed within its timeout is no outage of the service."""
+    cache, jwts = TokenCache(), [kuzzle.login(f"u{i}", ago=3590) for i in range(3)]
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=9 if i else 0.2) for i, jwt in enumerate(jwts)]
+    outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
+    assert [outcomes[each].outcome for each in auths] == ["skipped", "refreshed", "refreshed"]
 
 
 def test_on_refresh_fails(kuzzle):

@@ -169,7 +169,8 @@ def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey,
     clock.advance(10)
     next_process = TokenCache(RedisStore(client), clock=clock)
     assert refresh_kuzzle_token(kuzzle.url, mine, cache=next_process) == token
-    assert len(kuzzle.requests) == 2
+    for spent in (root, newest):  # it may ask once more, before the first process has written the way back
+        kuzzle.assert_spent_once(spent)
     client.close()
 
 

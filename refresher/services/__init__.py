@@ -27,33 +27,33 @@ from ..errors import (
 )
 
 
-class Token(Protocol):
-    """What a refresh yields."""
+class Result(Protocol):
+    """What a request yields."""
 
     @property
     def fingerprint(self) -> str:
-        """Eight digits that tell tokens apart without revealing them."""
+        """What the log calls it: tells it from another without revealing either."""
+
+
+class Token(Result, Protocol):
+    """What a refresh yields."""
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it dies, by the service's clock. None: never."""
+        """When it expires, by the service's clock. None: never."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it in the service's own JSON."""
+        """Write it down."""
 
 
 @attrs.frozen
 class Done:
-    """What a request yields that is no refresh. *fingerprint*: what the log says of it."""
+    """What a request yields that is no refresh."""
 
     fingerprint: str
-    expires_at: None = attrs.field(default=None, init=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Write down nothing."""
-        return {}
 
 
+R = TypeVar("R", bound=Result)
 T = TypeVar("T", bound=Token)
 T_co = TypeVar("T_co", bound=Token, covariant=True)
 
@@ -110,7 +110,7 @@ class Send(Protocol):
     def retry(self) -> bool:
         """Whether to send more than once."""
 
-    def __call__(self, request: Request, parse: Callable[[Reply, Request], T], /) -> tuple[T, Reply]:
+    def __call__(self, request: Request, parse: Callable[[Reply, Request], R], /) -> tuple[R, Reply]:
         """Send a request, and read the reply."""
 
 
@@ -232,8 +232,8 @@ REFUSED = Meaning(RequestRefusedError, what="refused the request: check the argu
 BUSY = Meaning(UnavailableError, retry=True, what="is busy or down: try again later")
 UNREACHED = Meaning(UnavailableError, retry=True, what="could not be reached: check the URL, or try again later")
 LOST = Meaning(OutcomeUnknownError, None, retry=True, what="did not answer, or only in part: call again")
-FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and may have spent the token: call again")
-STRANGE = Meaning(ReplyError, None, what="or a proxy sent something other than a token: check the URL and any proxy")
+FAILED = Meaning(OutcomeUnknownError, None, retry=None, what="failed, and does not say what it did: call again")
+STRANGE = Meaning(ReplyError, None, what="or a proxy sent something unexpected: check the URL and any proxy")
 FOREIGN = Meaning(ReplyError, what="or a proxy found nothing there: check the URL and any proxy")
 REDIRECT = Meaning(ReplyError, what="or a proxy sent a redirect, which is not followed: check the URL")
 _GATEWAY = attrs.evolve(FAILED, retry=True)  # the answer is lost, as if the connection had broken
