@@ -383,7 +383,7 @@ class Ledger:
 
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
-        generation = max(0, chain.generation) + 2
+        generation, has_ended = max(0, chain.generation) + 2, has_ended or chain.has_ended
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)

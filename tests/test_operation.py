@@ -309,7 +309,15 @@ def test_sign_out_during_a_refresh(kuzzle, tmp_path, shared):
     assert not is_alive(kuzzle, token.jwt)
 
 
-def test_a_successor_that_comes_too_late(kuzzle, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "forget",
+    [
+        pytest.param(lambda *_: None, id="signed out"),
+        pytest.param(lambda cache, *of: cache.forget(*of), id="and forgotten"),
+        pytest.param(lambda cache, *_: cache.clear(), id="and cleared"),
+    ],
+)
+def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget):
     """A process that was away for so long that its session was signed out signs its new token out."""
     jwt = kuzzle.login("foo", ago=1800)
     theirs, mine = TokenCache(FileStore(tmp_path)), TokenCache(Unlocked(tmp_path), lease=0.2)
@@ -327,6 +335,7 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, caplog):
         time.sleep(0.3)
         KuzzleAuth(kuzzle.url, jwt, cache=mine).sign_out()
         assert paths(kuzzle) == ["/_refreshToken", "/_logout"]
+        forget(mine, kuzzle.url, jwt)
         with pytest.raises(SignInRequiredError):
             refresh.result()
     deadline = time.monotonic() + 10
