@@ -155,8 +155,6 @@ class TokenCache:
                     return newest
                 # Each caller has an error of its own, or their tracebacks would become one.
                 raise copy.copy(outcome).with_traceback(outcome.__traceback__)
-            if isinstance(outcome, BaseException):
-                raise outcome
             has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
                 if newest is not None and not wanted:
@@ -173,6 +171,8 @@ class TokenCache:
     ) -> tuple[Flight[T], Any]:
         """
         Wait for a flight that is in progress, or start one. Return its outcome; None is to ask again.
+
+        What a flight raises is its outcome if it's a `RefreshError`, and otherwise raised here.
 
         Args:
             end: Until when the call has time.
@@ -202,6 +202,8 @@ class TokenCache:
                 elif was_running and remaining > 1:
                     self._on_wait(flight.status, None if until == math.inf else remaining - 1)
                     told = True
+            if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
+                raise waiter.outcome
             return flight, waiter.outcome
         finally:
             flight.leave(waiter)

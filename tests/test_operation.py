@@ -45,6 +45,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher.services.kuzzle import KuzzleCredential
 from refresher.testing import FakeCircle, FakeKuzzle
 
 
@@ -344,6 +345,14 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget):
     late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
     assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
+
+
+def test_sign_out_hits_a_bug(kuzzle, monkeypatch):
+    """An exception that is none of ours comes out as it is, at once and not after the whole timeout."""
+    monkeypatch.setattr(KuzzleCredential, "sign_out", lambda *_: 1 / 0)
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo"), cache=TokenCache(), timeout=None)
+    with pytest.raises(ZeroDivisionError):
+        auth.sign_out()
 
 
 def test_sign_out_waits_for_news(kuzzle, tmp_path):
