@@ -509,6 +509,7 @@ def test_status_of_kuzzle(kuzzle, jwt, run):
     assert status == 0
     assert dict(line.split(maxsplit=1) for line in out.splitlines())["valid"] == "True"
     assert kuzzle.requests[-1].path == "/_checkToken"
+    assert kuzzle.requests[-1].headers["X-Kuzzle-Request-Id"], "its logs name the check"
     requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.strip()}"}, timeout=9)
     status, out, _ = run("status", "kuzzle", kuzzle.url, "--check")
     assert (status, json.loads(out)["valid"]) == (77, False)

@@ -162,10 +162,11 @@ class KuzzleCredential:
 
     def is_valid(self, send: Send, /) -> bool:
         """Ask Kuzzle whether it accepts the token. That spends nothing."""
-        body, kind = Secret(json.dumps({"token": self.jwt.reveal()}).encode()), {"Content-Type": "application/json"}
-        request = attrs.evolve(
-            self._post("_checkToken", [], spends=False), body=body, headers=kind, cookies={COOKIE: None}
-        )
+        body = Secret(json.dumps({"token": self.jwt.reveal()}).encode())
+        request = self._post("_checkToken", [], spends=False)
+        # In the body alone: Kuzzle refuses a request whose own token is no good.
+        headers = {"X-Kuzzle-Request-Id": request.request_id, "Content-Type": "application/json"}
+        request = attrs.evolve(request, body=body, headers=headers, cookies={COOKIE: None})
         return send(request, _parse_check)[0].fingerprint == "valid"
 
     def following(self, token: KuzzleToken, /) -> Self:
