@@ -20,7 +20,7 @@ from ._exchange import Observed, spend
 from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import Call, Ledger
 from ._notebook import show_wait
-from ._rules import Chain
+from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
 from ._text import Secret, fingerprint, hide, hide_all
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
@@ -153,8 +153,7 @@ class TokenCache:
                 if newest is not None and is_valid and outcome.spent is False and not call.patient:
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
                     return newest
-                # Each caller has an error of its own, or their tracebacks would become one.
-                raise copy.copy(outcome).with_traceback(outcome.__traceback__)
+                raise _own(outcome)
             has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
                 if newest is not None and not wanted:
@@ -225,7 +224,7 @@ class TokenCache:
             if isinstance(flight, SignOut) and flight.is_over:
                 return
             if isinstance(flight, SignOut) and flight.error is not None:
-                raise copy.copy(flight.error).with_traceback(flight.error.__traceback__)
+                raise _own(flight.error)
             if self._runtime.steady() >= end:
                 raise flight.too_late()
 
@@ -268,10 +267,7 @@ class TokenCache:
 
     def _status(self, credential: Credential[T]) -> SessionStatus:
         ledger = self._ledger
-        chain, is_readable = self._look(credential)
-        newest, left, window, _ = ledger.assess(chain, Call(credential=credential))
-        if newest is None and not is_readable:
-            self._fail("cannot be read", credential.service)
+        chain, newest, left, window, _ = self._assess(Call(credential=credential))
         last = newest or credential.unspent() or credential
         is_refused = ledger.refusal(ledger.last_attempt(last)[0]) is not None
         return SessionStatus(
@@ -285,11 +281,16 @@ class TokenCache:
 
     def _is_due(self, call: Call[T]) -> bool:
         """Whether a session is to be refreshed, by what the store has."""
-        chain, is_readable = self._look(call.credential)
-        newest, left, window, wanted = self._ledger.assess(chain, call)
-        if newest is None and not is_readable:
-            self._fail("cannot be read", call.credential.service)
+        _, _, left, window, wanted = self._assess(call)
         return wanted or left.least <= window
+
+    def _assess(self, call: Call[T]) -> tuple[Chain[T], Credential[T] | None, Left, float, bool]:
+        """Return a chain as the store has it, and how it stands with it."""
+        chain, is_readable = self._look(call.credential)
+        assessed = self._ledger.assess(chain, call)
+        if assessed[0] is None and not is_readable:
+            self._fail("cannot be read", call.credential.service)
+        return chain, *assessed
 
     def _look(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
         """Return what is known of a chain, and whether the store could be read. What it raised stays here."""
@@ -345,6 +346,11 @@ class TokenCache:
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
             ledger.drop(there if isinstance(there, Chain) else Chain(key=key, generation=there), {key})
+
+
+def _own(error: RefreshError) -> RefreshError:
+    """Give a caller an error of its own, or the tracebacks of all would become one."""
+    return copy.copy(error).with_traceback(error.__traceback__)
 
 
 def _find(

@@ -353,10 +353,8 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     Give any token of the session, as you would to print one. The service is not
     told: there, the session stays valid until it expires.
     """
-    credential: Any = find(arguments, run)
-    names = ["refresh_token", "device_id", "user_token", "user_id", "base_url"]
-    names = ["url", "jwt"] if credential.service == "kuzzle" else names
-    TokenCache(_store(arguments)).forget(**{name: getattr(credential, name) for name in names})
+    credential = find(arguments, run)
+    TokenCache(_store(arguments))._forget(credential)
 
 
 def _demo(_: argparse.Namespace, __: _Run) -> str:
