@@ -308,14 +308,16 @@ class Ledger:
 
     def _look_back(self, chain: Chain[Any], newest: Credential[Any]) -> None:
         """See whether what was written took the place of a tombstone: its session was signed out meanwhile."""
-        ended = self.store.get(f"{chain.key}-ended")
-        if _generation(ended) > chain.generation:
+        generation = self.generation(f"{chain.key}-ended")
+        if generation > chain.generation:
             self.orphans[newest.keys[0]] = newest
-            self.store.set(chain.key, str(ended), math.ceil(_GONE))
+            tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=True)
+            self.store.set(chain.key, str(tombstone.with_text().text), math.ceil(_GONE))
 
     def generation(self, key: str) -> int:
         """Return the generation that the store has. -1 if it has none."""
-        return _generation(self.store.get(key))
+        there = json_object(self.store.get(key)).get("generation")
+        return there if type(there) is int and 0 <= there < 2**53 else -1
 
     def _find(self, chain: Chain[Any]) -> tuple[int, bool]:
         """Return the generation that the store has, and if the session has ended. What is malformed forbids nothing."""
@@ -396,12 +398,6 @@ class Ledger:
     def delete(self, key: str) -> bool:
         """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
-
-
-def _generation(text: str | bytes | None) -> int:
-    """Read the generation of a chain's entry. -1 if it has none."""
-    there = json_object(text).get("generation")
-    return there if type(there) is int and 0 <= there < 2**53 else -1
 
 
 class Lease:

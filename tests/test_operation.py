@@ -347,6 +347,35 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget):
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
 
 
+def test_a_successor_that_is_written_too_late(kuzzle, tmp_path):
+    """A process that slept between its look at the store and its write does not undo a sign-out."""
+
+    class Sleepy(FileStore):
+        reached, go_on = threading.Event(), threading.Event()
+
+        def set(self, key, value, seconds):
+            if '"token"' in value:
+                self.reached.set()
+                assert self.go_on.wait(20)
+                time.sleep(0.6)
+            super().set(key, value, seconds)
+
+    jwt, store = kuzzle.login("foo", ago=1800), Sleepy(tmp_path)
+    mine = TokenCache(Unlocked(tmp_path), lease=0.2)
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=TokenCache(store))
+        assert store.reached.wait(10)
+        KuzzleAuth(kuzzle.url, jwt, cache=mine).sign_out()
+        store.go_on.set()
+        with pytest.raises(SignInRequiredError):
+            refresh.result()
+    deadline = time.monotonic() + 10
+    while paths(kuzzle).count("/_logout") < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
+    assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
+
+
 def test_sign_out_hits_a_bug(kuzzle, monkeypatch):
     """An exception that is none of ours comes out as it is, at once and not after the whole timeout."""
     monkeypatch.setattr(KuzzleCredential, "sign_out", lambda *_: 1 / 0)

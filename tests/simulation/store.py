@@ -123,12 +123,12 @@ class StoreClient:
             raise StoreError("timed out")
         return answer
 
-    def get(self, key: str) -> str | None:
+    def get(self, key: str) -> bytes | None:
         return self._command("get", key, lambda: self._read(key), writes=False)
 
-    def _read(self, key: str) -> str | None:
-        text, expires = self._store.entries.get(key, (None, 0.0))
-        return text if expires > self._world.time else None
+    def _read(self, key: str) -> bytes | None:
+        text, expires = self._store.entries.get(key, ("", 0.0))
+        return text.encode() if expires > self._world.time else None
 
     def set(self, key: str, value: str, seconds: int) -> None:
         if not seconds > 0:
