@@ -334,6 +334,28 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
     assert not done, "what may be left undone is not worth a wait"
 
 
+def test_event():
+    """An event that has happened has done so for all who wait for it, and for who comes later."""
+    runtime = SystemRuntime()
+    event = runtime.event()
+    with ThreadPoolExecutor(3) as pool:
+        waits = [pool.submit(runtime.wait, event, 5) for _ in range(3)]
+        time.sleep(0.1)
+        event.set()
+        assert [wait.result() for wait in waits] == [True] * 3
+    assert runtime.wait(event, 0)
+
+
+def test_cleared_while_the_service_asks_to_wait(kuzzle, cache, root):
+    """Who asked to be left alone still is."""
+    kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "30"}))
+    for _ in range(2):
+        with pytest.raises(UnavailableError):
+            refresh_kuzzle_token(kuzzle.url, root, queuable=False, cache=cache)
+        cache.clear()
+    assert len(kuzzle.requests) == 1
+
+
 def test_memo():
     """What is dropped is forgotten, and what is cleared, too."""
     memo = Memo(lambda: 0.0)

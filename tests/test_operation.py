@@ -45,6 +45,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._text import key_of
 from refresher.services.kuzzle import KuzzleCredential
 from refresher.testing import FakeCircle, FakeKuzzle
 
@@ -345,6 +346,24 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget):
     late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
     assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
+
+
+def test_the_end_cannot_be_written_down_at_once(kuzzle, tmp_path):
+    """One command that fails says nothing about the next: the end of a session is written down again."""
+
+    class Clumsy(FileStore):
+        failures = 0
+
+        def set(self, key, value, seconds):
+            if key.endswith("-ended") and not self.failures:
+                self.failures += 1
+                raise OSError
+            super().set(key, value, seconds)
+
+    store, jwt = Clumsy(tmp_path), kuzzle.login("foo", ago=1800)
+    KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store)).sign_out()
+    assert store.failures == 1
+    assert paths(kuzzle) == ["/_logout"]
 
 
 def test_a_successor_that_is_written_too_late(kuzzle, tmp_path):
@@ -899,6 +918,26 @@ def test_on_event_calls(kuzzle, events):
     cache = TokenCache(on_event=look)
     token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5)
     assert events == [("refreshed", token)]
+
+
+def test_on_event_while_an_answer_is_not_kept(kuzzle, tmp_path, events):
+    """As long as the new token is not written down, nobody else gets the lock, whoever hears of it."""
+
+    class Full(FileStore):
+        is_full = True
+
+        def set(self, key, value, seconds):
+            if self.is_full and '"token"' in value:
+                raise OSError
+            super().set(key, value, seconds)
+
+    def note(event):
+        events.append((event.outcome, FileStore(tmp_path).acquire(key_of("kuzzle", kuzzle.url, jwt), "other", 5) > 0))
+        store.is_full = False
+
+    jwt, store = kuzzle.login("foo", ago=1800), Full(tmp_path)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store, on_event=note))
+    assert events == [("refreshed", True)]
 
 
 @pytest.mark.parametrize("fault", [None, "refused", "lost", "unavailable"])

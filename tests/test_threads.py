@@ -116,3 +116,27 @@ def test_end_of_a_process(daemon):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=20).stdout
     assert out == ("" if daemon else "done\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_idle_threads_stay_behind():
+    """A forked child gives no work to threads of its parent, which it does not have."""
+    program = """
+        import os, threading
+        from refresher._threads import _CREWS, in_thread
+        in_thread(lambda: None, daemon=True)
+        while not _CREWS[True]._idle:
+            pass
+        if os.fork() == 0:
+            done = threading.Event()
+            in_thread(done.set, daemon=True)
+            print(done.wait(5), flush=True)
+        else:
+            os.wait()
+    """
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=20).stdout
+        == "True\n"
+    )
