@@ -346,6 +346,9 @@ class TokenCache:
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
             ledger.drop(there if isinstance(there, Chain) else Chain(key=key, generation=there), {key})
+        for key in kept:
+            if key.endswith("-attempt"):  # also of what has no entry, since it was refused
+                ledger.delete(key)
 
 
 def _own(error: RefreshError) -> RefreshError:

@@ -346,6 +346,16 @@ def test_event():
     assert runtime.wait(event, 0)
 
 
+def test_clear_forgets_refusals(kuzzle, cache, root):
+    """A refusal that is remembered is forgotten with the rest."""
+    kuzzle.fail_next("security.token.invalid")
+    for _ in range(2):
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    cache.clear()
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
+
+
 def test_cleared_while_the_service_asks_to_wait(kuzzle, cache, root):
     """Who asked to be left alone still is."""
     kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "30"}))
