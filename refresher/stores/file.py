@@ -29,7 +29,7 @@ _PATIENCE = 1.0
 # On Windows, a file that another process reads can't be replaced or removed at that moment.
 _SHARING_PATIENCE = 1.0 if os.name == "nt" else 0.0
 # How many files a write looks at to find expired ones, and `check` to find unreadable ones.
-_SWEPT = 8
+_SWEPT = 4
 _CHECKED = 1000
 # The names of our folders and files. No other file is ours to read or remove.
 _FOLDER = re.compile(r"[0-9a-z-]{1,2}", re.ASCII)
@@ -330,11 +330,15 @@ class FileStore:
 
     def _sweep(self) -> None:
         """Look at a few files of one folder, and remove those that have expired."""
-        names = [name for name in os.listdir(self._path) if _FOLDER.fullmatch(name)]  # noqa: PTH208 - there may be many
-        folder = self._path / random.choice(names)  # noqa: S311 - no secret
-        files = [folder / name for name in os.listdir(folder) if _OURS.fullmatch(name)]  # noqa: PTH208
+        # There may be many: whether they are ours is asked of few.
+        folder = self._path / random.choice(os.listdir(self._path))  # noqa: PTH208, S311 - no secret
+        if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
+            return
+        names = os.listdir(folder)  # noqa: PTH208
         with _guard(folder):
-            for file in random.sample(files, min(_SWEPT, len(files))):
+            for file in [folder / name for name in random.sample(names, min(_SWEPT, len(names)))]:
+                if not _OURS.fullmatch(file.name):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     if file.suffix == ".tmp":
                         over = file.lstat().st_mtime + _ABANDONED < _touch(folder)
