@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 from urllib.parse import urljoin, urlsplit
 
 import attrs
@@ -50,7 +50,9 @@ class _SignIn(Generic[_Token]):
 
 
 class Auth(AuthBase, Generic[_Token]):
-    """Sends the last successor of a credential."""
+    """Sends the last successor of a credential. *_carried*: the names of the headers that have it."""
+
+    _carried: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -229,15 +231,16 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:
         sent, credential = response.request, self._credential
-        if not self._is_for_us(sent.url) or credential is None:
+        if not self._is_for_us(sent.url):
             return response
-        self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
-        rejected = self._is_rejected(response, credential)
-        if rejected is not False:
-            response = self._again(response, credential, settings, sure=rejected is True)
+        if credential is not None:
+            self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
+            rejected = self._is_rejected(response, credential)
+            if rejected is not False:
+                response = self._again(response, credential, settings, sure=rejected is True)
         if response.is_redirect and not self._is_for_us(_target(response)):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
-            for name in credential.headers:
+            for name in self._carried:
                 sent.headers.pop(name, None)
         return response
 
@@ -342,6 +345,8 @@ class KuzzleAuth(Auth[KuzzleToken]):
         'foo'
     """
 
+    _carried = ("Authorization",)
+
     def __init__(
         self,
         url: str,
@@ -411,6 +416,8 @@ class CircleAuth(Auth[UserToken]):
         SignInRequiredError: Raised by requests. The session has ended: its newest token was refused.
         RefreshError: Raised by requests that need a refresh which fails in another way.
     """
+
+    _carried = "Authorization", "X-User-Token"
 
     @overload
     def __init__(

@@ -564,6 +564,21 @@ def test_redirect_after_a_repetition(circle, pair, stranger):
     assert "X-User-Token" not in request.headers
 
 
+def test_redirect_after_a_sign_out(circle, pair, stranger):
+    """Also if somebody signs out meanwhile: what was sent with the request stays here."""
+    auth = circle_auth(circle, pair)
+
+    def answer(_):
+        auth.sign_out()
+        return Answer(307, b"", {"Location": stranger.url})
+
+    circle.next_answers.append(answer)
+    requests.post(f"{circle.url}/here", auth=auth, timeout=10)
+    (request,) = stranger.requests
+    assert "Authorization" not in request.headers
+    assert "X-User-Token" not in request.headers
+
+
 @pytest.mark.parametrize(
     ("location", "kept"),
     [

@@ -30,6 +30,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher.testing import Answer
 
 PACKAGE = str(Path(refresher.__file__).parent)
 
@@ -47,6 +48,17 @@ def pair():
     return {"user_token": vault(), "refresh_token": vault(), "api_key": vault(), "device_id": "device-1"}
 
 
+def kuzzle_says(kuzzle, status, body):
+    """Refresh, and get an answer that has secrets in it. No variable here has them: *body* is a function."""
+    kuzzle.next_answers.append(Answer(status, {"action": "refreshToken", "status": status, **body()}))
+    refresh_kuzzle_token(kuzzle.url, jwt(), queuable=False, cache=TokenCache())
+
+
+def circle_says(circle, status, body):
+    circle.next_answers.append(Answer(status, body()))
+    refresh_user_token(**pair(), base_url=circle.url, retry=False, cache=TokenCache())
+
+
 # Each fails, some before and some after a request.
 FAILURES = {
     "refused": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=TokenCache()),
@@ -62,6 +74,17 @@ FAILURES = {
     "forget": lambda kuzzle, _: TokenCache(FileStore("/dev/null/x")).forget(kuzzle.url, jwt()),
     "from_dict": lambda *_: KuzzleToken.from_dict({"_id": "foo", "jwt": vault(), "ttl": vault(), "expiresAt": 5}),
     "keep_alive": lambda *_: list(keep_alive([vault()])),
+    "an error that quotes": lambda kuzzle, _: kuzzle_says(
+        kuzzle, 412, lambda: {"error": {"id": vault(), "message": jwt()}}
+    ),
+    "a bare error that quotes": lambda kuzzle, _: kuzzle_says(kuzzle, 400, lambda: {"id": vault(), "message": jwt()}),
+    "an incomplete token": lambda kuzzle, _: kuzzle_says(kuzzle, 200, lambda: {"result": {"_id": "foo", "jwt": jwt()}}),
+    "an expired token": lambda kuzzle, _: kuzzle_says(
+        kuzzle, 200, lambda: {"result": {"_id": "foo", "jwt": jwt() + "x", "expiresAt": 1000, "ttl": 0}}
+    ),
+    "Circle quotes": lambda _, circle: circle_says(circle, 400, lambda: {"code": 2, "message": vault()}),
+    "Circle has a strange code": lambda _, circle: circle_says(circle, 400, lambda: {"code": vault(), "message": ""}),
+    "Circle has no token": lambda _, circle: circle_says(circle, 200, lambda: {"data": {"refreshToken": vault()}}),
 }
 
 

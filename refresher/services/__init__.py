@@ -93,9 +93,9 @@ class Reply:
     body: bytes = attrs.field(repr=False)
     sent_at: float
 
-    def json(self) -> dict[str, Any]:
-        """Read the body as a JSON object. Anything else reads as an empty one."""
-        return json_object(self.body)
+    def json(self) -> Secret[dict[str, Any]]:
+        """Read the body as a JSON object. Anything else reads as an empty one. It may quote what was sent."""
+        return Secret(json_object(self.body))
 
     @property
     def date(self) -> float | None:

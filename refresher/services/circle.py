@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import attrs
 
 from .._checks import Checks
-from .._text import Secret, claims, hide, key_of, reveal
+from .._text import Secret, claims, hide, key_of, number, reveal
 from ..errors import InvalidArgumentError, RequestRefusedError
 from ..tokens import UserToken, instant
 from . import BUSY, FAILED, REFUSED, SIGN_IN, Reply, Request, Send, failure, meaning
@@ -278,18 +278,18 @@ def parse(reply: Reply, request: Request) -> UserToken:
         RefreshError: There is no user token in it.
     """
     body = reply.json()
-    code = body.get("code") if "message" in body else None
-    if not 200 <= reply.status < 300 or not isinstance(body.get("data"), dict):
-        known = _MEANINGS.get(code) if type(code) is int else None
+    data = Secret[Any](body.reveal().get("data"))
+    if not 200 <= reply.status < 300 or not isinstance(data.reveal(), dict):
+        code = number(body.reveal().get("code")) if "message" in body.reveal() else None
         if reply.status < 400 or type(code) is not int:
             raise failure(meaning(reply.status), request, reply)
         otherwise = SIGN_IN if code in _SIGN_IN else REFUSED
-        raise failure(meaning(reply.status, known, otherwise), request, reply, code=code)
+        raise failure(meaning(reply.status, _MEANINGS.get(code), otherwise), request, reply, code=code)
     try:
         token = UserToken.from_dict(
             {
                 "refreshToken": request.secret.reveal(),
-                **{name: value for name, value in body["data"].items() if value and isinstance(value, str)},
+                **{name: value for name, value in data.reveal().items() if value and isinstance(value, str)},
                 "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
             }
         )

@@ -289,30 +289,35 @@ def _parse_sign_out(reply: Reply, request: Request) -> Done:
 
 
 def _parse_check(reply: Reply, request: Request) -> Done:
-    is_valid = _result(reply, request, "checkToken").get("valid")
+    is_valid = _result(reply, request, "checkToken").reveal().get("valid")
     if not isinstance(is_valid, bool):
         raise failure(meaning(reply.status), request, reply)
     return Done("valid" if is_valid else "not valid")
 
 
-def _result(reply: Reply, request: Request, action: str) -> dict[str, Any]:
+def _result(reply: Reply, request: Request, action: str) -> Secret[dict[str, Any]]:
     envelope = reply.json()
     # Request ids are not compared: gateways rewrite them, and a token must not be lost over that.
-    if envelope.get("action") not in (action, None):
+    if envelope.reveal().get("action") not in (action, None):
         raise failure("or a proxy answered another request: check the URL and any proxy", request, reply)
-    if 200 <= reply.status < 300 and isinstance(result := envelope.get("result"), dict):
+    result, error = (Secret[Any](envelope.reveal().get(name)) for name in ("result", "error"))
+    if 200 <= reply.status < 300 and isinstance(result.reveal(), dict):
         return result
-    error = envelope.get("error")
-    if error is None and {"id", "status"} <= envelope.keys():
+    if error.reveal() is None and {"id", "status"} <= envelope.reveal().keys():
         error = envelope  # what Kuzzle finds before routing has no envelope
-    if reply.status >= 400 and isinstance(error, dict):
-        name = str(error.get("id"))
-        known = name if _NAME.fullmatch(name) and len(name) < 100 and not quotes(request, name) else None
+    if reply.status >= 400 and isinstance(error.reveal(), dict):
+        known = _name(error.reveal().get("id"), request)
         case = meaning(reply.status, _MEANINGS.get(known or ""), REFUSED)
-        raise failure(case, request, reply, code=error.get("code"), id=known)
+        raise failure(case, request, reply, code=error.reveal().get("code"), id=known)
     # Kuzzle's HTTP server may find fault with a request before Kuzzle sees it.
     by_uws = 400 <= reply.status <= 505 and b"<i>uWebSockets/" in reply.body
     raise failure(REFUSED if by_uws else meaning(reply.status), request, reply)
+
+
+def _name(id: object, request: Request) -> str | None:
+    """Return an error's id, if it may be quoted."""
+    is_name = isinstance(id, str) and len(id) < 100 and _NAME.fullmatch(id) and not quotes(request, id)
+    return str(id) if is_name else None
 
 
 def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
@@ -322,9 +327,9 @@ def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
     return user is not None and bool(found - {user, None})
 
 
-def _token(result: dict[str, Any], reply: Reply, request: Request) -> KuzzleToken:
+def _token(result: Secret[dict[str, Any]], reply: Reply, request: Request) -> KuzzleToken:
     try:
-        token = KuzzleToken.from_dict({"jwt": reply.cookies.get(COOKIE), **result})
+        token = KuzzleToken.from_dict({"jwt": reply.cookies.get(COOKIE), **result.reveal()})
     except InvalidArgumentError:
         token = None
     if token is None or token.jwt is None:
