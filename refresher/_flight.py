@@ -472,8 +472,7 @@ class Flight(Generic[T]):
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(runtime, ledger.observed, patience, orphan.scope, None))
                 ledger.orphans.pop(key, None)
-        if (close := getattr(ledger.store, "close", None)) is not None:
-            ledger.ask("cannot be closed", close)
+        ledger.close()
 
 
 class SignOut(Flight[T]):

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import ssl
+import threading
 import time
 import traceback
 import zlib
@@ -27,7 +28,7 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
 from requests.exceptions import ConnectTimeout, InvalidSchema, InvalidURL
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry, Timeout
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from . import __version__
 from ._text import Secret, reveal
@@ -54,6 +55,8 @@ _RAW: Any = {"retries": _ONCE, "redirect": False, "assert_same_host": False, "pr
 # A reply is short. Compressed, a few bytes could become gigabytes.
 _OURS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"refresher/{__version__}"}
 
+# What the network and those who speak to it raise.
+_FAILURES = (OSError, ValueError, HTTPException, HTTPError)
 _NEVER_SENT = (ConnectTimeoutError, NewConnectionError, ProxyError, ConnectTimeout, InvalidSchema, InvalidURL)
 # If this fails, nothing was sent. OpenSSL's errors do not say so.
 _CONNECTING = "urllib3.connection", "connect"
@@ -146,6 +149,9 @@ def send(
     try:
         return _send_on_own(request, call) if lender is None else _send_on_lent(request, lender, call)
     except Exception as error:
+        # A signal handler may raise in the main thread: Celery's does, at a task's time limit.
+        if not isinstance(error, _FAILURES) and threading.current_thread() is threading.main_thread():
+            raise
         was_sent = call.sent_at is not None and (lender is None or not _was_never_sent(error))
         reason = _reason(error)
     finally:
@@ -186,7 +192,8 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         try:
             outcome.set_result(work())
         except BaseException as error:
-            outcome.set_exception(error)
+            is_odd = isinstance(error, Exception) and not isinstance(error, _FAILURES)
+            outcome.set_exception(HTTPException(error) if is_odd else error)  # an adapter may raise whatever it likes
         done.put(None)
 
     try:
@@ -266,19 +273,22 @@ def _reply(response: Any, call: _Call) -> Reply:
 
 
 def _body(response: Any) -> bytes:
-    """Read the body. One of more than 1 MiB, or with an unknown compression, reads as empty."""
+    """Read the body. One of more than 1 MiB reads as empty."""
     received = io.BytesIO()
     for _ in map(received.write, response.stream(65536, decode_content=False)):
         if received.tell() > _LARGEST_BODY:
             return b""
-    if response.headers.get("Content-Encoding", "identity") == "identity":
-        return received.getvalue()
-    try:
-        # 32 + 15: gzip or deflate, as the header says.
-        body = zlib.decompressobj(47).decompress(received.getvalue(), _LARGEST_BODY + 1)
-    except zlib.error:
-        return b""
-    return body if len(body) <= _LARGEST_BODY else b""
+    return _decoded(received.getvalue(), response.headers.get("Content-Encoding", ""))
+
+
+def _decoded(body: bytes, encoding: str) -> bytes:
+    """Decompress a body, if that is possible: servers and proxies do not always do what they say."""
+    # 32 + 15: gzip or zlib, as its first bytes say. -15: without any.
+    for window in (47, -15) if re.search("(?i)gzip|deflate", encoding) else ():
+        with contextlib.suppress(zlib.error):
+            plain = zlib.decompressobj(window).decompress(body, _LARGEST_BODY + 1)
+            return plain if len(plain) <= _LARGEST_BODY else b""
+    return body
 
 
 def _cookies(headers: Any) -> dict[str, str]:

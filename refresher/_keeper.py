@@ -166,7 +166,9 @@ class _Keeper:
     def _refresh(self, auth: Auth[Any]) -> KeepAliveOutcome:
         """Refresh one session."""
         began = auth._runtime.steady()
-        before = auth._newest()
+        first = auth._credential
+        # What memory has will do: here the store would have to be asked by one more thread.
+        before = None if first is None else (auth._cache._ledger.recall(first)[0].newest or first).secret
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:

@@ -112,11 +112,7 @@ class Ledger:
         self.observed = Observed.of(runtime) if clock is None else Observed(runtime, clock)
         steady = clock or runtime.steady
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
-        self._looked_at, self._failed_at, self._warned_at = (
-            Memo[float](steady),
-            Memo[float](steady),
-            Memo[float](steady),
-        )
+        self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
         self.unsaved: dict[str, Chain[Any]] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
@@ -399,6 +395,11 @@ class Ledger:
         """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
 
+    def close(self) -> None:
+        """Give back the connections that the store has for this thread."""
+        if (close := getattr(self.store, "close", None)) is not None:
+            self.ask("cannot be closed", close)
+
 
 class Lease:
     """A flight's lock on its chain, renewed while it lasts."""
@@ -432,6 +433,7 @@ class Lease:
                 is_ours, trouble = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
                 if trouble is None:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
+        self._ledger.close()
 
     def is_ours(self) -> bool:
         """Whether the lease has not ended."""

@@ -76,7 +76,7 @@ class RefreshError(Exception):
     request_id: str | None
     """Names the request in the service's logs, if anything does."""
     retry_after: float | None
-    """How many seconds the service asked to wait."""
+    """How many seconds the service asked to wait, at most an hour."""
     spent: bool | None
     """Whether the credential that was sent is used up. None if nobody knows."""
     idempotency_key: str | None

@@ -182,7 +182,7 @@ class UserToken:
         exp = claims(user_token).exp
         return cls(
             user_token=user_token.reveal(),
-            encryption_key=fields.token("encryptionKey").reveal() if fields.has("encryptionKey") else None,
+            encryption_key=fields.text("encryptionKey") if fields.has("encryptionKey") else None,
             user_id=fields.text("userID") if fields.has("userID") else None,
             refresh_token=fields.token("refreshToken").reveal(),
             expires_at=instant(fields.milliseconds("expiresAt") if exp is None else exp * 1000),

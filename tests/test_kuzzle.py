@@ -294,7 +294,7 @@ GOOD = {"_id": "foo", "expiresAt": 1795293527300, "jwt": "kauth-new", "ttl": 360
         *(
             pytest.param(200, {"result": {**GOOD, name: value}}, ReplyError, None, id=f"{name}: {value!r:.9}")
             for name, values in {
-                "_id": [None, 5, "", "\ud800", "a\nb"],
+                "_id": [None, 5, ""],
                 "jwt": [None, 5, "", "a b", "\ud800", ["x"]],
                 "expiresAt": [None, "5", True, float("nan"), float("inf"), {}],
                 "ttl": [None, "5", False, float("-inf"), []],

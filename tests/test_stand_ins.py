@@ -51,7 +51,7 @@ def test_requests_mock(session):
     with requests_mock.Mocker() as mocker:
         mocker.post(URL, json=GOOD, headers={"Set-Cookie": "authToken=planted", "Date": "now"})
         reply = send(session=session)
-        assert (reply.json(), reply.headers["date"]) == (GOOD, "now")
+        assert (reply.json().reveal(), reply.headers["date"]) == (GOOD, "now")
         assert mocker.last_request.headers["Authorization"] == "Bearer b"
         assert mocker.call_count == 1
     assert session is None or not session.cookies
@@ -68,7 +68,7 @@ def test_requests_mock_for_one_session(fake_kuzzle):
     with requests.Session() as session:
         with requests_mock.Mocker(session=session) as mocker:
             mocker.post(fake_kuzzle.url, json=GOOD, headers={"Set-Cookie": "authToken=planted"})
-            assert send(fake_kuzzle.url, session).json() == GOOD
+            assert send(fake_kuzzle.url, session).json().reveal() == GOOD
             assert not fake_kuzzle.requests
         fake_kuzzle.next_answers.extend([Answer(503, b""), Answer(503, b"")])
         assert send(fake_kuzzle.url, session).status == 503
@@ -87,7 +87,7 @@ def test_responses(session):
     with responses.RequestsMock() as mocker:
         mocker.post(URL, json=GOOD, headers={"Set-Cookie": "authToken=planted"})
         reply = send(session=session)
-        assert (reply.json(), reply.cookies) == (GOOD, {"authToken": "planted"})
+        assert (reply.json().reveal(), reply.cookies) == (GOOD, {"authToken": "planted"})
         assert mocker.calls[0].request.headers["Authorization"] == "Bearer b"
     assert session is None or not session.cookies
 
@@ -107,16 +107,16 @@ def test_vcr(session, tmp_path):
     with FakeKuzzle() as kuzzle:
         kuzzle.next_answers.extend([Answer(200, {"n": number}, {"Set-Cookie": "a=b"}) for number in range(3)])
         url = kuzzle.url + "/_refreshToken"
-        assert send(url, session).json() == {"n": 0}
+        assert send(url, session).json().reveal() == {"n": 0}
         with vcr.use_cassette(cassette) as tape:
             reply = send(url, session)
-            assert (reply.json(), reply.cookies) == ({"n": 1}, {"a": "b"})
+            assert (reply.json().reveal(), reply.cookies) == ({"n": 1}, {"a": "b"})
             assert len(tape) == 1
-        assert send(url, session).json() == {"n": 2}
+        assert send(url, session).json().reveal() == {"n": 2}
         assert len(kuzzle.requests) == 3
     with vcr.use_cassette(cassette, record_mode="none") as tape:
         reply = send(url, session)
-        assert (reply.json(), reply.cookies) == ({"n": 1}, {"a": "b"})
+        assert (reply.json().reveal(), reply.cookies) == ({"n": 1}, {"a": "b"})
         assert tape.play_count == 1
         with pytest.raises(OutcomeUnknownError, match="CannotOverwriteExistingCassette"):
             send(url, session)
@@ -133,7 +133,7 @@ def test_vcr_over_tls(session, tmp_path):
         """)
     )
     with vcr.use_cassette(str(tmp_path / "cassette.yaml"), record_mode="none"):
-        assert send("https://kuzzle.example/_refreshToken", session).json() == {"n": 1}
+        assert send("https://kuzzle.example/_refreshToken", session).json().reveal() == {"n": 1}
 
 
 def test_vcr_before_us(tmp_path):
@@ -148,8 +148,8 @@ def test_vcr_before_us(tmp_path):
             with vcr.use_cassette(sys.argv[1]) as tape:
                 assert "refresher._http" not in sys.modules
                 from test_stand_ins import send
-                print(send(kuzzle.url).json(), len(tape))
-            print(send(kuzzle.url).json(), len(tape))
+                print(send(kuzzle.url).json().reveal(), len(tape))
+            print(send(kuzzle.url).json().reveal(), len(tape))
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(program), str(tmp_path / "cassette.yaml")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -160,7 +160,7 @@ def test_vcr_before_us(tmp_path):
 def test_pytest_httpserver(session, httpserver):
     """pytest-httpserver is a server like any other."""
     httpserver.expect_request("/_refreshToken", method="POST").respond_with_json(GOOD)
-    assert send(httpserver.url_for("/_refreshToken"), session).json() == GOOD
+    assert send(httpserver.url_for("/_refreshToken"), session).json().reveal() == GOOD
     httpserver.check()
 
 
@@ -194,5 +194,5 @@ def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):
 
     monkeypatch.setattr(HTTPConnectionPool, "ConnectionCls", Recorder)
     fake_kuzzle.next_answers.append(Answer(200, GOOD))
-    assert send(fake_kuzzle.url, session).json() == GOOD
+    assert send(fake_kuzzle.url, session).json().reveal() == GOOD
     assert made

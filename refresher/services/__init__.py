@@ -57,6 +57,9 @@ R = TypeVar("R", bound=Result)
 T = TypeVar("T", bound=Token)
 T_co = TypeVar("T_co", bound=Token, covariant=True)
 
+# For how long a service may ask to be left alone, in seconds.
+_LONGEST_WAIT = 3600.0
+
 
 @attrs.frozen(kw_only=True)
 class Request:
@@ -307,10 +310,10 @@ def quotes(request: Request, text: str) -> bool:
 
 
 def _retry_after(reply: Reply) -> float | None:
-    """Read ``Retry-After``, in seconds from now."""
+    """Read ``Retry-After``, in seconds from now. A slip of a proxy must not bind everybody for years."""
     value = reply.headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,9}", value):
-        return float(value)
+        return min(float(value), _LONGEST_WAIT)
     date = read_date(value)
     # By the service's own clock: ours may be hours off.
-    return None if date is None or reply.date is None else max(0.0, date - reply.date)
+    return None if date is None or reply.date is None else min(max(0.0, date - reply.date), _LONGEST_WAIT)

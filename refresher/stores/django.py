@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import math
+import os
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.core import checks
-from django.core.cache import caches, close_caches
+from django.core.cache import caches
 from django.core.cache.backends.db import BaseDatabaseCache
 from django.core.cache.backends.dummy import DummyCache
 from django.core.cache.backends.filebased import FileBasedCache
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.cache.backends.memcached import PyMemcacheCache
 from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import request_finished
 from django.db import IntegrityError, connections, router, transaction
 from django.utils import timezone
 
@@ -30,6 +33,8 @@ _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %
 _INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
 # Which caches the site uses, and whether by one process: what `manage.py check` looks at.
 _used: dict[tuple[str, bool], None] = {}
+# Each thread's caches, by process and alias, and the settings that they were made by.
+_mine = threading.local()
 
 
 def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]]:
@@ -217,7 +222,7 @@ class DjangoStore:
 
     @property
     def _store(self) -> Store:
-        cache: Any = caches[self._alias]  # each thread has its own
+        cache = _cache(self._alias)
         # Of Django's own backend, or of django-redis. What they do with errors and replicas is not for us.
         holder: Any = getattr(cache, "client", None) or getattr(cache, "_cache", None)
         if hasattr(holder, "get_client"):
@@ -253,10 +258,32 @@ class DjangoStore:
     @staticmethod
     def close() -> None:
         """Give back what this thread holds of caches and databases, except within a transaction of yours."""
-        close_caches()
+        _close_caches()
         for connection in connections.all(initialized_only=True):
             if not connection.in_atomic_block:
                 connection.close()
+
+
+def _cache(alias: str) -> Any:
+    """
+    Return this thread's own cache. Django's `caches` has one for each context, and a flight has that of its call: with
+    asgiref before 3.12, two threads would read from one connection.
+    """
+    mine: dict[Any, Any] = vars(_mine)
+    key = os.getpid(), alias
+    if key not in mine or mine[key][0] is not caches.settings:  # which are replaced if a test overrides them
+        mine[key] = caches.settings, caches.create_connection(alias)
+    return mine[key][1]
+
+
+def _close_caches(**_: object) -> None:
+    mine: dict[Any, Any] = vars(_mine)
+    for (process, _), (_, cache) in list(mine.items()):
+        if process == os.getpid():
+            cache.close()
+
+
+request_finished.connect(_close_caches)
 
 
 def _span(lease: float) -> timedelta:
