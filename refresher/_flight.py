@@ -419,6 +419,9 @@ class Flight(Generic[T]):
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
+            if chain.key in ledger.unread:
+                what = f"{self._service} does not accept the token any more, and {ledger.name} may have a newer one"
+                raise OutcomeUnknownError(f"{what} that cannot be read: check its key", provider=spend.service)
             tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
             now = self._runtime.steady()
             is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED

@@ -114,6 +114,8 @@ class Ledger:
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
         self.unsaved: dict[str, Chain[Any]] = {}
+        # Chains whose entry could not be read, as it may be newer than what is known, and if others may be able to.
+        self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
         self._calls = functools.lru_cache(maxsize=1)(_calls)
@@ -240,7 +242,7 @@ class Ledger:
         key = self._aliases.get(own) or own
         found, trouble = self.ask("cannot be read", self._read, key, credential)
         if found is None and trouble is None and key == own:
-            text, trouble = self.ask("cannot be read", self.store.get, f"{own}-alias")
+            text, trouble = self.ask("cannot be read", self._text, f"{own}-alias")
             if (alias := _rules.read_alias(text, credential)) is not None:
                 key, (found, trouble) = alias, self.ask("cannot be read", self._read, alias, credential, True)
                 self._aliases.put(own, alias)
@@ -248,22 +250,29 @@ class Ledger:
         known = self.chains.get(key)
         if found is not None and (known is None or found.generation >= known.generation):
             self._remember(known := found)
-        elif known is not None and trouble is None:
+        elif known is not None and trouble is None and not self.unread.get(key):
             if self._seconds(known) <= 0:
                 self.chains.drop(key)
                 return Chain(key=key), trouble
             self.unsaved[key] = known
         return known or Chain(key=key), trouble
 
+    def _text(self, key: str) -> str | None:
+        text = self.store.get(key)
+        return text.decode(errors="replace") if isinstance(text, bytes) else text
+
     def _read(self, key: str, credential: Credential[T], anew: bool = False) -> Chain[T] | None:
         """Read what the store has of a chain. What was read of the same text before is read no more."""
-        text = self.store.get(key)
-        known = self.chains.get(key)
+        text, known = self._text(key), self.chains.get(key)
+        self.unread.pop(key, None)
+        if key in getattr(self.store, "unread", ()):
+            self.unread[key] = True
         if known is not None and known.text == text and not anew:
             return known
         try:
             return _rules.read(key, text, credential)
         except ValueError:
+            self.unread[key] = False
             self.warn("has an entry that cannot be read")
             return None
 
@@ -312,7 +321,7 @@ class Ledger:
 
     def generation(self, key: str) -> int:
         """Return the generation that the store has. -1 if it has none."""
-        there = json_object(self.store.get(key)).get("generation")
+        there = json_object(self._text(key)).get("generation")
         return there if type(there) is int and 0 <= there < 2**53 else -1
 
     def _find(self, chain: Chain[Any]) -> tuple[int, bool]:
@@ -320,7 +329,7 @@ class Ledger:
         if chain.newest is None:
             return self.generation(chain.key), False
         try:
-            there = _rules.read(chain.key, self.store.get(chain.key), chain.newest)
+            there = _rules.read(chain.key, self._text(chain.key), chain.newest)
         except ValueError:
             there = None
         return (there.generation, there.has_ended) if there else (-1, False)
@@ -345,7 +354,7 @@ class Ledger:
         """Go on where another chain did that began with a credential of this one, when an alias was lost."""
         key = spend.keys[0]
         other = self.chains.get(key) or self.ask("cannot be read", self._read, key, spend)[0]
-        if other is None and (text := self.ask("cannot be read", self.store.get, f"{key}-alias")[0]) is not None:
+        if other is None and (text := self.ask("cannot be read", self._text, f"{key}-alias")[0]) is not None:
             alias = _rules.read_alias(text, spend) or chain.key  # two chains may have been one
             other = None if alias == chain.key else self.ask("cannot be read", self._read, alias, spend)[0]
         if key == chain.key or other is None or other.newest is None or other.newest.keys[0] == key:
@@ -355,7 +364,7 @@ class Ledger:
 
     def last_attempt(self, spend: Credential[Any]) -> tuple[Attempt | None, Exception | None]:
         """Return what was last tried with a credential, and why the store could not be asked."""
-        text, trouble = self.ask("cannot be read", self.store.get, f"{spend.keys[0]}-attempt")
+        text, trouble = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
         return Attempt.read(text), trouble
 
     def refusal(self, attempt: Attempt | None) -> RefreshError | None:

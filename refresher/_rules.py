@@ -105,7 +105,7 @@ class Chain(Generic[T]):
     asked_for: float | None = None
     lifetime: float | None = None
     has_ended: bool = False
-    text: str | bytes | None = attrs.field(default=None, repr=False)
+    text: str | None = attrs.field(default=None, repr=False)
 
     def covers(self, requested: float | None) -> bool:
         """Whether its newest token was requested with the lifetime that a call asks for, or more."""
@@ -123,7 +123,7 @@ class Chain(Generic[T]):
         return attrs.evolve(self, text=json.dumps(entry))
 
 
-def read(key: str, text: str | bytes | None, credential: Credential[T]) -> Chain[T] | None:
+def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | None:
     """
     Read what the store has of a credential's chain. None if it has nothing.
 
@@ -164,7 +164,7 @@ def write_alias(chain: str, credential: Credential[Any]) -> str:
     return json.dumps({"chain": chain, "proof": key_of(chain, credential.secret)})
 
 
-def read_alias(text: str | bytes | None, credential: Credential[Any]) -> str | None:
+def read_alias(text: str | None, credential: Credential[Any]) -> str | None:
     """Return the chain that a credential belongs to. None if the store does not say, or the proof is wrong."""
     entry = json_object(text)
     chain = str(entry.get("chain"))
@@ -201,7 +201,7 @@ class Attempt:
         return json.dumps({**entry, "error": self.error, "pause": self.pause})
 
     @classmethod
-    def read(cls, text: str | bytes | None) -> Attempt | None:
+    def read(cls, text: str | None) -> Attempt | None:
         """Read it. None if nothing was tried, or that cannot be read."""
         if text is None:
             return None

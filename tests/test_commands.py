@@ -35,6 +35,7 @@ from refresher.services import kuzzle as kuzzle_service
 from refresher.testing import Answer, Clock
 
 COMMAND = Path(sys.executable).with_name("refresher")
+KEY = "A" * 43 + "="
 STATE = Path(".local", "state", "refresher")
 WHEN = r"refresher: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 
@@ -441,7 +442,25 @@ def test_encrypted(kuzzle, jwt, run, tmp_path, monkeypatch):
     assert len(kuzzle.requests) == 1
 
 
-@pytest.mark.parametrize("key", ["", " ", "planted", "a" * 43 + "planted", "plant\u00e9d"])
+@pytest.mark.parametrize("later", [None, "B" * 42 + "A="])
+def test_other_key(kuzzle, jwt, run, monkeypatch, later):
+    """Without the right key, nobody is told to sign in: the store may have a newer token, and keeps it."""
+    monkeypatch.setenv("REFRESHER_KEY", key := Fernet.generate_key().decode())
+    first = run("kuzzle", kuzzle.url, "--output", "token")
+    kuzzle.clock.advance(2)
+    monkeypatch.delenv("REFRESHER_KEY")
+    if later:
+        monkeypatch.setenv("REFRESHER_KEY", later)
+    status, _, err = run("kuzzle", kuzzle.url)
+    assert (status, err.count("\n")) == (75, 2), "a warning, and the complaint"
+    assert "may have a newer one that cannot be read: check its key" in err
+    monkeypatch.setenv("REFRESHER_KEY", key)
+    assert run("kuzzle", kuzzle.url, "--output", "token") == first
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", "planted", "a" * 43 + "planted", "plant\u00e9d", f"{KEY},", f'"{KEY}"', f"{KEY}x"]
+)
 def test_wrong_key(kuzzle, jwt, run, monkeypatch, key):
     """A key that is none is not named."""
     monkeypatch.setenv("REFRESHER_KEY", key)

@@ -40,7 +40,7 @@ import refresher.stores
 import refresher.stores.django
 import refresher.stores.file
 from refresher import KuzzleAuth, TokenCache, _rules, keep_alive, refresh_kuzzle_token
-from refresher.errors import InvalidArgumentError
+from refresher.errors import InvalidArgumentError, OutcomeUnknownError
 from refresher.stores import (
     DjangoStore,
     EncryptedStore,
@@ -1683,6 +1683,29 @@ def test_what_cannot_be_decrypted(content, caplog):
     inner.set(KEY, content, 60)
     assert EncryptedStore(inner, FERNET).get(KEY) is None
     assert "planted" not in caplog.text
+
+
+def test_keys_one_machine_after_the_other(folder):
+    """While machines get a new key one by one, nobody is told to sign in, and no newer token is overwritten."""
+    old, new = Fernet.generate_key(), Fernet.generate_key()
+    with FakeKuzzle() as kuzzle:
+        first = kuzzle.login("foo", ago=1800)
+
+        def token_of(*keys, cache=None):
+            cache = cache or TokenCache(EncryptedStore(FileStore(folder), keys), ahead=1800)
+            return refresh_kuzzle_token(kuzzle.url, first, cache=cache, timeout=4)
+
+        late = TokenCache(EncryptedStore(FileStore(folder), [old]), ahead=1800)
+        token_of(cache=late)
+        kuzzle.clock.advance(2)
+        newest = refresh_kuzzle_token(
+            kuzzle.url, first, expires_in="3h", cache=TokenCache(EncryptedStore(FileStore(folder), [new, old]))
+        )
+        kuzzle.clock.advance(2)
+        with pytest.raises(OutcomeUnknownError, match="may have a newer one that cannot be read"):
+            refresh_kuzzle_token(kuzzle.url, first, expires_in="2h", cache=late, timeout=4)
+        assert token_of(new, old) == newest
+        assert kuzzle.knows(newest.jwt)
 
 
 @pytest.mark.parametrize("keys", ["planted", b"planted", ["planted"], [], [FERNET, "planted"], [5], 5, None, "ä"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from ..errors import InvalidArgumentError
 from . import Store, check_store
 
+T = TypeVar("T")
 _log = logging.getLogger("refresher")
 # What a store may have beyond the protocol.
 _EXTRAS = ("check", "close")
@@ -17,13 +20,14 @@ class EncryptedStore:
     """
     Entries of another store, encrypted by Fernet. Locks and the names of entries pass through as they are.
 
-    An entry that can't be decrypted, or that was written under another name, counts as missing. A warning is
-    logged for the first one. Needs ``refresher[crypto]``.
+    An entry that can't be decrypted, or that was written under another name, counts as missing, but nobody is told to
+    sign in as long as it's there. A warning is logged for the first one. Needs ``refresher[crypto]``.
 
     Args:
         store: Where the entries are kept.
         keys: Fernet keys: make one with ``cryptography.fernet.Fernet.generate_key()``. The first one encrypts,
-            all of them decrypt. To change keys, put the new one first and remove the old one a month later.
+            all of them decrypt. To change keys, add the new one at the end, everywhere; then put it first, everywhere;
+            remove the old one a month later.
 
     Raises:
         InvalidArgumentError: *store* is no store, or *keys* are no keys.
@@ -37,7 +41,7 @@ class EncryptedStore:
             raise ModuleNotFoundError("EncryptedStore needs cryptography: pip install 'refresher[crypto]'") from None
         self._store = check_store(store)
         try:
-            ciphers = [Fernet(key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
+            ciphers = [_cipher(Fernet, key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
         except (TypeError, ValueError):
             ciphers = []
         del keys  # an error's traceback shows what a frame has
@@ -46,6 +50,8 @@ class EncryptedStore:
         self._cipher = MultiFernet(ciphers)
         self._invalid = InvalidToken
         self._told = False
+        #: The keys of entries that are there, and could not be decrypted.
+        self.unread: set[str] = set()
 
     def __repr__(self) -> str:
         return f"EncryptedStore({self._store!r})"
@@ -58,6 +64,7 @@ class EncryptedStore:
     def get(self, key: str, /) -> bytes | None:
         """Return an entry. None if there is none that can be decrypted."""
         content = self._store.get(key)
+        self.unread.discard(key)
         if content is None:
             return None
         try:
@@ -67,6 +74,7 @@ class EncryptedStore:
         name, _, value = plain.partition(b"\n")
         if name == key.encode():
             return value
+        self.unread.add(key)
         if not self._told:
             self._told = True
             _log.warning("EncryptedStore can't decrypt %s..., which counts as missing: was a key removed?", key[:8])
@@ -91,3 +99,11 @@ class EncryptedStore:
     def release(self, key: str, owner: str, /) -> object:
         """Let others take a lock, if *owner* holds it."""
         return self._store.release(key, owner)
+
+
+def _cipher(make: Callable[[bytes], T], key: str | bytes) -> T:
+    """Make a cipher. Fernet itself would pass over quotes, commas and what follows a key."""
+    text = key.encode() if isinstance(key, str) else key
+    if not re.fullmatch(b"[A-Za-z0-9_-]{43}=", text):
+        raise ValueError
+    return make(text)
