@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from . import _rules
 from ._runtime import Memo
-from ._text import fingerprint
+from ._text import Secret, claims, fingerprint
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
 from .services import Credential, R, Reply, Request, T
 
@@ -57,9 +57,13 @@ class Observed:
             self._seen.put(key, since := now)
         return now - since
 
-    def learn(self, scope: str, date: float | None) -> None:
-        """Remember what time it is at a service. Its `Date` may be late, and is never early."""
-        if date is not None:
+    def learn(self, scope: str, date: float | None, token: Secret[str] | None = None) -> None:
+        """
+        Remember what time it is at a service. Its `Date` may be late. It may also be a proxy's, which has to agree with
+        when the *token* was issued that came with it, if that says.
+        """
+        issued = None if token is None else claims(token).iat
+        if date is not None and (issued is None or abs(date - issued) <= _rules.CLOCKS_DIFFER):
             steady, wall = date - self._steady(), date - self._wall()
             known = self._clocks.get(scope)
             # One that is much earlier is no late answer: the service's clock was set.
@@ -158,6 +162,7 @@ class Exchange:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
         self.attempts = 0
+        self.date: float | None = None  # of the last answer
 
     @property
     def retry(self) -> bool:
@@ -184,12 +189,18 @@ class Exchange:
                 self._patience.begin()
                 attempts += 1
                 self.attempts += 1
+                self.date = None
                 try:
                     reply = self._send(request)
+                    self.date = reply.date
                     token = parse(reply, request)
                 except RefreshError as failed:
                     error = failed
+                    if error.id or error.code:  # else a proxy may have written it, and dated it
+                        self._observed.learn(self._scope, self.date)
                 else:
+                    if not request.spends:  # else it is compared with the new token
+                        self._observed.learn(self._scope, self.date)
                     path, outcome = f"{old} -> {token.fingerprint}", "ok"
                     return token, reply
                 if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
@@ -226,15 +237,13 @@ class Exchange:
         if request.idempotency_key is not None or not request.spends:
             silent_at = self._runtime.steady() + _SILENCE
             answer_by = lambda: min(silent_at, self._patience.answer_by())  # noqa: E731
-        reply = self._runtime.send(
+        return self._runtime.send(
             request,
             session=self._session,
             connect_by=None if until == math.inf else until,
             answer_by=answer_by,
             depart=self._patience.depart,
         )
-        self._observed.learn(self._scope, reply.date)
-        return reply
 
     def _pause(self, error: RefreshError, attempts: int) -> float | None:
         if not self._patience.retry():
@@ -273,6 +282,7 @@ def spend(
         runtime.sleep(hold)
     successor = credential.refresh(exchange, anew=False)
     observed.seen_for(successor.keys[0])
+    observed.learn(credential.scope, exchange.date, successor.secret)
     token: T = successor.token  # type: ignore[assignment]  # a successor has one
     return token
 

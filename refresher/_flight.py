@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -351,7 +352,9 @@ class Flight(Generic[T]):
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
         before = attempt or Attempt(by="", at=self._ledger.now())
         begun = attrs.evolve(before, by=self._name, at=self._ledger.now(), is_open=True, error={}, pause=0.0)
-        return self._ledger.note(spend, begun, max(_rules.ROOM, len(chain.text or "")) * " ")
+        announce = functools.partial(self._ledger.note, spend, begun, max(_rules.ROOM, len(chain.text or "")) * " ")
+        self._lease.on_regained = announce
+        return announce()
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -378,20 +381,25 @@ class Flight(Generic[T]):
             self._failure = error if isinstance(error, RefreshError) else None
             ledger.hold_back(chain.key)
             pause = getattr(error, "retry_after", None) or 0.0
-            ledger.note(spend, attrs.evolve(done, at=ledger.now(), pause=pause))
+            done = attrs.evolve(done, at=ledger.now(), pause=pause)
+            if attempt is not None and self._is_being_spent(attempt):  # that one's answer may still come
+                done = attrs.evolve(done, by=attempt.by, is_open=True)
+            ledger.note(spend, done)
             if is_for_nobody:
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
+        ledger.observed.learn(spend.scope, exchange.date, successor.secret)
         service_now = ledger.observed.service_now(spend.scope)
-        if lifetime is not None and successor.expiry is not None and service_now is not None:
-            # It may be the answer to an earlier request.
-            lifetime = min(lifetime, successor.expiry - service_now[0] + took)
+        if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
+            # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
+            left = successor.expiry - service_now[0] + took
+            lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         self._spent, self._failure = spend, None
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
-        ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime))
+        ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime), spend)
         return None if successor.keys[0] in ledger.orphans else successor
 
     def _verify(
@@ -463,12 +471,10 @@ class Flight(Generic[T]):
             pause = min(2 * pause, _rules.LONGEST_POLL)
         is_well = self.chain not in ledger.unsaved
         self._let_go()
-        for chain in list(ledger.unsaved.values()) if is_well else []:
-            other = Lease(ledger, chain.key, self._name)
-            other.take()
-            if other.lock is Lock.OURS:
-                ledger.save(chain)
-            other.give_back()
+        if is_well:
+            ledger.save_all()
+        if ledger.unsaved:
+            ledger.save_later()
         for key, orphan in list(ledger.orphans.items()):
             patience = FixedPatience(runtime, self._limit, True, _log.debug)
             with contextlib.suppress(UnavailableError, RequestRefusedError, ReplyError):  # the next flight tries again

@@ -286,8 +286,10 @@ def _decoded(body: bytes, encoding: str) -> bytes:
     # 32 + 15: gzip or zlib, as its first bytes say. -15: without any.
     for window in (47, -15) if re.search("(?i)gzip|deflate", encoding) else ():
         with contextlib.suppress(zlib.error):
-            plain = zlib.decompressobj(window).decompress(body, _LARGEST_BODY + 1)
-            return plain if len(plain) <= _LARGEST_BODY else b""
+            stream = zlib.decompressobj(window)
+            plain = stream.decompress(body, _LARGEST_BODY + 1)
+            if stream.eof or len(plain) > _LARGEST_BODY:
+                return plain if len(plain) <= _LARGEST_BODY else b""
     return body
 
 
@@ -356,9 +358,12 @@ def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[st
     """
     host = eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1]
     details: Any = {"domain": host, "path": "/", "rest": {"HttpOnly": ""}}
+    new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
+    session.cookies.set_cookie(new)  # before others go: another thread may be looking for one
     for old in _cookies_for(session, url, name):
-        session.cookies.clear(old.domain, old.path, old.name)
-    session.cookies.set_cookie(create_cookie(name, value.reveal(), **details))  # type: ignore[no-untyped-call]
+        if (old.domain, old.path) != (new.domain, new.path):
+            with contextlib.suppress(KeyError):  # another thread has removed it
+                session.cookies.clear(old.domain, old.path, old.name)
 
 
 # Connections of our own, for callers who lend none

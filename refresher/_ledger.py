@@ -118,6 +118,7 @@ class Ledger:
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
+        self._is_saving = False
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
@@ -127,7 +128,8 @@ class Ledger:
         if self._clock is None:
             return Instant(self.runtime.now(), self.runtime.steady(), self.runtime.boot)
         now = self._clock()
-        return Instant(now, now, f"clock of {self.runtime.boot}")
+        # Those of two processes may differ.
+        return Instant(now, now, f"{id(self._clock)} of {self.runtime.process()} of {self.runtime.boot}")
 
     def recall(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
         """Return what memory has of a chain, and whether that is to be trusted without asking the store."""
@@ -276,12 +278,13 @@ class Ledger:
             self.warn("has an entry that cannot be read")
             return None
 
-    def keep(self, chain: Chain[Any]) -> None:
+    def keep(self, chain: Chain[Any], spent: Credential[Any] | None = None) -> None:
         """Remember a chain with a new token, and write it down, unless the store has a higher generation."""
         chain = chain.with_text()
         self.unsaved[chain.key] = chain
         self._remember(chain)
-        self.save(chain)
+        if not self.save(chain) and spent is not None and self.delete(f"{spent.keys[0]}-attempt"):
+            self.save(chain)  # in the room that this has kept free
 
     def _remember(self, chain: Chain[Any]) -> None:
         self.chains.put(chain.key, chain)
@@ -400,6 +403,31 @@ class Ledger:
                 return False
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
+    def save_all(self) -> None:
+        """Write down what could not be written before."""
+        for chain in list(self.unsaved.values()):
+            lease = Lease(self, chain.key, self.runtime.draw())
+            lease.take()
+            if lease.lock is Lock.OURS:
+                self.save(chain)
+            lease.give_back()
+
+    def save_later(self) -> None:
+        """Write it down as soon as the store is back, while this process lives: it may have the only copy."""
+
+        def run() -> None:
+            self._is_saving = True
+            while self.unsaved:
+                self.runtime.sleep(_rules.BRIEFLY)
+                self.save_all()
+                for key in [key for key, chain in list(self.unsaved.items()) if self._seconds(chain) <= 0]:
+                    del self.unsaved[key]
+            self._is_saving = False
+            self.close()
+
+        if not self._is_saving:
+            self.runtime.start(run, daemon=True)
+
     def delete(self, key: str) -> bool:
         """Remove an entry. Return whether that is done."""
         return self.ask("cannot be written", self.store.delete, key)[1] is None
@@ -418,6 +446,7 @@ class Lease:
         self._until = -math.inf
         self._end: Event | None = None
         self.lock = Lock.UNTRIED
+        self.on_regained: Callable[[], object] = lambda: None  # called if the store had lost the lock
 
     def take(self) -> None:
         """Try to take the lock."""
@@ -440,6 +469,9 @@ class Lease:
             if self.lock is Lock.OURS and asked < self._until:
                 arguments = self._chain, self._owner, _rules.LEASE
                 is_ours, trouble = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
+                if is_ours is False and self._ledger.ask("cannot lock", store.acquire, *arguments)[0] == 0:
+                    is_ours = True
+                    self.on_regained()
                 if trouble is None:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
         self._ledger.close()

@@ -39,9 +39,9 @@ POLL, LONGEST_POLL = 0.05, 0.25  # how often a lock that another holds is tried
 ONE_EXCHANGE = 0.2  # how long the lock's holder is waited for in any case
 DAY = 86400.0  # how long spent tokens are remembered
 FOREVER = 3650 * DAY
-ROOM = 2048  # how many bytes a store must have for what is about to come, at least
+ROOM = 8192  # how many bytes a store must have for what is about to come, at least
 REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
-_CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be before it is not believed
+CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be: a proxy's, for one, that dates the answers
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
 
 
@@ -231,7 +231,7 @@ class Attempt:
     def pause_left(self, now: Instant) -> float:
         """Seconds for which the service still asks callers to wait."""
         age = self.at.likely_age(now)
-        return max(0.0, self.pause - age) if age > -_CLOCKS_DIFFER else 0.0
+        return max(0.0, self.pause - age) if age > -CLOCKS_DIFFER else 0.0
 
     def is_under_way(self, owner: str, limit: float, age: float) -> bool:
         """Whether somebody else may still come back with the answer."""
@@ -322,7 +322,7 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
         age: Seconds that somebody is known to have had it, by a clock that nobody sets.
         service_now: The earliest and the latest that it may be by the service's clock, if known.
     """
-    if birth is None or (service_now is not None and service_now[0] >= birth + BIRTH_SECOND):
+    if birth is None or (service_now is not None and service_now[0] >= birth + BIRTH_SECOND + CLOCKS_DIFFER):
         return 0.0
     return max(0.0, BIRTH_SECOND - age)
 
@@ -348,10 +348,10 @@ def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: flo
     """
     if not error.retryable or time_left <= LAST_CALL:
         return None
-    if error.retry_after is not None:
-        return error.retry_after if error.retry_after < time_left - LAST_CALL else None
+    if error.retry_after is not None and error.retry_after >= time_left - LAST_CALL:
+        return None
     longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(attempts, 10))
-    return min(drawn * longest, time_left - LAST_CALL)
+    return max(error.retry_after or 0.0, min(drawn * longest, time_left - LAST_CALL))
 
 
 def state_of(left: Left, window: float, *, is_known: bool, is_refused: bool) -> State:

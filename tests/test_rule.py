@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 
+import attrs
 import pytest
 import redis
 import requests
@@ -33,13 +35,14 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _rules,
     refresh_kuzzle_token,
     refresh_user_token,
 )
 from refresher._runtime import SystemRuntime
 from refresher._text import key_of
 from refresher.services import Reply
-from refresher.testing import Answer, Clock, FakeKuzzle
+from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
 HOUR = 3600
 
@@ -750,3 +753,198 @@ def test_memory_of_a_shared_store(kuzzle, clock, store, cache, root, monkeypatch
     assert second != first
     time.sleep(0.6)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == second
+
+
+class ProcessStore:
+    """What one process has of a store that others share. When the process is gone, it does nothing any more."""
+
+    def __init__(self, shared):
+        self.shared, self.is_gone, self.renews = shared, False, True
+
+    def __getattr__(self, name):
+        if name not in ("get", "set", "delete", "acquire", "renew", "release"):
+            raise AttributeError(name)
+
+        def command(*arguments):
+            if self.is_gone or (name == "renew" and not self.renews):
+                raise ConnectionError("gone")
+            return getattr(self.shared, name)(*arguments)
+
+        return command
+
+
+class Disk(SharedStore):
+    """It has room for some characters."""
+
+    def __init__(self, clock, room):
+        super().__init__(clock)
+        self.sizes, self.room = {}, room
+
+    def set(self, key, value, seconds):
+        sizes = {**self.sizes, key: len(value)}
+        if sum(sizes.values()) > self.room:
+            raise OSError("no space left on device")
+        super().set(key, value, seconds)
+        self.sizes = sizes
+
+    def delete(self, key):
+        super().delete(key)
+        self.sizes.pop(key, None)
+
+
+@pytest.mark.parametrize("room", [0, 1500, 2700, 3000, 3500, 8000, 8500, 9000, 9500, 12_000])
+def test_disk_that_is_nearly_full(kuzzle, clock, room):
+    """However little room a store has: nothing is spent whose successor does not fit into it."""
+    shared, jwt = Disk(clock, room), kuzzle.login("foo" * 100, ago=1800)
+    mine = ProcessStore(shared)
+    with contextlib.suppress(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(mine, lease=0.1), timeout=0.5)
+    time.sleep(0.3)
+    mine.is_gone = True
+    shared.room = 1e6
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(shared)).jwt)
+
+
+def test_attempt_that_fails_beside_another(kuzzle, root, monkeypatch):
+    """As long as another process may come back with the answer, a failure of this one makes no verdict possible."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    suspended, is_over = ProcessStore(store := SharedStore()), threading.Event()
+    suspended.renews = False
+
+    def late(request):
+        answer = kuzzle.truly(request)
+        is_over.wait(10)
+        return answer
+
+    kuzzle.next_answers.extend([late, Answer(503)])
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(suspended))
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        for expected, options in ((UnavailableError, {"queuable": False}), (OutcomeUnknownError, {"timeout": 1})):
+            with pytest.raises(expected):
+                refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), **options)
+        is_over.set()
+        token = first.result()
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store)) == token
+
+
+def test_only_copy_is_written_down(kuzzle, clock, store, root):
+    """A process that has the only copy of a token writes it down as soon as the store is back, whoever asks it."""
+    cache = TokenCache(store, clock=clock, lease=0.1)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.is_down = True
+    time.sleep(0.6)
+    clock.advance(HOUR - 4)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    time.sleep(0.5)
+    store.is_down = False
+    deadline = time.monotonic() + 10
+    while cache._ledger.unsaved:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
+
+
+def test_store_that_is_flushed_while_a_request_is_out(kuzzle, store, root, monkeypatch):
+    """A store that loses all while a living process waits for an answer gets back what is about to be spent."""
+    monkeypatch.setattr(_rules, "LEASE", 0.3)
+    is_over = threading.Event()
+
+    def late(request):
+        answer = kuzzle.truly(request)
+        is_over.wait(10)
+        return answer
+
+    kuzzle.next_answers.append(late)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(store))
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        store.memory = MemoryStore()
+        while not store.memory.keys():
+            time.sleep(0.01)
+        with pytest.raises(OutcomeUnknownError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=1)
+        is_over.set()
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store)) == first.result()
+
+
+def test_clocks_of_callers_differ(kuzzle, clock, store, root):
+    """A clock that a cache was given tells nothing about that of another: no dead token is handed out."""
+    ahead, mine = TokenCache(store, clock=lambda: clock() + 600), TokenCache(store, clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=ahead, expires_in="100s")
+    clock.advance(99)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=mine, expires_in="100s").jwt)
+    clock.advance(2)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=mine, expires_in="100s")
+    assert kuzzle.knows(token.jwt)
+
+
+class BehindProxy:
+    """A service behind a proxy that dates the answers by a clock of its own."""
+
+    ahead = 0.0
+
+    def receive(self, request):
+        answer = super().receive(request)
+        date = formatdate(time.time() + self.ahead, usegmt=True)
+        return attrs.evolve(answer, headers={**answer.headers, "Date": date})
+
+
+class KuzzleBehindProxy(BehindProxy, FakeKuzzle):
+    pass
+
+
+class CircleBehindProxy(BehindProxy, FakeCircle):
+    pass
+
+
+@pytest.mark.holds
+@pytest.mark.parametrize("ahead", [1, 3, 10, 7200])
+def test_dates_of_a_proxy(ahead):
+    """A `Date` that is wrong lets no token be refreshed in its first second, nor any again and again."""
+    with KuzzleBehindProxy() as kuzzle:
+        kuzzle.ahead, cache = ahead, TokenCache()
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=100), cache=cache)
+        jwt = kuzzle.login("foo")
+        tokens = [refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for _ in range(3)]
+        assert len(set(tokens)) == 1
+        assert kuzzle.knows(tokens[0].jwt)
+        assert len(kuzzle.requests) == 2
+
+
+def test_date_of_an_outage(kuzzle, root, cache):
+    """A proxy that says that Kuzzle is down, and dates that years ahead, ends no session."""
+    kuzzle.next_answers.append(Answer(503, b"", {"Date": "Wed, 01 Jan 2098 00:00:00 GMT"}))
+    due, options = kuzzle.login("bar", ago=HOUR - 20), {"cache": TokenCache(), "queuable": False}
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, **options)
+    auth = KuzzleAuth(kuzzle.url, due, **options)
+    kuzzle.next_answers.append(Answer(503))
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).json()["result"]["_id"] == "bar"
+
+
+def test_replies_dated_too_late():
+    """A pair that came just now is good, even if the `Date` says that it is over: it is not refreshed at each call."""
+    with CircleBehindProxy() as circle:
+        circle.ahead, old, cache = 7200, circle.sign_in("user-1", device_id="device-1"), TokenCache()
+        tokens = {"user_token": old.user_token, "refresh_token": old.refresh_token, "device_id": "device-1"}
+        for _ in range(3):
+            refresh_user_token(**tokens, api_key=circle.api_key, base_url=circle.url, cache=cache)
+        assert len(circle.requests) == 2
+
+
+def test_threads_that_share_a_jar(kuzzle):
+    """In cookie mode, the session has its cookie at any time."""
+    cache, over = TokenCache(), time.monotonic() + 1
+    with requests.Session() as session:
+        session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1", path="/")
+
+        def call(_):
+            while time.monotonic() < over:
+                refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session, cache=cache)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, range(4)))
+    assert len(kuzzle.requests) == 1

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from refresher import _rules
 from refresher.services import Request
 from refresher.testing import Answer
 from refresher.tokens import UserToken
@@ -419,5 +420,5 @@ def growth(world: World, process: Process, footprints: list[int]) -> None:
     before, after = (max(footprints[n * third : (n + 1) * third], default=0) for n in (1, 2))
     if third > 13 and after > before * 1.1 + 5:
         world.violated("memory grows", f"{process.name} remembers {before} things, and then {after}")
-    if world.store.largest > 6000:
+    if world.store.largest > _rules.ROOM + 1000:
         world.violated("an entry grows", f"{world.store.largest} characters")
