@@ -22,7 +22,7 @@ from ._ledger import Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
-from ._text import Secret, fingerprint, hide, hide_all
+from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
@@ -64,8 +64,8 @@ class TokenCache:
         runtime: What the cache needs of its surroundings: clocks, threads, the network. For simulations.
 
     Raises:
-        InvalidArgumentError: *store* is no `Store`, *lease* or *ahead* is no number of seconds, or *on_event* is no
-            function.
+        InvalidArgumentError: *store* is no `Store`, *lease* or *ahead* is no number of seconds, or *clock*, *on_wait*
+            or *on_event* is no function.
 
     Example:
         >>> from refresher import refresh_kuzzle_token
@@ -90,14 +90,17 @@ class TokenCache:
         on_event: OnEvent | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        for name, value in (("lease", lease), ("ahead", 0.0 if ahead is None else ahead)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _rules.FOREVER:
+        lease, ahead, clock, on_wait, on_event = hide_all(lease, ahead, clock, on_wait, on_event)
+        for name, value in (("lease", lease), ("ahead", ahead or Secret(0.0))):
+            seconds = number(reveal(value))
+            if seconds is None or not 0 <= seconds <= _rules.FOREVER:
                 raise InvalidArgumentError(f"{name} must be a number of seconds, not negative and at most ten years")
+        for name, value in (("clock", clock), ("on_wait", on_wait), ("on_event", on_event)):
+            if value is not None and not callable(reveal(value)):
+                raise InvalidArgumentError(f"{name} must be a function, or None")
         self._store = MemoryStore() if store is None else check_store(store)
-        self._lease, self._clock, self._ahead = float(lease), clock, ahead
-        if on_event is not None and not callable(on_event):
-            raise InvalidArgumentError("on_event must be a function, or None")
-        self._on_wait, self._on_event = on_wait or show_wait, on_event
+        self._lease, self._clock, self._ahead = float(reveal(lease)), reveal(clock), reveal(ahead)
+        self._on_wait, self._on_event = reveal(on_wait) or show_wait, reveal(on_event)
         self._start_empty(REAL if runtime is None else runtime)
 
     def _start_empty(self, runtime: Runtime) -> None:

@@ -968,10 +968,11 @@ def test_context_of_events(kuzzle, events):
     assert events == ["r-1"]
 
 
-def test_no_function():
+@pytest.mark.parametrize("name", ["clock", "on_wait", "on_event"])
+def test_no_function(name):
     """What cannot be called is refused when it is handed over."""
-    with pytest.raises(InvalidArgumentError, match="on_event"):
-        TokenCache(on_event="f")
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be a function, or None"):
+        TokenCache(**{name: 7})
 
 
 def test_copies_have_it_too(kuzzle):
