@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, overload
 
 from . import _rules
 from ._exchange import Observed, spend
@@ -233,19 +233,20 @@ class TokenCache:
 
     # What is known, and can be forgotten
 
-    def peek(
-        self,
-        url: str | None = None,
-        jwt: str | None = None,
-        *,
-        refresh_token: str | None = None,
-        device_id: str | None = None,
-        user_token: str | None = None,
-        user_id: str | None = None,
-        base_url: str = circle.BASE_URL,
-    ) -> SessionStatus:
+    @overload
+    def peek(self, url: str, jwt: str) -> SessionStatus: ...
+    @overload
+    def peek(self, *, refresh_token: str, device_id: str, user_token: str, base_url: str = ...) -> SessionStatus: ...
+    @overload
+    def peek(self, *, refresh_token: str, device_id: str, user_id: str, base_url: str = ...) -> SessionStatus: ...
+    def peek(self, url: Any = None, jwt: Any = None, **pair: Any) -> SessionStatus:
         """
         Return what is known of a session. Nothing is sent to the service. Give any token, as you would to the call.
+
+        Args:
+            url: Where Kuzzle answers.
+            jwt: Any token of a session at Kuzzle.
+            **pair: For Circle instead: *refresh_token*, *device_id*, *user_token* or *user_id*, and *base_url*.
 
         Raises:
             InvalidArgumentError: An argument is wrong.
@@ -264,9 +265,8 @@ class TokenCache:
             >>> status.user, status.state, status.generation
             ('foo', 'fresh', 1)
         """
-        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
-        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
-        return self._status(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+        url, jwt, pair = hide_all(url, jwt, pair)
+        return self._status(_find(url, jwt, pair))
 
     def _status(self, credential: Credential[T]) -> SessionStatus:
         ledger = self._ledger
@@ -307,19 +307,15 @@ class TokenCache:
         """Return the newest known credential of a chain, as it is."""
         return self._ledger.look(credential)[0].newest or credential
 
-    def forget(
-        self,
-        url: str | None = None,
-        jwt: str | None = None,
-        *,
-        refresh_token: str | None = None,
-        device_id: str | None = None,
-        user_token: str | None = None,
-        user_id: str | None = None,
-        base_url: str = circle.BASE_URL,
-    ) -> None:
+    @overload
+    def forget(self, url: str, jwt: str) -> None: ...
+    @overload
+    def forget(self, *, refresh_token: str, device_id: str, user_token: str, base_url: str = ...) -> None: ...
+    @overload
+    def forget(self, *, refresh_token: str, device_id: str, user_id: str, base_url: str = ...) -> None: ...
+    def forget(self, url: Any = None, jwt: Any = None, **pair: Any) -> None:
         """
-        Forget a session, as when its user signs out. Give any token of it, as you would to the call.
+        Forget a session, as when its user signs out. Give any token of it, as you would to `peek`.
 
         A refresh in progress goes on, and its result is not kept.
 
@@ -327,9 +323,8 @@ class TokenCache:
             InvalidArgumentError: An argument is wrong.
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
-        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
-        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
-        self._forget(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+        url, jwt, pair = hide_all(url, jwt, pair)
+        self._forget(_find(url, jwt, pair))
 
     def _forget(self, credential: Credential[Any]) -> None:
         chain, is_readable = self._look(credential)
@@ -359,19 +354,22 @@ def _own(error: RefreshError) -> RefreshError:
     return copy.copy(error).with_traceback(error.__traceback__)
 
 
-def _find(
-    url: object,
-    jwt: object,
-    refresh_token: object,
-    device_id: object,
-    user_token: object,
-    user_id: object,
-    base_url: object,
+def _find(url: Any, jwt: Any, pair: Any) -> Credential[Any]:
+    """Make a credential of any of a session's tokens, to look it up. All arguments are hidden."""
+    of_circle = {name: hide(value) for name, value in pair.reveal().items() if value is not None}
+    if of_circle and url is None and jwt is None:
+        return _find_pair(**of_circle)
+    for name in of_circle:
+        kuzzle.check.fail(name, "must not be given with url and jwt: it is Circle's")
+    kuzzle.check.need(url is not None, "url", "is missing")
+    return kuzzle.credential(url, jwt)
+
+
+def _find_pair(
+    refresh_token: Any = None, device_id: Any = None, user_token: Any = None, user_id: Any = None, base_url: Any = None
 ) -> Credential[Any]:
-    """Make a credential of any of a session's tokens, to look it up."""
-    if url is not None:
-        return kuzzle.credential(url=url, jwt=jwt)
-    return circle.credential(refresh_token, device_id, Secret("any"), user_token, hide(user_id), base_url)
+    base_url = base_url or circle.BASE_URL
+    return circle.credential(refresh_token, device_id, Secret("any"), user_token, user_id, base_url)
 
 
 def get_ready() -> None:

@@ -201,11 +201,40 @@ def test_peek_asks_the_store(kuzzle, tmp_path):
     assert theirs.peek(kuzzle.url, jwt).generation == 1
 
 
-@pytest.mark.parametrize("arguments", [{}, {"url": "http://x"}, {"refresh_token": "r"}, {"url": "x", "jwt": "y"}])
-def test_peek_at_nothing(arguments):
-    """What is no session is a clear error."""
-    with pytest.raises(InvalidArgumentError):
-        TokenCache().peek(**arguments)
+PAIR = {"refresh_token": "r", "device_id": "d", "user_token": "u"}
+
+
+@pytest.mark.parametrize("method", ["peek", "forget"])
+@pytest.mark.parametrize(
+    ("arguments", "flaw"),
+    [
+        ({}, "url is missing"),
+        ({"jwt": "j"}, "url is missing"),
+        ({"url": "http://x"}, "jwt is missing"),
+        ({"url": "x", "jwt": "j"}, "url must look like"),
+        ({"url": "http://x", "jwt": "j", "user_id": "planted"}, "user_id must not be given with url and jwt"),
+        ({"url": "http://x", "jwt": "j", "base_url": "planted"}, "base_url must not be given with url and jwt"),
+        ({**PAIR, "jwt": "j"}, "refresh_token must not be given with url and jwt"),
+        ({**PAIR, "user_id": "user-1"}, "user_token or user_id must be given, but not both"),
+        ({"refresh_token": "r"}, "user_token or user_id must be given, but not both"),
+        ({"refresh_token": "r", "user_token": "u"}, "device_id must be a string"),
+        ({"device_id": "d", "user_token": "u"}, "refresh_token must be a string"),
+        ({**PAIR, "base_url": "http://x"}, "base_url must use https"),
+    ],
+    ids=str,
+)
+def test_no_session(method, arguments, flaw):
+    """What names no session, or two, is refused, and the argument that is missing or too much is named."""
+    with pytest.raises(InvalidArgumentError, match=f"^{flaw}") as caught:
+        getattr(TokenCache(), method)(**arguments)
+    assert "planted" not in locals_of(caught.value)
+
+
+@pytest.mark.parametrize("method", ["peek", "forget"])
+def test_misspelled(method):
+    """So is a name that is none of theirs."""
+    with pytest.raises(TypeError, match="refreshToken"):
+        getattr(TokenCache(), method)(**PAIR, refreshToken="r")
 
 
 def test_peek_complains_about_a_token(kuzzle):
