@@ -180,6 +180,23 @@ def test_adapters_that_are_replaced(session, how):
         assert stand_in.called
 
 
+@pytest.mark.parametrize("of", ["made up", "empty", "read before"])
+def test_responses_without_a_connection(session, of):
+    """A response that is made up, or was read before, has a status, headers and a content like any other."""
+    answer = requests.Response()
+    answer.status_code, answer.headers["Retry-After"] = 429, "7"
+    if of == "made up":
+        answer._content = b"busy"
+    if of == "read before":
+        answer.raw = HTTPResponse(io.BytesIO(b"busy"), status=429, preload_content=False)
+        assert answer.content
+    with mock.patch("requests.Session.send", return_value=answer):
+        for _ in range(2):
+            reply = send(session=session)
+            assert (reply.status, reply.headers["Retry-After"]) == (429, "7")
+            assert reply.body == (b"" if of == "empty" else b"busy")
+
+
 def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):
     """So does whoever replaces urllib3's connections."""
     real, made = HTTPConnectionPool.ConnectionCls, []
