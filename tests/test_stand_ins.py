@@ -15,10 +15,11 @@ import requests
 import requests_mock
 import responses
 import vcr
+from helpers import jwt_with
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPResponse
 
-from refresher import _http
+from refresher import KuzzleAuth, TokenCache, _http
 from refresher.errors import OutcomeUnknownError
 from refresher.services import Request
 from refresher.testing import Answer, FakeKuzzle
@@ -74,6 +75,21 @@ def test_requests_mock_for_one_session(fake_kuzzle):
         assert send(fake_kuzzle.url, session).status == 503
         assert send(fake_kuzzle.url).status == 503
         assert not session.cookies
+
+
+def test_requests_mock_for_an_auth_object():
+    """An adapter of its own, on a session that refreshes use too, answers those that a 401 asks for."""
+    url, now = "http://kuzzle.example", int(time.time())
+    old, new = (jwt_with({"_id": "foo", "iat": now - age, "exp": now - age + 3600}) for age in (100, 0))
+    adapter, refusal = requests_mock.Adapter(), {"error": {"id": "security.token.invalid", "status": 401}}
+    token = {"_id": "foo", "jwt": new, "expiresAt": (now + 3600) * 1000, "ttl": 3_600_000}
+    adapter.register_uri("POST", URL, json={"action": "refreshToken", "result": token})
+    adapter.register_uri("GET", url, [{"status_code": 401, "json": refusal}, {"json": {}}])
+    with requests.Session() as session:
+        session.mount("http://", adapter)
+        auth = KuzzleAuth(url, old, cache=TokenCache(), session=session, timeout=5)
+        assert session.get(url, auth=auth, timeout=5).status_code == 200
+    assert [request.method for request in adapter.request_history] == ["GET", "POST", "GET"]
 
 
 def test_requests_mock_does_not_know(session):
