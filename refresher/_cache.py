@@ -64,8 +64,7 @@ class TokenCache:
         runtime: What the cache needs of its surroundings: clocks, threads, the network. For simulations.
 
     Raises:
-        InvalidArgumentError: *store* is no `Store`, *lease* or *ahead* is no number of seconds, or *clock*, *on_wait*
-            or *on_event* is no function.
+        InvalidArgumentError: An argument is wrong, such as a path for *store*, which would be ``FileStore(path)``.
 
     Example:
         >>> from refresher import refresh_kuzzle_token
@@ -90,7 +89,8 @@ class TokenCache:
         on_event: OnEvent | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        lease, ahead, clock, on_wait, on_event = hide_all(lease, ahead, clock, on_wait, on_event)
+        store, lease, clock, ahead = hide_all(store, lease, clock, ahead)
+        on_wait, on_event, runtime = hide_all(on_wait, on_event, runtime)
         for name, value in (("lease", lease), ("ahead", ahead or Secret(0.0))):
             seconds = number(reveal(value))
             if seconds is None or not 0 <= seconds <= _rules.FOREVER:
@@ -98,10 +98,12 @@ class TokenCache:
         for name, value in (("clock", clock), ("on_wait", on_wait), ("on_event", on_event)):
             if value is not None and not callable(reveal(value)):
                 raise InvalidArgumentError(f"{name} must be a function, or None")
-        self._store = MemoryStore() if store is None else check_store(store)
+        if runtime is not None and not hasattr(reveal(runtime), "steady"):
+            raise InvalidArgumentError("runtime must be a Runtime, or None")
+        self._store = MemoryStore() if store is None else check_store(reveal(store))
         self._lease, self._clock, self._ahead = float(reveal(lease)), reveal(clock), reveal(ahead)
         self._on_wait, self._on_event = reveal(on_wait) or show_wait, reveal(on_event)
-        self._start_empty(REAL if runtime is None else runtime)
+        self._start_empty(REAL if runtime is None else reveal(runtime))
 
     def _start_empty(self, runtime: Runtime) -> None:
         self._runtime, self._process = runtime, runtime.process()

@@ -78,7 +78,7 @@ FAILURES = {
     **misplaced(refresh_user_token, *OF_CIRCLE),
     **misplaced(KuzzleAuth, *OF_KUZZLE, "on_refresh"),
     **misplaced(CircleAuth, *OF_CIRCLE, "on_refresh"),
-    **misplaced(TokenCache, lambda _: {}, "lease", "ahead", "clock", "on_wait", "on_event"),
+    **misplaced(TokenCache, lambda _: {}, "store", "lease", "clock", "ahead", "on_wait", "on_event", "runtime"),
     **misplaced(keep_alive, lambda _: {"auths": []}, "at_once", "per_second"),
     "refused": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=TokenCache()),
     "without a cache": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=None),

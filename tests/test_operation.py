@@ -1004,6 +1004,12 @@ def test_no_function(name):
         TokenCache(**{name: 7})
 
 
+def test_no_runtime():
+    """Nor is what cannot stand in for the system."""
+    with pytest.raises(InvalidArgumentError, match=r"^runtime must be a Runtime"):
+        TokenCache(runtime=7)
+
+
 def test_copies_have_it_too(kuzzle):
     """A cache that was pickled tells the same function."""
     cache = pickle.loads(pickle.dumps(TokenCache(on_event=print)))
