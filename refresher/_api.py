@@ -11,7 +11,7 @@ import attrs
 from ._cache import SHARED_CACHE, TokenCache, current
 from ._checks import Seconds
 from ._ledger import Call, check_call
-from ._text import Secret, hide, hide_all
+from ._text import Secret, hide, hide_all, reveal
 from .services import circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
@@ -36,10 +36,10 @@ def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | None, Any]:
 def _answer(call: Call[Any] | None, cache: TokenCache | None, session: object, service: Any, *arguments: Any) -> Any:
     """Return the answer to a call, which is checked unless that was done."""
     call = call or check_call(service, *arguments)
-    service.check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
+    service.check.need(isinstance(reveal(cache), TokenCache | None), "cache", "must be a TokenCache or None")
     if session is not None:
         call = attrs.evolve(call, session=service.check.session("session", session))
-    return current(call, cache)
+    return current(call, reveal(cache))
 
 
 def refresh_kuzzle_token(
@@ -107,9 +107,10 @@ def refresh_kuzzle_token(
         call, known = _look(cache, kuzzle, *attempts, url, jwt, expires_in, trigger_events, strategy)
         if known is not None and session is None:
             return known  # type: ignore[no-any-return]
-    url, jwt, expires_in, strategy = hide_all(url, jwt, expires_in, strategy)
-    options = expires_in, trigger_events, strategy
-    if cookie_auth is not False and kuzzle.check.flag("cookie_auth", cookie_auth):
+    url, jwt, expires_in, trigger_events, strategy = hide_all(url, jwt, expires_in, trigger_events, strategy)
+    queuable, timeout, cache, session, cookie_auth = hide_all(queuable, timeout, cache, session, cookie_auth)
+    attempts, options = ("queuable", queuable, timeout), (expires_in, trigger_events, strategy)
+    if kuzzle.check.flag("cookie_auth", cookie_auth):
         return _in_cookie_mode(cache, session, attempts, url, jwt, options)
     token: KuzzleToken = _answer(call, cache, session, kuzzle, *attempts, url, jwt, *options)
     return token
@@ -234,17 +235,18 @@ def refresh_user_token(
         >>> new.user_id, new.refresh_token == old.refresh_token
         ('user-1', False)
     """
-    (api_key,), attempts = hide_all(api_key), ("retry", retry, timeout)
+    (api_key,) = hide_all(api_key)
     key = circle.default_api_key(api_key)
     call, known = _look(
-        *(cache, circle, *attempts, refresh_token, device_id, key, user_token, user_id),
+        *(cache, circle, "retry", retry, timeout, refresh_token, device_id, key, user_token, user_id),
         *(base_url, idempotency_key, request_id),
     )
     if known is not None and session is None:
         return known  # type: ignore[no-any-return]
     refresh_token, device_id, user_token, user_id = hide_all(refresh_token, device_id, user_token, user_id)
     idempotency_key, request_id, base_url = hide_all(idempotency_key, request_id, base_url)
+    retry, timeout, cache, session = hide_all(retry, timeout, cache, session)
     credential = refresh_token, device_id, key, user_token, user_id
     options = base_url, idempotency_key, request_id
-    pair: UserToken = _answer(call, cache, session, circle, *attempts, *credential, *options)
+    pair: UserToken = _answer(call, cache, session, circle, "retry", retry, timeout, *credential, *options)
     return pair

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, overload
 
 from . import _rules
 from ._exchange import Observed, spend
@@ -22,7 +22,7 @@ from ._ledger import Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
-from ._text import Secret, fingerprint, hide, hide_all
+from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
@@ -64,8 +64,7 @@ class TokenCache:
         runtime: What the cache needs of its surroundings: clocks, threads, the network. For simulations.
 
     Raises:
-        InvalidArgumentError: *store* is no `Store`, *lease* or *ahead* is no number of seconds, or *on_event* is no
-            function.
+        InvalidArgumentError: An argument is wrong, such as a path for *store*, which would be ``FileStore(path)``.
 
     Example:
         >>> from refresher import refresh_kuzzle_token
@@ -90,15 +89,21 @@ class TokenCache:
         on_event: OnEvent | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        for name, value in (("lease", lease), ("ahead", 0.0 if ahead is None else ahead)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _rules.FOREVER:
+        store, lease, clock, ahead = hide_all(store, lease, clock, ahead)
+        on_wait, on_event, runtime = hide_all(on_wait, on_event, runtime)
+        for name, value in (("lease", lease), ("ahead", ahead or Secret(0.0))):
+            seconds = number(reveal(value))
+            if seconds is None or not 0 <= seconds <= _rules.FOREVER:
                 raise InvalidArgumentError(f"{name} must be a number of seconds, not negative and at most ten years")
-        self._store = MemoryStore() if store is None else check_store(store)
-        self._lease, self._clock, self._ahead = float(lease), clock, ahead
-        if on_event is not None and not callable(on_event):
-            raise InvalidArgumentError("on_event must be a function, or None")
-        self._on_wait, self._on_event = on_wait or show_wait, on_event
-        self._start_empty(REAL if runtime is None else runtime)
+        for name, value in (("clock", clock), ("on_wait", on_wait), ("on_event", on_event)):
+            if value is not None and not callable(reveal(value)):
+                raise InvalidArgumentError(f"{name} must be a function, or None")
+        if runtime is not None and not hasattr(reveal(runtime), "steady"):
+            raise InvalidArgumentError("runtime must be a Runtime, or None")
+        self._store = MemoryStore() if store is None else check_store(reveal(store))
+        self._lease, self._clock, self._ahead = float(reveal(lease)), reveal(clock), reveal(ahead)
+        self._on_wait, self._on_event = reveal(on_wait) or show_wait, reveal(on_event)
+        self._start_empty(REAL if runtime is None else reveal(runtime))
 
     def _start_empty(self, runtime: Runtime) -> None:
         self._runtime, self._process = runtime, runtime.process()
@@ -230,19 +235,20 @@ class TokenCache:
 
     # What is known, and can be forgotten
 
-    def peek(
-        self,
-        url: str | None = None,
-        jwt: str | None = None,
-        *,
-        refresh_token: str | None = None,
-        device_id: str | None = None,
-        user_token: str | None = None,
-        user_id: str | None = None,
-        base_url: str = circle.BASE_URL,
-    ) -> SessionStatus:
+    @overload
+    def peek(self, url: str, jwt: str) -> SessionStatus: ...
+    @overload
+    def peek(self, *, refresh_token: str, device_id: str, user_token: str, base_url: str = ...) -> SessionStatus: ...
+    @overload
+    def peek(self, *, refresh_token: str, device_id: str, user_id: str, base_url: str = ...) -> SessionStatus: ...
+    def peek(self, url: Any = None, jwt: Any = None, **pair: Any) -> SessionStatus:
         """
         Return what is known of a session. Nothing is sent to the service. Give any token, as you would to the call.
+
+        Args:
+            url: Where Kuzzle answers.
+            jwt: Any token of a session at Kuzzle.
+            **pair: For Circle instead: *refresh_token*, *device_id*, *user_token* or *user_id*, and *base_url*.
 
         Raises:
             InvalidArgumentError: An argument is wrong.
@@ -261,9 +267,8 @@ class TokenCache:
             >>> status.user, status.state, status.generation
             ('foo', 'fresh', 1)
         """
-        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
-        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
-        return self._status(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+        url, jwt, pair = hide_all(url, jwt, pair)
+        return self._status(_find(url, jwt, pair))
 
     def _status(self, credential: Credential[T]) -> SessionStatus:
         ledger = self._ledger
@@ -304,19 +309,15 @@ class TokenCache:
         """Return the newest known credential of a chain, as it is."""
         return self._ledger.look(credential)[0].newest or credential
 
-    def forget(
-        self,
-        url: str | None = None,
-        jwt: str | None = None,
-        *,
-        refresh_token: str | None = None,
-        device_id: str | None = None,
-        user_token: str | None = None,
-        user_id: str | None = None,
-        base_url: str = circle.BASE_URL,
-    ) -> None:
+    @overload
+    def forget(self, url: str, jwt: str) -> None: ...
+    @overload
+    def forget(self, *, refresh_token: str, device_id: str, user_token: str, base_url: str = ...) -> None: ...
+    @overload
+    def forget(self, *, refresh_token: str, device_id: str, user_id: str, base_url: str = ...) -> None: ...
+    def forget(self, url: Any = None, jwt: Any = None, **pair: Any) -> None:
         """
-        Forget a session, as when its user signs out. Give any token of it, as you would to the call.
+        Forget a session, as when its user signs out. Give any token of it, as you would to `peek`.
 
         A refresh in progress goes on, and its result is not kept.
 
@@ -324,9 +325,8 @@ class TokenCache:
             InvalidArgumentError: An argument is wrong.
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
-        url, jwt, refresh_token, user_token = hide_all(url, jwt, refresh_token, user_token)
-        device_id, user_id, base_url = hide_all(device_id, user_id, base_url)
-        self._forget(_find(url, jwt, refresh_token, device_id, user_token, user_id, base_url))
+        url, jwt, pair = hide_all(url, jwt, pair)
+        self._forget(_find(url, jwt, pair))
 
     def _forget(self, credential: Credential[Any]) -> None:
         chain, is_readable = self._look(credential)
@@ -356,19 +356,22 @@ def _own(error: RefreshError) -> RefreshError:
     return copy.copy(error).with_traceback(error.__traceback__)
 
 
-def _find(
-    url: object,
-    jwt: object,
-    refresh_token: object,
-    device_id: object,
-    user_token: object,
-    user_id: object,
-    base_url: object,
+def _find(url: Any, jwt: Any, pair: Any) -> Credential[Any]:
+    """Make a credential of any of a session's tokens, to look it up. All arguments are hidden."""
+    of_circle = {name: hide(value) for name, value in pair.reveal().items() if value is not None}
+    if of_circle and url is None and jwt is None:
+        return _find_pair(**of_circle)
+    for name in of_circle:
+        kuzzle.check.fail(name, "must not be given with url and jwt: it is Circle's")
+    kuzzle.check.need(url is not None, "url", "is missing")
+    return kuzzle.credential(url, jwt)
+
+
+def _find_pair(
+    refresh_token: Any = None, device_id: Any = None, user_token: Any = None, user_id: Any = None, base_url: Any = None
 ) -> Credential[Any]:
-    """Make a credential of any of a session's tokens, to look it up."""
-    if url is not None:
-        return kuzzle.credential(url=url, jwt=jwt)
-    return circle.credential(refresh_token, device_id, Secret("any"), user_token, hide(user_id), base_url)
+    base_url = base_url or circle.BASE_URL
+    return circle.credential(refresh_token, device_id, Secret("any"), user_token, user_id, base_url)
 
 
 def get_ready() -> None:

@@ -132,7 +132,7 @@ class Checks:
 
     def seconds(self, name: str, value: Any) -> float | None:
         """Accept a number of seconds or a timedelta; None and -1 mean no limit."""
-        value = hide(value.total_seconds() if isinstance(value, timedelta) else value)
+        value = hide(reveal(value).total_seconds() if isinstance(reveal(value), timedelta) else value)
         if value is None or (reveal(value) == -1 and not isinstance(reveal(value), bool)):
             return None
         is_number = number(reveal(value)) is not None or reveal(value) == math.inf

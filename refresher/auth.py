@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, TypeVar, overload
 from urllib.parse import urljoin, urlsplit
@@ -65,16 +65,16 @@ class Auth(AuthBase, Generic[_Token]):
         session: requests.Session | None,
         on_refresh: Callable[[_Token], object] | None,
     ) -> None:
-        check.need(isinstance(cache, TokenCache | None), "cache", "must be a TokenCache or None")
-        check.need(on_refresh is None or callable(on_refresh), "on_refresh", "must be a function, or None")
+        check.need(isinstance(reveal(cache), TokenCache | None), "cache", "must be a TokenCache or None")
+        check.need(on_refresh is None or callable(reveal(on_refresh)), "on_refresh", "must be a function, or None")
         self._origin, self._service = origin_of(url), check.provider
         # What begins like this goes to the origin, whoever parses it: the host ends at the slash.
         scheme, _, rest = url.partition("://")
         self._prefix = f"{scheme}://{rest.partition('/')[0]}/"
         own, seconds = check.session("session", session), check.seconds("timeout", timeout)
         self._call = functools.partial(Call[_Token], session=own, retry=retry, timeout=seconds, own_will_do=True)
-        self._cache = TokenCache() if cache is None else cache
-        self._on_refresh: Callable[[_Token], object] | None = on_refresh
+        self._cache = TokenCache() if cache is None else reveal(cache)
+        self._on_refresh: Callable[[_Token], object] | None = reveal(on_refresh)
         self._set(credential)
 
     @property
@@ -230,6 +230,7 @@ class Auth(AuthBase, Generic[_Token]):
             raise
 
     def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:
+        (settings,) = hide_all(settings)  # a proxy's URL may have a password
         sent, credential = response.request, self._credential
         if not self._is_for_us(sent.url):
             return response
@@ -251,7 +252,7 @@ class Auth(AuthBase, Generic[_Token]):
         return credential.is_rejected(response.status_code, json_object(response.content))
 
     def _again(
-        self, response: requests.Response, credential: Credential[_Token], settings: Mapping[str, Any], *, sure: bool
+        self, response: requests.Response, credential: Credential[_Token], settings: Any, *, sure: bool
     ) -> requests.Response:
         """Send a request that was rejected once more, if there is another token for it."""
         sent = response.request
@@ -268,7 +269,7 @@ class Auth(AuthBase, Generic[_Token]):
             for name, value in current.headers.items():
                 sent.headers[name] = reveal(value)
             response.close()
-            answer: requests.Response = response.connection.send(sent.copy(), **settings)
+            answer: requests.Response = response.connection.send(sent.copy(), **reveal(settings))
             answer.history.append(response)
             response, sure = answer, self._is_rejected(answer, current) is True
         if sure:
@@ -361,7 +362,8 @@ class KuzzleAuth(Auth[KuzzleToken]):
         session: requests.Session | None = None,
         on_refresh: Callable[[KuzzleToken], object] | None = None,
     ) -> None:
-        url, jwt, expires_in, strategy = hide_all(url, jwt, expires_in, strategy)
+        url, jwt, expires_in, trigger_events, strategy = hide_all(url, jwt, expires_in, trigger_events, strategy)
+        queuable, timeout, cache, session, on_refresh = hide_all(queuable, timeout, cache, session, on_refresh)
         self._anybody = kuzzle.credential(
             url=url, jwt=Secret("none"), expires_in=expires_in, trigger_events=trigger_events, strategy=strategy
         )
@@ -466,16 +468,10 @@ class CircleAuth(Auth[UserToken]):
         session: requests.Session | None = None,
         on_refresh: Callable[[UserToken], object] | None = None,
     ) -> None:
-        api_key, user_token, user_id, refresh_token, device_id, base_url = hide_all(
-            api_key, user_token, user_id, refresh_token, device_id, base_url
-        )
-        credential = circle.credential(
-            api_key=circle.default_api_key(api_key),
-            user_token=user_token,
-            user_id=user_id,
-            refresh_token=refresh_token,
-            device_id=device_id,
-            base_url=base_url,
-        )
+        refresh_token, device_id, user_token, user_id = hide_all(refresh_token, device_id, user_token, user_id)
+        api_key, base_url, retry, timeout = hide_all(api_key, base_url, retry, timeout)
+        cache, session, on_refresh = hide_all(cache, session, on_refresh)
+        key = circle.default_api_key(api_key)
+        credential = circle.credential(refresh_token, device_id, key, user_token, user_id, base_url)
         retry = circle.check.flag("retry", retry)
         super().__init__(circle.check, credential.base_url, credential, retry, timeout, cache, session, on_refresh)

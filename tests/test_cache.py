@@ -657,23 +657,6 @@ def test_forget_circle(circle, cache):
     assert len(circle.requests) == 2
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"refresh_token": "r"},
-        {"refresh_token": "r", "device_id": "d"},
-        {"user_token": "u", "device_id": "d"},
-    ],
-)
-def test_forget_what(cache, arguments):
-    """Half a credential can't be forgotten."""
-    with pytest.raises(InvalidArgumentError):
-        cache.forget(**arguments)
-    with pytest.raises(InvalidArgumentError):
-        cache.forget("http://kuzzle")
-
-
 @pytest.mark.parametrize("how", ["forget", "clear"])
 @pytest.mark.parametrize("before", [0, 1])
 def test_forget_while_a_refresh_is_under_way(kuzzle, cache, clock, root, how, before):

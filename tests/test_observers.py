@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import requests
 import rich.traceback
 import sentry_sdk
 import structlog
@@ -59,8 +60,26 @@ def circle_says(circle, status, body):
     refresh_user_token(**pair(), base_url=circle.url, retry=False, cache=TokenCache())
 
 
+def misplaced(take, right, *names):
+    """Make a failure for each of these arguments: it gets a secret, and all others are right."""
+    return {
+        f"{take.__name__}, {name}": lambda kuzzle, _, name=name: take(**{**right(kuzzle), name: vault()})
+        for name in names
+    }
+
+
+COMMON = "timeout", "cache", "session"
+OF_KUZZLE = (lambda kuzzle: {"url": kuzzle.url, "jwt": jwt()}, "queuable", "trigger_events", *COMMON)
+OF_CIRCLE = (lambda _: pair(), "retry", *COMMON)
+
 # Each fails, some before and some after a request.
 FAILURES = {
+    **misplaced(refresh_kuzzle_token, *OF_KUZZLE, "cookie_auth"),
+    **misplaced(refresh_user_token, *OF_CIRCLE),
+    **misplaced(KuzzleAuth, *OF_KUZZLE, "on_refresh"),
+    **misplaced(CircleAuth, *OF_CIRCLE, "on_refresh"),
+    **misplaced(TokenCache, lambda _: {}, "store", "lease", "clock", "ahead", "on_wait", "on_event", "runtime"),
+    **misplaced(keep_alive, lambda _: {"auths": []}, "at_once", "per_second"),
     "refused": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=TokenCache()),
     "without a cache": lambda kuzzle, _: refresh_kuzzle_token(kuzzle.url, jwt(), cache=None),
     "wrong url": lambda kuzzle, _: refresh_kuzzle_token(jwt(), jwt()),
@@ -105,6 +124,16 @@ def test_traceback(error):
     assert frames
     assert "planted" not in str(error)
     assert not [frame for frame in frames if "planted" in str(frame.locals)]
+
+
+def test_proxies(kuzzle):
+    """Nor do ours show the password of a proxy that requests was told of."""
+    with pytest.raises(refresher.SignInRequiredError) as caught:
+        requests.get(f"{kuzzle.url}/_me", auth=KuzzleAuth(kuzzle.url, jwt()), proxies={"https": vault()}, timeout=9)
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    ours = {frame.name: str(frame.locals) for frame in shown.stack if frame.filename.startswith(PACKAGE)}
+    assert ours.keys() == {"_on_response", "_again"}
+    assert "planted" not in str(ours)
 
 
 def test_sentry(error):

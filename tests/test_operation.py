@@ -201,11 +201,40 @@ def test_peek_asks_the_store(kuzzle, tmp_path):
     assert theirs.peek(kuzzle.url, jwt).generation == 1
 
 
-@pytest.mark.parametrize("arguments", [{}, {"url": "http://x"}, {"refresh_token": "r"}, {"url": "x", "jwt": "y"}])
-def test_peek_at_nothing(arguments):
-    """What is no session is a clear error."""
-    with pytest.raises(InvalidArgumentError):
-        TokenCache().peek(**arguments)
+PAIR = {"refresh_token": "r", "device_id": "d", "user_token": "u"}
+
+
+@pytest.mark.parametrize("method", ["peek", "forget"])
+@pytest.mark.parametrize(
+    ("arguments", "flaw"),
+    [
+        ({}, "url is missing"),
+        ({"jwt": "j"}, "url is missing"),
+        ({"url": "http://x"}, "jwt is missing"),
+        ({"url": "x", "jwt": "j"}, "url must look like"),
+        ({"url": "http://x", "jwt": "j", "user_id": "planted"}, "user_id must not be given with url and jwt"),
+        ({"url": "http://x", "jwt": "j", "base_url": "planted"}, "base_url must not be given with url and jwt"),
+        ({**PAIR, "jwt": "j"}, "refresh_token must not be given with url and jwt"),
+        ({**PAIR, "user_id": "user-1"}, "user_token or user_id must be given, but not both"),
+        ({"refresh_token": "r"}, "user_token or user_id must be given, but not both"),
+        ({"refresh_token": "r", "user_token": "u"}, "device_id must be a string"),
+        ({"device_id": "d", "user_token": "u"}, "refresh_token must be a string"),
+        ({**PAIR, "base_url": "http://x"}, "base_url must use https"),
+    ],
+    ids=str,
+)
+def test_no_session(method, arguments, flaw):
+    """What names no session, or two, is refused, and the argument that is missing or too much is named."""
+    with pytest.raises(InvalidArgumentError, match=f"^{flaw}") as caught:
+        getattr(TokenCache(), method)(**arguments)
+    assert "planted" not in locals_of(caught.value)
+
+
+@pytest.mark.parametrize("method", ["peek", "forget"])
+def test_misspelled(method):
+    """So is a name that is none of theirs."""
+    with pytest.raises(TypeError, match="refreshToken"):
+        getattr(TokenCache(), method)(**PAIR, refreshToken="r")
 
 
 def test_peek_complains_about_a_token(kuzzle):
@@ -968,10 +997,17 @@ def test_context_of_events(kuzzle, events):
     assert events == ["r-1"]
 
 
-def test_no_function():
+@pytest.mark.parametrize("name", ["clock", "on_wait", "on_event"])
+def test_no_function(name):
     """What cannot be called is refused when it is handed over."""
-    with pytest.raises(InvalidArgumentError, match="on_event"):
-        TokenCache(on_event="f")
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be a function, or None"):
+        TokenCache(**{name: 7})
+
+
+def test_no_runtime():
+    """Nor is what cannot stand in for the system."""
+    with pytest.raises(InvalidArgumentError, match=r"^runtime must be a Runtime"):
+        TokenCache(runtime=7)
 
 
 def test_copies_have_it_too(kuzzle):

@@ -15,10 +15,11 @@ import requests
 import requests_mock
 import responses
 import vcr
+from helpers import jwt_with
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPResponse
 
-from refresher import _http
+from refresher import KuzzleAuth, TokenCache, _http
 from refresher.errors import OutcomeUnknownError
 from refresher.services import Request
 from refresher.testing import Answer, FakeKuzzle
@@ -74,6 +75,21 @@ def test_requests_mock_for_one_session(fake_kuzzle):
         assert send(fake_kuzzle.url, session).status == 503
         assert send(fake_kuzzle.url).status == 503
         assert not session.cookies
+
+
+def test_requests_mock_for_an_auth_object():
+    """An adapter of its own, on a session that refreshes use too, answers those that a 401 asks for."""
+    url, now = "http://kuzzle.example", int(time.time())
+    old, new = (jwt_with({"_id": "foo", "iat": now - age, "exp": now - age + 3600}) for age in (100, 0))
+    adapter, refusal = requests_mock.Adapter(), {"error": {"id": "security.token.invalid", "status": 401}}
+    token = {"_id": "foo", "jwt": new, "expiresAt": (now + 3600) * 1000, "ttl": 3_600_000}
+    adapter.register_uri("POST", URL, json={"action": "refreshToken", "result": token})
+    adapter.register_uri("GET", url, [{"status_code": 401, "json": refusal}, {"json": {}}])
+    with requests.Session() as session:
+        session.mount("http://", adapter)
+        auth = KuzzleAuth(url, old, cache=TokenCache(), session=session, timeout=5)
+        assert session.get(url, auth=auth, timeout=5).status_code == 200
+    assert [request.method for request in adapter.request_history] == ["GET", "POST", "GET"]
 
 
 def test_requests_mock_does_not_know(session):
@@ -178,6 +194,23 @@ def test_adapters_that_are_replaced(session, how):
         stand_in.return_value = answer
         assert send(session=session).status == 429
         assert stand_in.called
+
+
+@pytest.mark.parametrize("of", ["made up", "empty", "read before"])
+def test_responses_without_a_connection(session, of):
+    """A response that is made up, or was read before, has a status, headers and a content like any other."""
+    answer = requests.Response()
+    answer.status_code, answer.headers["Retry-After"] = 429, "7"
+    if of == "made up":
+        answer._content = b"busy"
+    if of == "read before":
+        answer.raw = HTTPResponse(io.BytesIO(b"busy"), status=429, preload_content=False)
+        assert answer.content
+    with mock.patch("requests.Session.send", return_value=answer):
+        for _ in range(2):
+            reply = send(session=session)
+            assert (reply.status, reply.headers["Retry-After"]) == (429, "7")
+            assert reply.body == (b"" if of == "empty" else b"busy")
 
 
 def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):

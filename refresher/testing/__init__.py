@@ -33,6 +33,10 @@ pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. After a
 `refresher.SHARED_CACHE` is empty again.
 
 `StoreContract` tests a `refresher.Store` of your own.
+
+Behind a proxy, set ``NO_PROXY=127.0.0.1``, or the proxy gets what is meant for the fakes. A ``requests_mock.Mocker`` in
+place of a fake holds a lock while an auth object answers a 401, so the refresh waits for its timeout: mount a
+``requests_mock.Adapter`` on a session instead, and pass the session to the auth object too.
 """
 
 from __future__ import annotations
