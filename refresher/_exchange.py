@@ -189,18 +189,11 @@ class Exchange:
                 self._patience.begin()
                 attempts += 1
                 self.attempts += 1
-                self.date = None
                 try:
-                    reply = self._send(request)
-                    self.date = reply.date
-                    token = parse(reply, request)
+                    token, reply = self._ask(request, parse)
                 except RefreshError as failed:
                     error = failed
-                    if error.id or error.code:  # else a proxy may have written it, and dated it
-                        self._observed.learn(self._scope, self.date)
                 else:
-                    if not request.spends:  # else it is compared with the new token
-                        self._observed.learn(self._scope, self.date)
                     path, outcome = f"{old} -> {token.fingerprint}", "ok"
                     return token, reply
                 if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
@@ -231,6 +224,21 @@ class Exchange:
                 raise not_yet(request.service, "asked to wait", pause)
             self._patience.failed(not_yet(request.service, "asked to wait", pause))
             self._patience.pause(pause)
+
+    def _ask(self, request: Request, parse: Callable[[Reply, Request], R]) -> tuple[R, Reply]:
+        """Send a request once, read the reply, and learn what time it is there, if the service itself wrote it."""
+        self.date = None
+        try:
+            reply = self._send(request)
+            self.date = reply.date
+            token = parse(reply, request)
+        except RefreshError as error:
+            if error.id or error.code:
+                self._observed.learn(self._scope, self.date)
+            raise
+        if not request.spends:  # else the date is compared with the new token first
+            self._observed.learn(self._scope, self.date)
+        return token, reply
 
     def _send(self, request: Request) -> Reply:
         until, answer_by = self._patience.until(), self._patience.answer_by

@@ -388,19 +388,24 @@ class Flight(Generic[T]):
             if is_for_nobody:
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
+        self._spent, self._failure = spend, None
+        self._keep(chain, successor, exchange.date)
+        return None if successor.keys[0] in ledger.orphans else successor
+
+    def _keep(self, chain: Chain[T], successor: Credential[T], date: float | None) -> None:
+        """Keep a successor, whose answer the service dated."""
+        ledger, spend = self._ledger, self._spent or self.call.credential
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
-        ledger.observed.learn(spend.scope, exchange.date, successor.secret)
+        ledger.observed.learn(spend.scope, date, successor.secret)
         service_now = ledger.observed.service_now(spend.scope)
         if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
             left = successor.expiry - service_now[0] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
-        self._spent, self._failure = spend, None
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
         ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime), spend)
-        return None if successor.keys[0] in ledger.orphans else successor
 
     def _verify(
         self,
