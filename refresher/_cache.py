@@ -187,6 +187,9 @@ class TokenCache:
             self._process, self._flights = runtime.process(), {}
         waiter = Waiter(runtime.event(), end, call.retry)
         flight = self._flights.get(key)
+        if flight is not None and flight.is_stuck():
+            self._flights.pop(key, None)
+            flight = None
         is_ours, told = flight is None, False
         if flight is None:
             new = kind(self._ledger, self._flights, key, call, self._lease, self._on_event)

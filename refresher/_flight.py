@@ -80,6 +80,7 @@ class Flight(Generic[T]):
         self._lease = Lease(ledger, chain, self._name)
         self.waiters: list[Waiter] = []
         self._done = False
+        self._is_alone = False  # the store is passed by
         self._departed = False  # something is on the wire
         self._is_in_doubt = False  # an answer was lost
         self._departed_at: Instant | None = None
@@ -251,7 +252,7 @@ class Flight(Generic[T]):
             self._check()
             if lease.lock is Lock.OURS and not lease.is_ours():
                 lease.lock = Lock.UNTRIED
-            chain, trouble = ledger.look(call.credential)
+            chain, trouble = self._look()
             if chain.key != self.chain:
                 return None  # it belongs to another chain, which may have a flight already
             view, spend, attempt = self._view(chain, trouble, waited)
@@ -281,6 +282,18 @@ class Flight(Generic[T]):
                 if lease.lock is not Lock.OURS:
                     lease.lock = Lock.UNTRIED
 
+    def _look(self) -> tuple[Chain[T], Exception | None]:
+        """Look at what the store has, unless that would take the rest of a token's life."""
+        self._is_alone = self._ledger.is_in_the_way(self.call)
+        if not self._is_alone:
+            return self._ledger.look(self.call.credential)
+        self._lease.lock = Lock.LOST
+        return self._ledger.recall(self.call.credential)[0], TimeoutError()
+
+    def is_stuck(self) -> bool:
+        """Whether it waits for the store while a token is in its last moments, so that another had better go."""
+        return not (self._is_alone or self._departed or self._done) and self._ledger.is_in_the_way(self.call)
+
     def _view(
         self, chain: Chain[T], trouble: Exception | None, waited: bool
     ) -> tuple[View, Credential[T], Attempt | None]:
@@ -301,6 +314,7 @@ class Flight(Generic[T]):
             is_refused=ledger.refusal(attempt) is not None,
             hold=ledger.hold(spend, chain),
             pause=ledger.pause(spend, attempt),
+            delay=ledger.delay() if self._is_alone else 0.0,
         )
         return view, spend, attempt
 
@@ -354,7 +368,7 @@ class Flight(Generic[T]):
         begun = attrs.evolve(before, by=self._name, at=self._ledger.now(), is_open=True, error={}, pause=0.0)
         announce = functools.partial(self._ledger.note, spend, begun, max(_rules.ROOM, len(chain.text or "")) * " ")
         self._lease.on_regained = announce
-        return announce()
+        return not self._is_alone and announce()
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -384,7 +398,8 @@ class Flight(Generic[T]):
             done = attrs.evolve(done, at=ledger.now(), pause=pause)
             if attempt is not None and self._is_being_spent(attempt):  # that one's answer may still come
                 done = attrs.evolve(done, by=attempt.by, is_open=True)
-            ledger.note(spend, done)
+            if not self._is_alone:
+                ledger.note(spend, done)
             if is_for_nobody:
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
@@ -405,7 +420,11 @@ class Flight(Generic[T]):
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
-        ledger.keep(attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime), spend)
+        ledger.keep(
+            attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime),
+            spend,
+            in_memory=self._is_alone,
+        )
 
     def _verify(
         self,
@@ -500,6 +519,10 @@ class SignOut(Flight[T]):
     error: RefreshError | None = None
     is_over = False
     _told = ""  # the key of the token that was signed out last
+
+    def is_stuck(self) -> bool:
+        """Never: nothing may pass it by."""
+        return False
 
     def _refresh(self) -> None:
         try:

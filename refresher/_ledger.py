@@ -118,6 +118,8 @@ class Ledger:
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
+        self._took = 0.0  # by the last command, if it failed
+        self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
@@ -231,23 +233,46 @@ class Ledger:
 
     def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, Exception | None]:
         """Give the store a command. Return its answer, or why there is none."""
+        mark, began = object(), self.runtime.steady()
+        self._asked[mark] = began
         try:
-            return command(*args), None
+            answer = command(*args)
         except Exception as error:  # a store may raise whatever it likes
             self.troubled_at = self.runtime.steady()
+            self._took = self.troubled_at - began
             self.warn(f"{what} ({type(error).__name__})")
             return None, error
+        else:
+            self._took = 0.0
+            return answer, None
+        finally:
+            del self._asked[mark]
+
+    def delay(self) -> float:
+        """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
+        now = self.runtime.steady()
+        return max(self._took, *(now - began for began in [now, *self._asked.values()]))
+
+    def is_in_the_way(self, call: Call[Any]) -> bool:
+        """Whether a token is in its last moments, and the store would take too many of them."""
+        if (delay := self.delay()) < _rules.TOO_SLOW:
+            return False
+        _, left, window, _ = self.assess(self.recall(call.credential)[0], call)
+        return _rules.is_urgent(left, window, delay)
 
     def look(self, credential: Credential[T]) -> tuple[Chain[T], Exception | None]:
         """Return what the store and this process know of a chain, and why the store could not be asked."""
         own = credential.keys[0]
         key = self._aliases.get(own) or own
         found, trouble = self.ask("cannot be read", self._read, key, credential)
-        if found is None and trouble is None and key == own:
-            text, trouble = self.ask("cannot be read", self._text, f"{own}-alias")
-            if (alias := _rules.read_alias(text, credential)) is not None:
-                key, (found, trouble) = alias, self.ask("cannot be read", self._read, alias, credential, True)
-                self._aliases.put(own, alias)
+        for each in credential.keys if key == own else ():
+            if found is None and trouble is None:
+                text, trouble = self.ask("cannot be read", self._text, f"{each}-alias")
+                if (alias := _rules.read_alias(text, credential) or own) != own:
+                    found, trouble = self.ask("cannot be read", self._read, alias, credential, True)
+                    if found is not None or each == own:  # else it may be another user's
+                        key = alias
+                        self._aliases.put(own, key)
         self._looked_at.put(key, self.runtime.steady())
         known = self.chains.get(key)
         if found is not None and (known is None or found.generation >= known.generation):
@@ -278,12 +303,12 @@ class Ledger:
             self.warn("has an entry that cannot be read")
             return None
 
-    def keep(self, chain: Chain[Any], spent: Credential[Any] | None = None) -> None:
+    def keep(self, chain: Chain[Any], spent: Credential[Any] | None = None, *, in_memory: bool = False) -> None:
         """Remember a chain with a new token, and write it down, unless the store has a higher generation."""
         chain = chain.with_text()
         self.unsaved[chain.key] = chain
         self._remember(chain)
-        if not self.save(chain) and spent is not None and self.delete(f"{spent.keys[0]}-attempt"):
+        if not (in_memory or self.save(chain)) and spent is not None and self.delete(f"{spent.keys[0]}-attempt"):
             self.save(chain)  # in the room that this has kept free
 
     def _remember(self, chain: Chain[Any]) -> None:

@@ -33,6 +33,7 @@ BIRTH_SECOND = 1.0  # how long a refresh may return the token itself, from its b
 REJECTED = 60.0  # how old a token must be to be refreshed because the service rejected it
 LAST_MOMENTS = 3.0  # before its end a token is refreshed without waiting for the store or the lock
 LEASE = 5.0  # of a lock, renewed by its holder
+TOO_SLOW, LONGEST_DELAY = 0.5, 10.0  # seconds without a word from the store, to be passed by in the last moments
 TRUSTED = 0.5  # how long memory is trusted where others share the store
 SETTLED = 2.0  # how long a store must have been well before it proves anything
 POLL, LONGEST_POLL = 0.05, 0.25  # how often a lock that another holds is tried
@@ -306,9 +307,13 @@ def last_moments(window: float) -> float:
     return max(0.25, min(LAST_MOMENTS, window / 8))
 
 
-def is_urgent(left: Left, window: float) -> bool:
-    """Whether a token is in its last moments. A certain loss is worse than a possible one."""
-    return left.most > 0 and left.least <= last_moments(window)
+def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
+    """
+    Whether a token is in its last moments. A certain loss is worse than a possible one.
+
+    *delay* is how many seconds the store keeps everyone waiting, if it does not do what it is told.
+    """
+    return left.most > 0 and left.least <= last_moments(window) + min(delay, LONGEST_DELAY)
 
 
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None) -> float:
@@ -401,6 +406,7 @@ class View:
         is_refused: Whether the service has refused the token lately.
         hold: Seconds until it may be refreshed.
         pause: Seconds for which the service asked callers to wait.
+        delay: Seconds that the store would take to say nothing, so that it is not asked.
     """
 
     left: Left
@@ -413,6 +419,7 @@ class View:
     hold: float
     pause: float
     announced: bool | None = None
+    delay: float = 0.0
 
 
 def patience(view: View) -> float:
@@ -424,7 +431,9 @@ def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    urgent = is_urgent(view.left, view.window)  # then it waits neither for the store nor, for long, for the lock
+    urgent = is_urgent(
+        view.left, view.window, view.delay
+    )  # then it waits neither for the store nor, for long, for the lock
     without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
         return without_store

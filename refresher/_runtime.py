@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -183,6 +184,15 @@ class SystemRuntime:
 
     def __init__(self) -> None:
         self.boot = _read_boot()
+        self._running: dict[object, int] = {}  # in which process: a forked child has none of its parent's threads
+        self._is_over = False
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """Wait for what daemons have begun since Python waited for its threads: a token may be on its way."""
+        while os.getpid() in list(self._running.values()):
+            time.sleep(0.01)
+        self._is_over = True
 
     def now(self) -> float:
         return time.time()  # looked up each time: freezegun and others replace it
@@ -210,11 +220,25 @@ class SystemRuntime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        try:
-            in_thread(work, daemon=daemon)
-        except RuntimeError:  # too many threads, or the interpreter is shutting down
-            if not daemon:
+        if daemon:
+            with contextlib.suppress(RuntimeError):  # too many threads, or the interpreter is shutting down
+                in_thread(work, daemon=True)
+            return
+        if self._is_over and threading.current_thread().daemon:
+            threading.Event().wait()  # it ends with the process, as whatever it began now would
+        mark = object()
+
+        def run() -> None:
+            try:
                 work()
+            finally:
+                self._running.pop(mark, None)
+
+        self._running[mark] = os.getpid()
+        try:
+            in_thread(run, daemon=False)
+        except RuntimeError:
+            run()
 
     def send(
         self,

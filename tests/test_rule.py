@@ -257,6 +257,14 @@ def test_living_token_while_the_store_is_down(kuzzle, clock, store, cache, root)
     assert len(kuzzle.requests) == 1
 
 
+def wait_for_copies(cache):
+    """Wait until the store has all that a process knows."""
+    deadline = time.monotonic() + 10
+    while cache._ledger.unsaved:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_last_moments_while_the_store_is_down(kuzzle, clock, store, cache, root):
     """Before it would be lost, a token is refreshed without the store, which has the new one as soon as it's back."""
     first, other = refresh_kuzzle_token(kuzzle.url, root, cache=cache), kuzzle.login("bar", "9h", ago=1800)
@@ -269,10 +277,48 @@ def test_last_moments_while_the_store_is_down(kuzzle, clock, store, cache, root)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
     store.is_down = False
     refresh_kuzzle_token(kuzzle.url, other, cache=cache)
-    deadline = time.monotonic() + 5
-    while refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=5) != token:
-        assert time.monotonic() < deadline
+    wait_for_copies(cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
     assert len(kuzzle.requests) == 3
+
+
+class SlowStore(SharedStore):
+    """It says nothing for some seconds, and then that it is out of order."""
+
+    silence = None
+
+    def _do(self, name, *arguments):
+        if self.silence is not None:
+            self.over.wait(self.silence)
+            raise TimeoutError
+        return super()._do(name, *arguments)
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.over = threading.Event()
+
+
+@pytest.mark.parametrize("silence", [1.0, 60.0])
+def test_last_moments_while_the_store_hangs(kuzzle, clock, root, silence):
+    """A store that takes longer to say nothing than a token has left is passed by, also by whoever comes later."""
+    store = SlowStore(clock)
+    cache = TokenCache(store, clock=clock)
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.silence = silence
+    time.sleep(0.6)
+    clock.advance(HOUR - 6)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == first, "there is time"
+    clock.advance(3)
+    started = time.monotonic()
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    assert token != first
+    assert kuzzle.knows(token.jwt)
+    assert time.monotonic() - started < 2.5
+    store.silence = None
+    store.over.set()
+    wait_for_copies(cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
+    assert len(kuzzle.requests) == 2
 
 
 class FullDisk(FileStore):
@@ -839,10 +885,7 @@ def test_only_copy_is_written_down(kuzzle, clock, store, root):
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     time.sleep(0.5)
     store.is_down = False
-    deadline = time.monotonic() + 10
-    while cache._ledger.unsaved:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_copies(cache)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
 
 
@@ -948,3 +991,64 @@ def test_threads_that_share_a_jar(kuzzle):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(call, range(4)))
     assert len(kuzzle.requests) == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("first", ["user_id", "user_token"])
+def test_one_session_by_two_names(circle, clock, store, first, shared):
+    """A session is the same by its user's id and by its user token, but not by another user's id."""
+    old = circle.sign_in("user-1", device_id="device-1")
+    options = {"device_id": "device-1", "api_key": circle.api_key, "base_url": circle.url, "timeout": 5}
+    names = [{"user_id": "user-1"}, {"user_token": old.user_token}]
+    caches = [TokenCache(store, clock=clock)] * 2 if not shared else [TokenCache(store), TokenCache(store)]
+    pairs = [
+        refresh_user_token(refresh_token=old.refresh_token, **name, **options, cache=cache)
+        for name, cache in zip(names if first == "user_id" else names[::-1], caches, strict=True)
+    ]
+    assert pairs[0] == pairs[1]
+    assert refresh_user_token(refresh_token=pairs[0].refresh_token, user_id="user-1", **options, cache=caches[0])
+    circle.sign_in("user-2", device_id="device-1")
+    for cache in caches:
+        with pytest.raises(RefreshError):
+            refresh_user_token(refresh_token=old.refresh_token, user_id="user-2", **options, cache=cache)
+
+
+LATE = """
+import atexit, time
+cache, go = TokenCache(refresher.FileStore(jwts.pop())), threading.Event()
+
+def keep():
+    go.wait()
+    while True:
+        refresh_kuzzle_token(url, jwts[0], cache=cache, timeout=5)
+        time.sleep(0.1)
+
+def flush():
+    go.set()
+    time.sleep(0.5)
+
+threading.Thread(target=keep, daemon=True).start()
+atexit.register(flush)
+"""
+
+
+def test_daemon_that_refreshes_at_the_end(kuzzle, root, tmp_path):
+    """What a daemon thread has begun while the process was ending is waited for, and written down."""
+    kuzzle.delay_next(1.0)
+    run(PRELUDE + LATE, kuzzle.url, root, str(tmp_path))
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path)))
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 1
+
+
+def test_daemon_that_comes_too_late():
+    """What a daemon thread would begin when nobody waits any more is not begun."""
+    runtime, begun = SystemRuntime(), []
+    runtime._end()
+    thread = threading.Thread(target=lambda: runtime.start(lambda: begun.append(1)), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert (thread.is_alive(), begun) == (True, [])
+    runtime.start(lambda: begun.append(1))
+    while not begun:
+        time.sleep(0.01)

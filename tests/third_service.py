@@ -154,7 +154,7 @@ def parse(reply: Reply, request: Request) -> Ticket:
     Raises:
         RefreshError: There is no ticket in it.
     """
-    body = reply.json()
+    body = reply.json().reveal()
     if 200 <= reply.status < 300:
         try:
             return Ticket.from_dict(body)

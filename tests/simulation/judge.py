@@ -105,6 +105,7 @@ def spending(world: World, process: Process, session: Session, request: Request,
     is_newest = request.spends and plain(request.secret) == session.newest_secret and not session.is_circle
     if is_newest and store.troubled() and store.trouble_since < began - 0.05:
         limit = last_moments(session.newest, process.ahead) + 1.5  # clocks are not known better than that
+        limit += min(world.time - store.trouble_since, 10.0)  # what is slow to say no has to be asked the earlier
         if process.wrote_at < world.time - 15.0 and session.left() > limit and session.is_alive():
             world.violated("spent though it could not be kept", f"{session.user}: the store {store.trouble}")
 

@@ -167,13 +167,13 @@ MUTANTS = [
         "nothing is announced",
         (
             _FLIGHT,
-            "        return self._ledger.note(spend, begun, ",
-            "        return True or self._ledger.note(spend, begun, ",
+            "        return not self._is_alone and announce()",
+            "        return True",
         ),
     ),
     Mutant(
         "in a token's last moments the store is still waited for",
-        (_RULES, "urgent = is_urgent(view.left, view.window)", "urgent = False"),
+        (_RULES, "urgent = is_urgent(view.left, view.window, view.delay)", "urgent = False"),
     ),
     # Refusals
     Mutant(
@@ -261,7 +261,7 @@ MUTANTS = [
         "a call gives up when its pause would end too late",
         (
             _RULES,
-            "    return min(drawn * longest, time_left - LAST_CALL)",
+            "    return max(error.retry_after or 0.0, min(drawn * longest, time_left - LAST_CALL))",
             "    return drawn * longest if drawn * longest < time_left - LAST_CALL else None",
         ),
     ),
