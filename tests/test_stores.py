@@ -1316,6 +1316,38 @@ def test_suspended_guard(folder, monkeypatch):
     assert names(folder) == [f"refresher-{KEY}.entry", f"refresher-{KEY}.lock"]
 
 
+def test_suspended_sweep(folder, monkeypatch):
+    """A process that is suspended while it looks for expired files keeps nobody from a lock."""
+    store, read, found = FileStore(folder), refresher.stores.file._read, []
+
+    def suspended(path):
+        if path.suffix == ".entry":
+            found.append(store.acquire(KEY, "owner", 5))
+        return read(path)
+
+    monkeypatch.setattr("refresher.stores.file._read", suspended)
+    store.set(KEY, "value", 60)
+    assert found == [0.0]
+
+
+def test_sweep_looks_again(folder, later, monkeypatch):
+    """An entry that is written again just when another process finds it expired is not removed."""
+    store, is_over = FileStore(folder), refresher.stores.file._is_over
+    store.set(KEY, "old", 60)
+    later(61)
+
+    def overtaken(file):
+        found = is_over(file)
+        if found:
+            monkeypatch.setattr("refresher.stores.file._is_over", is_over)
+            store.set(KEY, "new", 60)
+        return found
+
+    monkeypatch.setattr("refresher.stores.file._is_over", overtaken)
+    store.set(KEY[:2] + "other", "value", 60)
+    assert store.get(KEY) == b"new"
+
+
 def test_guards_are_few(folder):
     """Locks of many keys leave few files behind."""
     store = FileStore(folder)
