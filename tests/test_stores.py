@@ -1541,6 +1541,17 @@ def test_sqlite_that_requests_lock(configured):
         connections["default"].settings_dict["ATOMIC_REQUESTS"] = False
 
 
+def test_database_that_commits_nothing(configured):
+    """A cache in a database where nobody commits what a refresh writes is refused."""
+    configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
+    connections["default"].settings_dict["AUTOCOMMIT"] = False
+    try:
+        with pytest.raises(ImproperlyConfigured, match=r"AUTOCOMMIT off.*a database of its own, with AUTOCOMMIT on"):
+            DjangoStore("bad")
+    finally:
+        connections["default"].settings_dict["AUTOCOMMIT"] = True
+
+
 SITE = {
     "settings.py": """
         SECRET_KEY = "test"

@@ -55,6 +55,9 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
         yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
+        if not connection.settings_dict["AUTOCOMMIT"]:
+            message = f"{setting} is in a database with AUTOCOMMIT off, which would not keep what a refresh writes."
+            yield "E006", message, "Give the cache a database of its own, with AUTOCOMMIT on."
         if connection.vendor == "sqlite" and connection.settings_dict["ATOMIC_REQUESTS"]:
             message = f"{setting} is in an SQLite database, which each request locks (ATOMIC_REQUESTS)."
             yield "E005", message, "Give the cache a database of its own, or use Redis or Memcached."
@@ -200,7 +203,7 @@ class DjangoStore:
     released in one step each. Machines that share a database need clocks that agree within a second or two.
 
     Settings under which sessions would be lost are refused. ``manage.py check`` says the same, with the ids
-    ``refresher.E001`` to ``refresher.E005``.
+    ``refresher.E001`` to ``refresher.E006``.
 
     Args:
         alias: Which of ``settings.CACHES``.
