@@ -1529,6 +1529,21 @@ def test_small_local_cache(configured):
         DjangoStore("bad", single_process=True)
 
 
+@pytest.mark.parametrize("backend", ["db.DatabaseCache", "locmem.LocMemCache"])
+def test_small_cache_in_the_same_place(configured, backend):
+    """Another cache with the same entries must not drop sessions either."""
+    cache = {"BACKEND": BACKENDS + backend, "LOCATION": "default_shared"}
+    configured(**cache, **ROOM)
+    DjangoStore("bad", single_process=True)
+    more = {"pages": cache, "others": {**cache, "BACKEND": BACKENDS + "dummy.DummyCache"}}
+    with django_caches(**more), pytest.raises(ImproperlyConfigured) as caught:
+        DjangoStore("bad", single_process=True)
+    assert str(caught.value) == (
+        "settings.CACHES['pages'], in the same place as settings.CACHES['bad'], keeps 300 entries, "
+        "and drops valid sessions beyond that. Set its OPTIONS: {'MAX_ENTRIES': 100000} or more."
+    )
+
+
 def test_sqlite_that_requests_lock(configured):
     """A cache in an SQLite database that each request locks is refused."""
     configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)

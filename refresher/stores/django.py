@@ -50,8 +50,9 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
     if isinstance(cache, LocMemCache) and not single_process:
         message = f"{setting} is a LocMemCache, unseen by other processes: two of them could spend one token."
         yield "E003", message, f"{shared}, or DjangoStore(single_process=True) if there is one process only."
-    if isinstance(cache, (BaseDatabaseCache, LocMemCache)) and cache._max_entries < _LEAST_MAX_ENTRIES:
-        message = f"{setting} keeps {cache._max_entries} entries, and drops valid sessions beyond that."
+    for name in _dropping(alias, cache):
+        culprit = setting if name == alias else f"settings.CACHES[{name!r}], in the same place as {setting},"
+        message = f"{culprit} keeps {caches[name]._max_entries} entries, and drops valid sessions beyond that."
         yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
@@ -61,6 +62,16 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
         if connection.vendor == "sqlite" and connection.settings_dict["ATOMIC_REQUESTS"]:
             message = f"{setting} is in an SQLite database, which each request locks (ATOMIC_REQUESTS)."
             yield "E005", message, "Give the cache a database of its own, or use Redis or Memcached."
+
+
+def _dropping(alias: str, cache: Any) -> Iterator[str]:
+    """Find the aliases that drop entries of a cache too early: each of those that share it has a limit of its own."""
+    place = caches.settings[alias].get("LOCATION", "")
+    sharing = [name for name, options in caches.settings.items() if options.get("LOCATION", "") == place]
+    for kind in (BaseDatabaseCache, LocMemCache):
+        for name in sharing if isinstance(cache, kind) else ():
+            if isinstance(caches[name], kind) and caches[name]._max_entries < _LEAST_MAX_ENTRIES:
+                yield name
 
 
 def _check(**_: object) -> list[checks.CheckMessage]:
