@@ -1632,6 +1632,17 @@ def test_memcached_that_is_down_and_says_nothing(memcached):
         server.stop()
 
 
+def test_memcached_without_replies(memcached):
+    """A site whose own entries are written without a reply has locks all the same."""
+    pytest.importorskip("pymemcache")
+    backend = {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}
+    with django_caches(hasty={**backend, "OPTIONS": {"default_noreply": True}}):
+        store, key = DjangoStore("hasty"), os.urandom(32).hex()
+        assert store.acquire(key, "first", 60) == 0.0
+        assert store.acquire(key, "second", 60) > 0.0
+        assert caches["hasty"]._options["default_noreply"] is True
+
+
 def test_too_long_for_memcached(memcached):
     """An entry that Memcached refuses is an error, whether the client says so or not."""
     exceptions = pytest.importorskip("pymemcache.exceptions")

@@ -286,7 +286,10 @@ def _cache(alias: str) -> Any:
     mine: dict[Any, Any] = vars(_mine)
     key = os.getpid(), alias
     if key not in mine or mine[key][0] is not caches.settings:  # which are replaced if a test overrides them
-        mine[key] = caches.settings, caches.create_connection(alias)
+        cache: Any = caches.create_connection(alias)
+        if isinstance(cache, PyMemcacheCache):  # without replies, anybody could take a lock
+            vars(cache)["_options"]["default_noreply"] = False
+        mine[key] = caches.settings, cache
     return mine[key][1]
 
 
