@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -472,6 +473,40 @@ def test_no_store(value, hint):
     assert str(caught.value) == f"store must be a Store: {hint}"
 
 
+def locals_of(error):
+    """Show the local variables of the stores' frames, as debuggers do."""
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+    folder = Path(refresher.stores.__file__).parent
+    return repr([frame.locals for frame in trace.stack if Path(frame.filename).parent == folder])
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        pytest.param(lambda: FileStore(None), "path", id="no path"),
+        pytest.param(lambda: FileStore(5), "path", id="number as path"),
+        pytest.param(lambda: FileStore(b"bytes"), "path", id="bytes as path"),
+        pytest.param(lambda: FileStore("a\0b"), "path", id="path with a null character"),
+        pytest.param(lambda: RedisStore("redis://:planted@host"), "client", id="URL as client"),
+        pytest.param(lambda: RedisStore(redis.Redis), "client", id="class as client"),
+        pytest.param(lambda: RedisStore(redis.Redis(password="planted").pipeline()), "client", id="pipeline as client"),
+        pytest.param(lambda: EncryptedStore("planted", MemoryStore()), "store", id="key and store swapped"),
+        pytest.param(lambda: EncryptedStore(["planted"], MemoryStore()), "store", id="keys and store swapped"),
+        pytest.param(lambda: EncryptedStore(MemoryStore(), "planted"), "keys", id="no key"),
+        pytest.param(lambda: MemoryStore("9"), "maxsize", id="text as size"),
+        pytest.param(lambda: MemoryStore(timer=7), "timer", id="number as timer"),
+    ],
+)
+def test_wrong_arguments(make, name):
+    """A wrong argument is named, and no frame of ours shows it. What is half made has a repr, for debuggers."""
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be ") as caught:
+        make()
+    shown = locals_of(caught.value)
+    assert "'self': " in shown
+    assert "planted" not in shown + str(caught.value)
+    assert "repr() failed" not in shown
+
+
 def test_stores(tmp_path):
     """All stores are stores. None of them tells a secret when it's shown."""
     client = redis.Redis(password="planted")
@@ -583,7 +618,7 @@ def test_used_entries_make_room_in_the_end():
 @pytest.mark.parametrize("maxsize", [0, -1])
 def test_memory_of_no_size(maxsize):
     """A store that keeps nothing is a mistake."""
-    with pytest.raises(InvalidArgumentError, match="maxsize must be one or more"):
+    with pytest.raises(InvalidArgumentError, match="maxsize must be an integer, one or more"):
         MemoryStore(maxsize)
 
 
@@ -1092,7 +1127,7 @@ def test_foreign_files_stay(folder):
 @pytest.mark.parametrize("path", ["", b""])
 def test_no_folder_is_not_the_current_one(path):
     """An empty path is a mistake, and not the current folder."""
-    with pytest.raises(InvalidArgumentError, match="path must not be empty"):
+    with pytest.raises(InvalidArgumentError, match="path must be a str or a Path, not empty"):
         FileStore(path)
 
 
@@ -1561,7 +1596,7 @@ def test_database_that_commits_nothing(configured):
     configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
     connections["default"].settings_dict["AUTOCOMMIT"] = False
     try:
-        with pytest.raises(ImproperlyConfigured, match=r"AUTOCOMMIT off.*a database of its own, with AUTOCOMMIT on"):
+        with pytest.raises(ImproperlyConfigured, match=r"keeps nothing.*AUTOCOMMIT off.*one that has it on"):
             DjangoStore("bad")
     finally:
         connections["default"].settings_dict["AUTOCOMMIT"] = True

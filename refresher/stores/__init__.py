@@ -99,6 +99,7 @@ def check_store(value: object) -> Store:
     else:
         missing = [name for name in _METHODS if not hasattr(value, name)]
         hint = f"{type(value).__name__} has no {', '.join(missing)}; for a store in memory, use TokenCache()"
+    del value  # an error's traceback shows what a frame has
     raise InvalidArgumentError(f"store must be a Store: {hint}")
 
 

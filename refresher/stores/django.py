@@ -57,8 +57,7 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
         if not connection.settings_dict["AUTOCOMMIT"]:
-            message = f"{setting} is in a database with AUTOCOMMIT off, which would not keep what a refresh writes."
-            yield "E006", message, "Give the cache a database of its own, with AUTOCOMMIT on."
+            yield "E006", f"{setting} keeps nothing: its database has AUTOCOMMIT off.", "Give it one that has it on."
         if connection.vendor == "sqlite" and connection.settings_dict["ATOMIC_REQUESTS"]:
             message = f"{setting} is in an SQLite database, which each request locks (ATOMIC_REQUESTS)."
             yield "E005", message, "Give the cache a database of its own, or use Redis or Memcached."
@@ -67,10 +66,10 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
 def _dropping(alias: str, cache: Any) -> Iterator[str]:
     """Find the aliases that drop entries of a cache too early: each of those that share it has a limit of its own."""
     place = caches.settings[alias].get("LOCATION", "")
-    sharing = [name for name, options in caches.settings.items() if options.get("LOCATION", "") == place]
     for kind in (BaseDatabaseCache, LocMemCache):
-        for name in sharing if isinstance(cache, kind) else ():
-            if isinstance(caches[name], kind) and caches[name]._max_entries < _LEAST_MAX_ENTRIES:
+        for name, options in caches.settings.items() if isinstance(cache, kind) else ():
+            shares = options.get("LOCATION", "") == place and isinstance(caches[name], kind)
+            if shares and caches[name]._max_entries < _LEAST_MAX_ENTRIES:
                 yield name
 
 

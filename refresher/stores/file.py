@@ -210,14 +210,14 @@ class FileStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        given = os.fspath(path)
-        if not given:
-            raise InvalidArgumentError("path must not be empty")
+        given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(given, str) or not given or "\0" in given:
+            raise InvalidArgumentError("path must be a str or a Path, not empty and without null characters")
         # A daemon changes the current folder.
         self._given = Path(given) if given.startswith("~") else Path(given).absolute()
 
     def __repr__(self) -> str:
-        return f"FileStore({str(self._given)!r})"
+        return f"FileStore({str(getattr(self, '_given', ''))!r})"  # also in the middle of a complaint
 
     @functools.cached_property
     def _path(self) -> Path:

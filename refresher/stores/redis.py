@@ -42,17 +42,20 @@ class RedisStore:
         prefix: What all keys begin with.
 
     Raises:
-        InvalidArgumentError: *client* is no such client, or one for asyncio.
+        InvalidArgumentError: *client* is no such client, one for asyncio, or a pipeline.
     """
 
     def __init__(self, client: redis.Redis, prefix: str = "refresher:2:") -> None:
-        if not hasattr(client, "eval") or inspect.iscoroutinefunction(getattr(client, "execute_command", None)):
+        is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
+        is_pipeline = hasattr(client, "execute")
+        if is_async or is_pipeline or isinstance(client, type) or not hasattr(client, "eval"):
+            del client  # an error's traceback shows what a frame has
             raise InvalidArgumentError("client must be a blocking client, such as redis.Redis.from_url(url)")
         self._client: Any = client
         self._prefix = prefix
 
     def __repr__(self) -> str:
-        return f"RedisStore(prefix={self._prefix!r})"
+        return f"RedisStore(prefix={getattr(self, '_prefix', None)!r})"  # also in the middle of a complaint
 
     def get(self, key: str, /) -> str | bytes | None:
         """Return an entry. None if there is none, or it has expired."""
