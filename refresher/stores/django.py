@@ -31,6 +31,9 @@ _LONGEST_LEASE = 86_400.0
 _LEAST_MAX_ENTRIES = 100_000
 _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
 _INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
+# Without replies, anybody could take a lock. For a second after an error, or with ignore_exc, all entries would seem to
+# be gone.
+_PLAIN_MEMCACHE = {"default_noreply": False, "ignore_exc": False, "retry_attempts": 0, "dead_timeout": 0}
 # Which caches the site uses, and whether by one process: what `manage.py check` looks at.
 _used: dict[tuple[str, bool], None] = {}
 # Each thread's caches, by process and alias, and the settings that they were made by.
@@ -286,8 +289,8 @@ def _cache(alias: str) -> Any:
     key = os.getpid(), alias
     if key not in mine or mine[key][0] is not caches.settings:  # which are replaced if a test overrides them
         cache: Any = caches.create_connection(alias)
-        if isinstance(cache, PyMemcacheCache):  # without replies, anybody could take a lock
-            vars(cache)["_options"]["default_noreply"] = False
+        if isinstance(cache, PyMemcacheCache):
+            vars(cache)["_options"].update(_PLAIN_MEMCACHE)
         mine[key] = caches.settings, cache
     return mine[key][1]
 

@@ -47,8 +47,8 @@ class RedisStore:
 
     def __init__(self, client: redis.Redis, prefix: str = "refresher:2:") -> None:
         is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
-        is_pipeline = hasattr(client, "execute")
-        if is_async or is_pipeline or isinstance(client, type) or not hasattr(client, "eval"):
+        # What has execute() is a pipeline, which does nothing at once.
+        if is_async or isinstance(client, type) or hasattr(client, "execute") or not hasattr(client, "eval"):
             del client  # an error's traceback shows what a frame has
             raise InvalidArgumentError("client must be a blocking client, such as redis.Redis.from_url(url)")
         self._client: Any = client
