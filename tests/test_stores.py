@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -367,19 +368,38 @@ class Careless(MemoryStore):
 
     def __init__(self, **fault):
         super().__init__()
-        vars(self).update(fault)
+        vars(self).update({name: partial(fault, self) for name, fault in fault.items()})
+
+
+def set_for_a_month(store, key, value, seconds):
+    """Take more than 30 days for a date in 1970, as Memcached does."""
+    MemoryStore.set(store, key, value, seconds if seconds <= 30 * 86400 else -1)
+
+
+def set_in_halves(store, key, value, seconds):
+    MemoryStore.set(store, key, value[: len(value) // 2], seconds)
+    time.sleep(0.001)
+    MemoryStore.set(store, key, value, seconds)
+
+
+def acquire_once(store, key, owner, lease):
+    hold = store._locks.get(key)
+    return 0.0 if hold is not None and hold.owner == owner else MemoryStore.acquire(store, key, owner, lease)
 
 
 @pytest.mark.parametrize(
     ("fault", "test", "message"),
     [
-        pytest.param({"get": lambda key: ""}, "test_entry", "nobody wrote", id="no miss"),
-        pytest.param({"delete": lambda key: None}, "test_entry", "deleted entry", id="no deletion"),
-        pytest.param({"_part": lambda key: MemoryStore()._sessions}, "test_texts", "changed", id="keeps nothing"),
-        pytest.param({"_timer": lambda: 0.0}, "test_lease", "did not end", id="endless lease"),
+        pytest.param({"get": lambda *_: ""}, "test_entry", "nobody wrote", id="no miss"),
+        pytest.param({"delete": lambda *_: None}, "test_entry", "deleted entry", id="no deletion"),
+        pytest.param({"_part": lambda *_: MemoryStore()._sessions}, "test_texts", "changed", id="keeps nothing"),
+        pytest.param({"_timer": lambda *_: 0.0}, "test_lease", "did not end", id="endless lease"),
         pytest.param({"acquire": lambda *_: 0.0}, "test_lock", "another owner has", id="no lock"),
         pytest.param({"acquire": lambda *_: 1.0}, "test_lock", "could not be taken", id="always held"),
         pytest.param({"renew": lambda *_: True}, "test_lock", "does not have it", id="no owner"),
+        pytest.param({"set": set_for_a_month}, "test_expiry", "lasts for years", id="short memory"),
+        pytest.param({"set": set_in_halves}, "test_whole", "a part of an entry", id="torn entries"),
+        pytest.param({"acquire": acquire_once}, "test_taken_again", "did not start again", id="one lease"),
         pytest.param({"renew": lambda *_: False}, "test_renewal", "not renew", id="no renewal"),
     ],
 )
@@ -405,6 +425,16 @@ def test_contract_finds_swallowed_errors():
         make_unreachable = MemoryStore
 
     with pytest.raises(AssertionError, match=r"get\(\) raised nothing"):
+        Contract().test_unreachable()
+
+    class Deaf(FileStore):
+        def renew(self, key, owner, lease):
+            with contextlib.suppress(OSError):
+                return super().renew(key, owner, lease)
+            return True
+
+    Contract.make_unreachable = lambda _: Deaf("/dev/null/shelf")
+    with pytest.raises(AssertionError, match=r"renew\(\) raised nothing"):
         Contract().test_unreachable()
     with pytest.raises(NotImplementedError, match=r"needs a method make\(\)"):
         StoreContract().make()
