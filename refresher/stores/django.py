@@ -215,8 +215,9 @@ class DjangoStore:
     With Redis, with Memcached through ``PyMemcacheCache``, and with a database, a lock is taken, renewed and
     released in one step each. Machines that share a database need clocks that agree within a second or two.
 
-    Settings under which sessions would be lost are refused. ``manage.py check`` says the same, with the ids
-    ``refresher.E001`` to ``refresher.E006``.
+    Settings under which sessions would be lost are refused. If your module has ``tokens = TokenCache(DjangoStore())``,
+    its import fails, and so does ``manage.py check``. Where the error is caught, ``manage.py check`` reports it with an
+    id, ``refresher.E001`` to ``refresher.E006``.
 
     Args:
         alias: Which of ``settings.CACHES``.
