@@ -19,7 +19,9 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -366,19 +368,38 @@ class Careless(MemoryStore):
 
     def __init__(self, **fault):
         super().__init__()
-        vars(self).update(fault)
+        vars(self).update({name: partial(fault, self) for name, fault in fault.items()})
+
+
+def set_for_a_month(store, key, value, seconds):
+    """Take more than 30 days for a date in 1970, as Memcached does."""
+    MemoryStore.set(store, key, value, seconds if seconds <= 30 * 86400 else -1)
+
+
+def set_in_halves(store, key, value, seconds):
+    MemoryStore.set(store, key, value[: len(value) // 2], seconds)
+    time.sleep(0.001)
+    MemoryStore.set(store, key, value, seconds)
+
+
+def acquire_once(store, key, owner, lease):
+    hold = store._locks.get(key)
+    return 0.0 if hold is not None and hold.owner == owner else MemoryStore.acquire(store, key, owner, lease)
 
 
 @pytest.mark.parametrize(
     ("fault", "test", "message"),
     [
-        pytest.param({"get": lambda key: ""}, "test_entry", "nobody wrote", id="no miss"),
-        pytest.param({"delete": lambda key: None}, "test_entry", "deleted entry", id="no deletion"),
-        pytest.param({"_part": lambda key: MemoryStore()._sessions}, "test_texts", "changed", id="keeps nothing"),
-        pytest.param({"_timer": lambda: 0.0}, "test_lease", "did not end", id="endless lease"),
+        pytest.param({"get": lambda *_: ""}, "test_entry", "nobody wrote", id="no miss"),
+        pytest.param({"delete": lambda *_: None}, "test_entry", "deleted entry", id="no deletion"),
+        pytest.param({"_part": lambda *_: MemoryStore()._sessions}, "test_texts", "changed", id="keeps nothing"),
+        pytest.param({"_timer": lambda *_: 0.0}, "test_lease", "did not end", id="endless lease"),
         pytest.param({"acquire": lambda *_: 0.0}, "test_lock", "another owner has", id="no lock"),
         pytest.param({"acquire": lambda *_: 1.0}, "test_lock", "could not be taken", id="always held"),
         pytest.param({"renew": lambda *_: True}, "test_lock", "does not have it", id="no owner"),
+        pytest.param({"set": set_for_a_month}, "test_expiry", "lasts for years", id="short memory"),
+        pytest.param({"set": set_in_halves}, "test_whole", "a part of an entry", id="torn entries"),
+        pytest.param({"acquire": acquire_once}, "test_taken_again", "did not start again", id="one lease"),
         pytest.param({"renew": lambda *_: False}, "test_renewal", "not renew", id="no renewal"),
     ],
 )
@@ -404,6 +425,16 @@ def test_contract_finds_swallowed_errors():
         make_unreachable = MemoryStore
 
     with pytest.raises(AssertionError, match=r"get\(\) raised nothing"):
+        Contract().test_unreachable()
+
+    class Deaf(FileStore):
+        def renew(self, key, owner, lease):
+            with contextlib.suppress(OSError):
+                return super().renew(key, owner, lease)
+            return True
+
+    Contract.make_unreachable = lambda _: Deaf("/dev/null/shelf")
+    with pytest.raises(AssertionError, match=r"renew\(\) raised nothing"):
         Contract().test_unreachable()
     with pytest.raises(NotImplementedError, match=r"needs a method make\(\)"):
         StoreContract().make()
@@ -470,6 +501,40 @@ def test_no_store(value, hint):
     with pytest.raises(InvalidArgumentError) as caught:
         check_store(value)
     assert str(caught.value) == f"store must be a Store: {hint}"
+
+
+def locals_of(error):
+    """Show the local variables of the stores' frames, as debuggers do."""
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+    folder = Path(refresher.stores.__file__).parent
+    return repr([frame.locals for frame in trace.stack if Path(frame.filename).parent == folder])
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        pytest.param(lambda: FileStore(None), "path", id="no path"),
+        pytest.param(lambda: FileStore(5), "path", id="number as path"),
+        pytest.param(lambda: FileStore(b"bytes"), "path", id="bytes as path"),
+        pytest.param(lambda: FileStore("a\0b"), "path", id="path with a null character"),
+        pytest.param(lambda: RedisStore("redis://:planted@host"), "client", id="URL as client"),
+        pytest.param(lambda: RedisStore(redis.Redis), "client", id="class as client"),
+        pytest.param(lambda: RedisStore(redis.Redis(password="planted").pipeline()), "client", id="pipeline as client"),
+        pytest.param(lambda: EncryptedStore("planted", MemoryStore()), "store", id="key and store swapped"),
+        pytest.param(lambda: EncryptedStore(["planted"], MemoryStore()), "store", id="keys and store swapped"),
+        pytest.param(lambda: EncryptedStore(MemoryStore(), "planted"), "keys", id="no key"),
+        pytest.param(lambda: MemoryStore("9"), "maxsize", id="text as size"),
+        pytest.param(lambda: MemoryStore(timer=7), "timer", id="number as timer"),
+    ],
+)
+def test_wrong_arguments(make, name):
+    """A wrong argument is named, and no frame of ours shows it. What is half made has a repr, for debuggers."""
+    with pytest.raises(InvalidArgumentError, match=f"^{name} must be ") as caught:
+        make()
+    shown = locals_of(caught.value)
+    assert "'self': " in shown
+    assert "planted" not in shown + str(caught.value)
+    assert "repr() failed" not in shown
 
 
 def test_stores(tmp_path):
@@ -583,7 +648,7 @@ def test_used_entries_make_room_in_the_end():
 @pytest.mark.parametrize("maxsize", [0, -1])
 def test_memory_of_no_size(maxsize):
     """A store that keeps nothing is a mistake."""
-    with pytest.raises(InvalidArgumentError, match="maxsize must be one or more"):
+    with pytest.raises(InvalidArgumentError, match="maxsize must be an integer, one or more"):
         MemoryStore(maxsize)
 
 
@@ -1092,7 +1157,7 @@ def test_foreign_files_stay(folder):
 @pytest.mark.parametrize("path", ["", b""])
 def test_no_folder_is_not_the_current_one(path):
     """An empty path is a mistake, and not the current folder."""
-    with pytest.raises(InvalidArgumentError, match="path must not be empty"):
+    with pytest.raises(InvalidArgumentError, match="path must be a str or a Path, not empty"):
         FileStore(path)
 
 
@@ -1316,6 +1381,38 @@ def test_suspended_guard(folder, monkeypatch):
     assert names(folder) == [f"refresher-{KEY}.entry", f"refresher-{KEY}.lock"]
 
 
+def test_suspended_sweep(folder, monkeypatch):
+    """A process that is suspended while it looks for expired files keeps nobody from a lock."""
+    store, read, found = FileStore(folder), refresher.stores.file._read, []
+
+    def suspended(path):
+        if path.suffix == ".entry":
+            found.append(store.acquire(KEY, "owner", 5))
+        return read(path)
+
+    monkeypatch.setattr("refresher.stores.file._read", suspended)
+    store.set(KEY, "value", 60)
+    assert found == [0.0]
+
+
+def test_sweep_looks_again(folder, later, monkeypatch):
+    """An entry that is written again just when another process finds it expired is not removed."""
+    store, is_over = FileStore(folder), refresher.stores.file._is_over
+    store.set(KEY, "old", 60)
+    later(61)
+
+    def overtaken(file):
+        found = is_over(file)
+        if found:
+            monkeypatch.setattr("refresher.stores.file._is_over", is_over)
+            store.set(KEY, "new", 60)
+        return found
+
+    monkeypatch.setattr("refresher.stores.file._is_over", overtaken)
+    store.set(KEY[:2] + "other", "value", 60)
+    assert store.get(KEY) == b"new"
+
+
 def test_guards_are_few(folder):
     """Locks of many keys leave few files behind."""
     store = FileStore(folder)
@@ -1497,6 +1594,21 @@ def test_small_local_cache(configured):
         DjangoStore("bad", single_process=True)
 
 
+@pytest.mark.parametrize("backend", ["db.DatabaseCache", "locmem.LocMemCache"])
+def test_small_cache_in_the_same_place(configured, backend):
+    """Another cache with the same entries must not drop sessions either."""
+    cache = {"BACKEND": BACKENDS + backend, "LOCATION": "default_shared"}
+    configured(**cache, **ROOM)
+    DjangoStore("bad", single_process=True)
+    more = {"pages": cache, "others": {**cache, "BACKEND": BACKENDS + "dummy.DummyCache"}}
+    with django_caches(**more), pytest.raises(ImproperlyConfigured) as caught:
+        DjangoStore("bad", single_process=True)
+    assert str(caught.value) == (
+        "settings.CACHES['pages'], in the same place as settings.CACHES['bad'], keeps 300 entries, "
+        "and drops valid sessions beyond that. Set its OPTIONS: {'MAX_ENTRIES': 100000} or more."
+    )
+
+
 def test_sqlite_that_requests_lock(configured):
     """A cache in an SQLite database that each request locks is refused."""
     configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
@@ -1507,6 +1619,17 @@ def test_sqlite_that_requests_lock(configured):
             DjangoStore("bad")
     finally:
         connections["default"].settings_dict["ATOMIC_REQUESTS"] = False
+
+
+def test_database_that_commits_nothing(configured):
+    """A cache in a database where nobody commits what a refresh writes is refused."""
+    configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
+    connections["default"].settings_dict["AUTOCOMMIT"] = False
+    try:
+        with pytest.raises(ImproperlyConfigured, match=r"keeps nothing.*AUTOCOMMIT off.*one that has it on"):
+            DjangoStore("bad")
+    finally:
+        connections["default"].settings_dict["AUTOCOMMIT"] = True
 
 
 SITE = {
@@ -1548,8 +1671,8 @@ def test_manage_check(tmp_path):
 
 
 def test_memcached_that_is_down_and_says_nothing(memcached):
-    """With ``ignore_exc``, a Memcached that is down is an error, and no lock held by another."""
-    pytest.importorskip("pymemcache")
+    """With ``ignore_exc``, a Memcached that is down is an error each time: no entry is gone, no lock another's."""
+    exceptions = pytest.importorskip("pymemcache.exceptions")
     server = Memcached()
     server.start()
     options = {"ignore_exc": True, "retry_attempts": 0, "dead_timeout": 0}
@@ -1564,22 +1687,40 @@ def test_memcached_that_is_down_and_says_nothing(memcached):
             store.set(KEY, "value", 60)
             assert store.acquire(KEY, "owner", 5) == 0.0
             server.stop()
+            for _ in range(3):
+                with pytest.raises((OSError, exceptions.MemcacheServerError)):
+                    store.get(KEY)
+            store = refresher.stores.django._CacheStore(caches["quiet"])  # as of a client that we can't set up
             with pytest.raises(ConnectionError, match="neither gives a lock nor says who holds it"):
                 store.acquire(KEY, "other", 5)
             with pytest.raises(ConnectionError, match="did not keep an entry"):
                 store.set(KEY, "other", 60)
             assert not store.renew(KEY, "owner", 5)
             store.release(KEY, "owner")
+            server.start()
+            assert DjangoStore("quiet").get(KEY) is None
     finally:
         server.stop()
 
 
+def test_memcached_without_replies(memcached):
+    """A site whose own entries are written without a reply has locks all the same."""
+    pytest.importorskip("pymemcache")
+    backend = {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}
+    with django_caches(hasty={**backend, "OPTIONS": {"default_noreply": True}}):
+        store, key = DjangoStore("hasty"), os.urandom(32).hex()
+        assert store.acquire(key, "first", 60) == 0.0
+        assert store.acquire(key, "second", 60) > 0.0
+        assert caches["hasty"]._options["default_noreply"] is True
+
+
 def test_too_long_for_memcached(memcached):
-    """An entry that Memcached refuses is an error, whether the client says so or not."""
+    """An entry that Memcached refuses is an error, whether the site wants to hear of it or not."""
     exceptions = pytest.importorskip("pymemcache.exceptions")
-    for quiet, error in ((False, exceptions.MemcacheServerError), (True, ConnectionError)):
+    for quiet in (False, True):
         backend = {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}
-        with django_caches(big={**backend, "OPTIONS": {"ignore_exc": quiet}}), pytest.raises(error):
+        big = {**backend, "OPTIONS": {"ignore_exc": quiet}}
+        with django_caches(big=big), pytest.raises(exceptions.MemcacheServerError):
             DjangoStore("big").set(KEY, "x" * 2_000_000, 60)
 
 

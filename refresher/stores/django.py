@@ -31,6 +31,9 @@ _LONGEST_LEASE = 86_400.0
 _LEAST_MAX_ENTRIES = 100_000
 _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
 _INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
+# Without replies, anybody could take a lock. For a second after an error, or with ignore_exc, all entries would seem to
+# be gone.
+_PLAIN_MEMCACHE = {"default_noreply": False, "ignore_exc": False, "retry_attempts": 0, "dead_timeout": 0}
 # Which caches the site uses, and whether by one process: what `manage.py check` looks at.
 _used: dict[tuple[str, bool], None] = {}
 # Each thread's caches, by process and alias, and the settings that they were made by.
@@ -50,14 +53,27 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
     if isinstance(cache, LocMemCache) and not single_process:
         message = f"{setting} is a LocMemCache, unseen by other processes: two of them could spend one token."
         yield "E003", message, f"{shared}, or DjangoStore(single_process=True) if there is one process only."
-    if isinstance(cache, (BaseDatabaseCache, LocMemCache)) and cache._max_entries < _LEAST_MAX_ENTRIES:
-        message = f"{setting} keeps {cache._max_entries} entries, and drops valid sessions beyond that."
+    for name in _dropping(alias, cache):
+        culprit = setting if name == alias else f"settings.CACHES[{name!r}], in the same place as {setting},"
+        message = f"{culprit} keeps {caches[name]._max_entries} entries, and drops valid sessions beyond that."
         yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
+        if not connection.settings_dict["AUTOCOMMIT"]:
+            yield "E006", f"{setting} keeps nothing: its database has AUTOCOMMIT off.", "Give it one that has it on."
         if connection.vendor == "sqlite" and connection.settings_dict["ATOMIC_REQUESTS"]:
             message = f"{setting} is in an SQLite database, which each request locks (ATOMIC_REQUESTS)."
             yield "E005", message, "Give the cache a database of its own, or use Redis or Memcached."
+
+
+def _dropping(alias: str, cache: Any) -> Iterator[str]:
+    """Find the aliases that drop entries of a cache too early: each of those that share it has a limit of its own."""
+    place = caches.settings[alias].get("LOCATION", "")
+    for kind in (BaseDatabaseCache, LocMemCache):
+        for name, options in caches.settings.items() if isinstance(cache, kind) else ():
+            shares = options.get("LOCATION", "") == place and isinstance(caches[name], kind)
+            if shares and caches[name]._max_entries < _LEAST_MAX_ENTRIES:
+                yield name
 
 
 def _check(**_: object) -> list[checks.CheckMessage]:
@@ -199,8 +215,9 @@ class DjangoStore:
     With Redis, with Memcached through ``PyMemcacheCache``, and with a database, a lock is taken, renewed and
     released in one step each. Machines that share a database need clocks that agree within a second or two.
 
-    Settings under which sessions would be lost are refused. ``manage.py check`` says the same, with the ids
-    ``refresher.E001`` to ``refresher.E005``.
+    Settings under which sessions would be lost are refused. If your module has ``tokens = TokenCache(DjangoStore())``,
+    its import fails, and so does ``manage.py check``. Where the error is caught, ``manage.py check`` reports it with an
+    id, ``refresher.E001`` to ``refresher.E006``.
 
     Args:
         alias: Which of ``settings.CACHES``.
@@ -272,7 +289,10 @@ def _cache(alias: str) -> Any:
     mine: dict[Any, Any] = vars(_mine)
     key = os.getpid(), alias
     if key not in mine or mine[key][0] is not caches.settings:  # which are replaced if a test overrides them
-        mine[key] = caches.settings, caches.create_connection(alias)
+        cache: Any = caches.create_connection(alias)
+        if isinstance(cache, PyMemcacheCache):
+            vars(cache)["_options"].update(_PLAIN_MEMCACHE)
+        mine[key] = caches.settings, cache
     return mine[key][1]
 
 

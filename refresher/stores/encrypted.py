@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from .._text import hide_all, reveal
 from ..errors import InvalidArgumentError
 from . import Store, check_store
 
@@ -35,16 +36,13 @@ class EncryptedStore:
     """
 
     def __init__(self, store: Store, keys: str | bytes | Iterable[str | bytes]) -> None:
+        store, keys = hide_all(store, keys)  # both: they may be swapped, and a traceback shows what a frame has
         try:
             from cryptography.fernet import Fernet, InvalidToken, MultiFernet
         except ModuleNotFoundError:
             raise ModuleNotFoundError("EncryptedStore needs cryptography: pip install 'refresher[crypto]'") from None
-        self._store = check_store(store)
-        try:
-            ciphers = [_cipher(Fernet, key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
-        except (TypeError, ValueError):
-            ciphers = []
-        del keys  # an error's traceback shows what a frame has
+        self._store = check_store(reveal(store))
+        ciphers = _ciphers(Fernet, reveal(keys))
         if not ciphers:
             raise InvalidArgumentError("keys must be Fernet keys, one at least: use Fernet.generate_key()")
         self._cipher = MultiFernet(ciphers)
@@ -54,7 +52,7 @@ class EncryptedStore:
         self.unread: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"EncryptedStore({self._store!r})"
+        return f"EncryptedStore({getattr(self, '_store', None)!r})"  # also in the middle of a complaint
 
     def __getattr__(self, name: str) -> object:
         if name in _EXTRAS:
@@ -99,6 +97,14 @@ class EncryptedStore:
     def release(self, key: str, owner: str, /) -> object:
         """Let others take a lock, if *owner* holds it."""
         return self._store.release(key, owner)
+
+
+def _ciphers(make: Callable[[bytes], T], keys: str | bytes | Iterable[str | bytes]) -> list[T]:
+    """Make a cipher of each key. None at all if one is wrong."""
+    try:
+        return [_cipher(make, key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
+    except (TypeError, ValueError):
+        return []
 
 
 def _cipher(make: Callable[[bytes], T], key: str | bytes) -> T:

@@ -181,6 +181,13 @@ def _touch(folder: Path) -> float:
     return guard.lstat().st_mtime
 
 
+def _is_over(file: Path) -> bool:
+    """Whether an entry or a lock has expired, or what was written aside was left by a crash."""
+    if file.suffix == ".tmp":
+        return file.lstat().st_mtime + _ABANDONED < _touch(file.parent)
+    return not _left(_read(file)) > 0
+
+
 class FileStore:
     """
     Entries in files of one folder, for programs on one machine: each run finds what the last one refreshed.
@@ -203,14 +210,14 @@ class FileStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        given = os.fspath(path)
-        if not given:
-            raise InvalidArgumentError("path must not be empty")
+        given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(given, str) or not given or "\0" in given:
+            raise InvalidArgumentError("path must be a str or a Path, not empty and without null characters")
         # A daemon changes the current folder.
         self._given = Path(given) if given.startswith("~") else Path(given).absolute()
 
     def __repr__(self) -> str:
-        return f"FileStore({str(self._given)!r})"
+        return f"FileStore({str(getattr(self, '_given', ''))!r})"  # also in the middle of a complaint
 
     @functools.cached_property
     def _path(self) -> Path:
@@ -335,14 +342,10 @@ class FileStore:
         if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
             return
         names = os.listdir(folder)  # noqa: PTH208
-        with _guard(folder):
-            for file in [folder / name for name in random.sample(names, min(_SWEPT, len(names)))]:
-                if not _OURS.fullmatch(file.name):
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    if file.suffix == ".tmp":
-                        over = file.lstat().st_mtime + _ABANDONED < _touch(folder)
-                    else:
-                        over = not _left(_read(file)) > 0
-                    if over:
-                        file.unlink()
+        for file in [folder / name for name in random.sample(names, min(_SWEPT, len(names)))]:
+            # Keep the guard for short: while a process is suspended within it, others can't write.
+            with contextlib.suppress(FileNotFoundError):
+                if _OURS.fullmatch(file.name) and _is_over(file):
+                    with _guard(folder):
+                        if _is_over(file):
+                            file.unlink()

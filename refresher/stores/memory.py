@@ -166,7 +166,7 @@ class MemoryStore:
         timer: The clock, in seconds.
 
     Raises:
-        InvalidArgumentError: *maxsize* is less than one.
+        InvalidArgumentError: *maxsize* is no integer or less than one, or *timer* no function.
 
     Example:
         >>> store = MemoryStore()
@@ -176,8 +176,10 @@ class MemoryStore:
     """
 
     def __init__(self, maxsize: int = 262_144, timer: Callable[[], float] = time.monotonic) -> None:
-        if maxsize < 1:
-            raise InvalidArgumentError("maxsize must be one or more")
+        if not isinstance(maxsize, int) or maxsize < 1:
+            raise InvalidArgumentError("maxsize must be an integer, one or more")
+        if not callable(timer):
+            raise InvalidArgumentError("timer must be a function")
         self._arguments = maxsize, timer
         self._timer = timer
         self._sessions = _Part(maxsize, timer)
@@ -186,7 +188,7 @@ class MemoryStore:
         self._process = os.getpid()
 
     def __repr__(self) -> str:
-        return f"MemoryStore(maxsize={self._arguments[0]})"
+        return f"MemoryStore(maxsize={getattr(self, '_arguments', [None])[0]})"  # also in the middle of a complaint
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self._arguments

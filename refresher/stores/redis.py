@@ -37,22 +37,26 @@ class RedisStore:
     Args:
         client: A client of redis-py or valkey-py, also of a cluster or from a Sentinel, whatever its
             ``decode_responses``. It's yours: set password, TLS and timeouts on it. Give it a
-            ``socket_timeout``. A server that hangs delays no call past its timeout, but the thread that
-            asked it waits on.
+            ``socket_timeout`` of half a second or so, and no retries of its own (``retry=None``). A server that
+            hangs delays no call past its timeout, but the thread that asked it waits on, and in a token's last
+            seconds it asks several times.
         prefix: What all keys begin with.
 
     Raises:
-        InvalidArgumentError: *client* is no such client, or one for asyncio.
+        InvalidArgumentError: *client* is no such client, one for asyncio, or a pipeline.
     """
 
     def __init__(self, client: redis.Redis, prefix: str = "refresher:2:") -> None:
-        if not hasattr(client, "eval") or inspect.iscoroutinefunction(getattr(client, "execute_command", None)):
+        is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
+        # What has execute() is a pipeline, which does nothing at once.
+        if is_async or isinstance(client, type) or hasattr(client, "execute") or not hasattr(client, "eval"):
+            del client  # an error's traceback shows what a frame has
             raise InvalidArgumentError("client must be a blocking client, such as redis.Redis.from_url(url)")
         self._client: Any = client
         self._prefix = prefix
 
     def __repr__(self) -> str:
-        return f"RedisStore(prefix={self._prefix!r})"
+        return f"RedisStore(prefix={getattr(self, '_prefix', None)!r})"  # also in the middle of a complaint
 
     def get(self, key: str, /) -> str | bytes | None:
         """Return an entry. None if there is none, or it has expired."""

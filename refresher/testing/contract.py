@@ -20,6 +20,8 @@ from ..stores import Store, check_store
 _PATIENCE = 60.0
 # A longer text would not fit into Memcached.
 _LONG = 200_000
+# How long the entry of a token without an expiry lasts, in seconds: ten years and a day.
+_LONGEST = 3651 * 86_400
 _TEXTS = {
     "empty": "",
     "lines": "first\nsecond\r\n\n",
@@ -111,13 +113,15 @@ class StoreContract:
     def test_expiry(self) -> None:
         """An entry expires, in time. Writing it again makes it last."""
         with self._store() as store:
-            short, long, again = _key(), _key(), _key()
-            for key, seconds in ((short, 2), (long, 60), (again, 2), (again, 60)):
+            short, long, again, longest = _key(), _key(), _key(), _key()
+            for key, seconds in ((short, 2), (long, 60), (again, 2), (again, 60), (longest, _LONGEST)):
                 store.set(key, "value", seconds)
             _expect(_text(store.get(short)) == "value", "an entry expired at once")
             _wait(lambda: store.get(short) is None, 2 + self.tardiness, "an entry did not expire")
             _expect(_text(store.get(long)) == "value", "an entry expired early")
             _expect(_text(store.get(again)) == "value", "an entry that was written again expired early")
+            _expect(_text(store.get(longest)) == "value", "an entry that lasts for years expired early")
+            store.delete(longest)
 
     def test_threads(self) -> None:
         """Several threads may use the store at once."""
@@ -150,6 +154,23 @@ class StoreContract:
         for key in keys[:2]:
             store.set(key, "theirs", 60)
         store.delete(keys[2])
+
+    def test_whole(self) -> None:
+        """While an entry is replaced, others see the old one or the new one."""
+        keys = [_key() for _ in range(3)]
+        seen = self._run(3, self._replace, keys)
+        _expect(all(seen), "get() returned a part of an entry, or none, while another process replaced it")
+
+    def _replace(self, store: Store, keys: list[str], meet: Callable[[], object]) -> bool:
+        """Replace an entry that is this process's own many times, and read those of all. Says if they were whole."""
+        mine, whole = next(key for key in keys if store.acquire(key, _key(), 60) == 0.0), []
+        for number in range(30):
+            store.set(mine, f"{number:08}" * (_LONG // 8), 60)
+            if number == 0:
+                meet()
+            found = [_text(store.get(key)) or "" for key in keys]
+            whole += [text == text[:8] * (_LONG // 8) for text in found]
+        return all(whole)
 
     # Locks
 
@@ -193,6 +214,16 @@ class StoreContract:
                 time.sleep(0.5)
                 _expect(bool(store.renew(key, "first", 1.5)), "an owner could not renew its lock")
                 _expect(store.acquire(key, "second", 1.5) > 0.0, "a lock was taken that its owner renews")
+            store.release(key, "first")
+
+    def test_taken_again(self) -> None:
+        """A lock that its owner takes again is held for the new lease."""
+        with self._store() as store:
+            key = _key()
+            for lease in (1, 60):
+                _expect(store.acquire(key, "first", lease) == 0.0, "an owner could not take its own lock again")
+            time.sleep(1 + self.tardiness)
+            _expect(store.acquire(key, "second", 60) > 0.0, "a lease did not start again")
             store.release(key, "first")
 
     def test_remaining(self) -> None:
@@ -258,7 +289,10 @@ class StoreContract:
         actions: dict[str, Callable[[], object]] = {
             "get": lambda: store.get(key),
             "set": lambda: store.set(key, "value", 60),
+            "delete": lambda: store.delete(key),
             "acquire": lambda: store.acquire(key, "owner", 60),
+            "renew": lambda: store.renew(key, "owner", 60),
+            "release": lambda: store.release(key, "owner"),
         }
         for name, action in actions.items():
             try:
