@@ -383,7 +383,8 @@ class KuzzleAuth(Auth[KuzzleToken]):
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:
         (jwt,) = hide_all(jwt)
-        self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.check.token("jwt", jwt)))
+        anybody = self._anybody
+        self._set(None if jwt is None else attrs.evolve(anybody, jwt=kuzzle.credential(anybody.url, jwt).jwt))
 
 
 class CircleAuth(Auth[UserToken]):

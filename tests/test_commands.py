@@ -283,6 +283,17 @@ def test_no_token(run, monkeypatch, given):
     assert "KUZZLE_JWT is not set, and standard input has no jwt" in err
 
 
+@pytest.mark.parametrize("form", ['"{}"', "KUZZLE_JWT={}", '{{"jwt":"{}"}}', "{{'jwt': '{}'}}"])
+def test_more_than_the_token(kuzzle, jwt, run, monkeypatch, form):
+    """A token with something around it is not sent, and nobody is told to sign in again."""
+    monkeypatch.setenv("KUZZLE_JWT", form.format(jwt))
+    status, out, err = run("kuzzle", kuzzle.url)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "jwt must be the token alone" in err or "jwt must not be empty or have white space" in err
+    assert jwt not in err
+    assert kuzzle.requests == []
+
+
 @pytest.mark.parametrize("given", ["k\xe4uth-1\n".encode("latin-1"), b"\xff\xfek", b"\0\xd8" * 9, bytes(range(200))])
 def test_strange_input(run, monkeypatch, given):
     """Bytes that are no text are no token."""
