@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -65,8 +65,8 @@ _VARIABLES = {
     "encryptionKey": "CIRCLE_ENCRYPTION_KEY",
 }
 _KEY = "REFRESHER_KEY"
-# How long to wait for the answer to a check, in seconds.
-_CHECK = 10.0
+# How long to wait for the answer to a check, and for a token to be saved, in seconds.
+_CHECK, _SAVING = 10.0, 60.0
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -90,6 +90,7 @@ class _Run(logging.Handler):
         self.status = 0
         self.ended_by = ""
         self.about: list[str] = []  # the service, its host, the session
+        self.unsaved: Mapping[str, object] = {}
 
     def end(self, number: int, _: FrameType | None) -> None:
         """Handle a signal."""
@@ -114,6 +115,13 @@ class _Run(logging.Handler):
                 signal.signal(each, signal.SIG_IGN if for_good else handler)
             if not for_good:
                 log.removeHandler(self)
+
+    def has_saved(self) -> bool:
+        """Whether the store has the new token. While that is tried, Python would not end anyway."""
+        end = time.monotonic() + _SAVING
+        while self.unsaved and time.monotonic() < end:
+            time.sleep(0.05)
+        return not self.unsaved
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning, unless it is about a single attempt: the outcome is printed anyway."""
@@ -193,9 +201,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.complain(complaint)
             return status
         run.is_over = True
-        if text and (trouble := _write(sys.stdout, text)):
-            run.complain(f"standard output: {trouble}. Nothing is lost: run this again")
+        trouble = _write(sys.stdout, text) if text else ""
+        has_saved = run.has_saved()
+        if trouble:
+            fate = "Nothing is lost" if has_saved else "Nor could the new token be saved"
+            run.complain(f"standard output: {trouble}. {fate}: run this again")
             return _TRY_LATER
+        if not has_saved:
+            run.complain("the new token could not be saved: keep what was printed, or its session is lost")
     return run.status
 
 
@@ -284,6 +297,7 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
         raise InvalidArgumentError("standard output is closed, so no token could be printed")
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    run.unsaved = cache._ledger.unsaved
     timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
     call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=timeout)
     token: Token | None = None

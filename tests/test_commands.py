@@ -925,6 +925,48 @@ def test_no_answer_in_time(kuzzle, jwt, run, monkeypatch):
     assert "did not answer" in err
 
 
+@pytest.fixture
+def disk_that_fills_up(kuzzle, monkeypatch):
+    """A disk that is full when a new token has come, until that is tried no more."""
+    monkeypatch.setattr(_cli, "_SAVING", 1.0)
+    monkeypatch.setattr(_cli, "TokenCache", lambda *given, **options: TokenCache(*given, **options, lease=1.0))
+
+    def fill(request):
+        fill_disk(None, monkeypatch)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(fill)
+
+
+def test_token_that_cannot_be_saved(kuzzle, jwt, run, disk_that_fills_up):
+    """It is printed, and standard error says that there is no other copy, also if the command is to be quiet."""
+    status, out, err = run("kuzzle", kuzzle.url, "--output", "token", "--quiet")
+    assert (status, err.count("\n")) == (0, 1)
+    assert kuzzle.knows(out.strip())
+    assert re.match(f"{WHEN}kuzzle .*: the new token could not be saved: keep what was printed", err)
+
+
+def test_token_that_can_neither_be_saved_nor_printed(kuzzle, jwt, run, disk_that_fills_up, monkeypatch):
+    """The status says that nothing was printed, and the complaint does not call that no loss."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = run("kuzzle", kuzzle.url, "--quiet")
+    assert (status, err.count("\n")) == (75, 1)
+    assert "Nor could the new token be saved" in err
+
+
+def test_token_that_is_saved_later(kuzzle, jwt, run, disk_that_fills_up, monkeypatch):
+    """What could be saved at last is not complained about."""
+    sync = os.fsync
+
+    def empty_disk(*_):
+        monkeypatch.setattr(os, "fsync", sync)
+        return "printed"
+
+    monkeypatch.setattr(_cli, "_written", empty_disk)
+    assert run("kuzzle", kuzzle.url, "--quiet") == (0, "printed", "")
+
+
 # How a signal ends it
 
 
