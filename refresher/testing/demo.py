@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 from .._api import refresh_kuzzle_token, refresh_user_token
 from .._text import masked
@@ -13,7 +14,8 @@ from .server import Received
 
 
 def main() -> int:
-    """Show a refresh of each service."""
+    """Show a refresh of each service. A proxy could not reach the fakes, so this process uses none from here on."""
+    os.environ.update(no_proxy="*", NO_PROXY="*")
     with FakeKuzzle() as kuzzle:
         print("KUZZLE. A user signs in and gets a token that is valid for an hour. Half an hour later:\n")
         jwt = kuzzle.login("foo", ago=1800)
