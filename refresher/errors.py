@@ -63,26 +63,28 @@ class RefreshError(Exception):
 
     An error holds no secret and no object of the HTTP library, so you may log it, pickle it and paste it into a public
     issue. Its message quotes nothing that the service wrote.
+
+    Attributes:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        status: The HTTP status, if there was a response.
+        code: The service's own number for the error, if it gave one.
+        id: Kuzzle's own name for the error (``"security.token.invalid"``), if it looks like a name.
+        request_id: Names the request in the service's logs, if anything does.
+        retry_after: How many seconds the service asked to wait, at most an hour.
+        spent: Whether the credential that was sent is used up. None if nobody knows.
+        idempotency_key: What Circle's request carried. A request with the same key is the same request.
+        retryable: Whether sending the same again may help and can do no harm.
     """
 
     provider: str | None
-    """``"kuzzle"`` or ``"circle"``."""
     status: int | None
-    """The HTTP status, if there was a response."""
     code: int | None
-    """The service's own number for the error, if it gave one."""
     id: str | None
-    """Kuzzle's own name for the error (``"security.token.invalid"``), if it looks like a name."""
     request_id: str | None
-    """Names the request in the service's logs, if anything does."""
     retry_after: float | None
-    """How many seconds the service asked to wait, at most an hour."""
     spent: bool | None
-    """Whether the credential that was sent is used up. None if nobody knows."""
     idempotency_key: str | None
-    """What Circle's request carried. A request with the same key is the same request."""
     retryable: bool
-    """Whether sending the same again may help and can do no harm."""
 
     def __init__(
         self,
