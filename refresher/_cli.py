@@ -413,10 +413,10 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     Print a valid Circle user token.
 
     The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
-    tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. If those
-    are not set, they are read from standard input: JSON with members "userToken"
-    and "refreshToken", such as this command prints. On a terminal, you are asked
-    for what is missing.
+    tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. A token
+    that is not set is read from standard input: JSON with members "userToken" and
+    "refreshToken", such as this command prints. One alone may be bare. On a
+    terminal, you are asked for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
     ones. They are refreshed when the user token is about to expire.
@@ -453,11 +453,10 @@ def _setting(variable: str, name: str) -> Secret[str]:
 
 
 def _secrets(*names: str) -> dict[str, Secret[str]]:
-    """Read secrets from the environment and a terminal, or all of them from standard input."""
+    """Read secrets from the environment and a terminal, and what is missing from standard input."""
     found = {name: _setting(_VARIABLES[name], name) for name in names}
     missing = [name for name in names if not found[name].reveal()]
-    if missing:
-        found = _from_input(*names)
+    found |= _from_input(*missing) if missing else {}
     for name in missing:
         if not found[name].reveal():
             raise InvalidArgumentError(f"{_VARIABLES[name]} is not set, and standard input has no {name}")

@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import attrs
 import pytest
 import requests
 import time_machine
@@ -212,11 +213,26 @@ def test_from_standard_input(kuzzle, jwt, run, monkeypatch, form, encoding):
 
 def test_pair_from_standard_input(circle, pair, run, monkeypatch):
     """What was printed can be the input of another day, on another machine."""
+    monkeypatch.delenv("CIRCLE_USER_TOKEN")
     monkeypatch.delenv("CIRCLE_REFRESH_TOKEN")
     token = refresh_user_token(**call_with(circle, pair), cache=None)
     give_input(monkeypatch, json.dumps(token.to_dict()).encode())
     assert run("circle", "--base-url", circle.url)[0] == 0
     assert circle.requests[-1].json()["refreshToken"] == token.refresh_token
+
+
+@pytest.mark.parametrize("missing", ["user_token", "refresh_token"])
+@pytest.mark.parametrize(
+    "form", ['{{"userToken": "{0.user_token}", "refreshToken": "{0.refresh_token}"}}', "{1}\n"], ids=["JSON", "bare"]
+)
+def test_half_a_pair_from_standard_input(circle, pair, run, monkeypatch, missing, form):
+    """What the environment has counts, and standard input has the rest, bare or as JSON."""
+    monkeypatch.delenv(f"CIRCLE_{missing.upper()}")
+    given = attrs.evolve(circle.sign_in("user-2"), **{missing: getattr(pair, missing)})
+    give_input(monkeypatch, form.format(given, getattr(pair, missing)).encode())
+    assert run("circle", "--base-url", circle.url)[0] == 0
+    assert circle.requests[-1].json()["refreshToken"] == pair.refresh_token
+    assert circle.requests[-1].headers["X-User-Token"] == pair.user_token
 
 
 def ask(monkeypatch, answers):
