@@ -37,7 +37,6 @@ from urllib.parse import urlsplit
 
 from . import __version__, errors
 from ._cache import TokenCache, current
-from ._checks import Checks
 from ._exchange import Exchange, FixedPatience, Observed
 from ._ledger import Call
 from ._runtime import REAL
@@ -167,15 +166,23 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         told = re.sub(r"(?s)invalid choice: .* \(choose from (.*)\)", lambda found: f"must be {found[1]}", message)
         if told == message:
-            told = re.split(r"(?<=unrecognized arguments): |:? ['\"]", message)[0]
-        hint = "; secrets go into the environment, or standard input" if told.startswith("unrec") else ""
-        _write(sys.stderr, f"refresher: {told}{hint} (see {self.prog} --help)\n")
+            told = re.split(r":? ['\"]", message)[0]
+        _write(sys.stderr, f"refresher: {told} (see {self.prog} --help)\n")
         raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complain here of what is unknown, and not above: this parser's help is what helps."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = filter(re.compile("--[a-z-]+").fullmatch, (each.partition("=")[0] for each in unknown))
+            what = " ".join(["unrecognized arguments", *names])
+            self.error(f"{what}; secrets go into the environment, or standard input")
+        return known, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002
         if trouble := _write(sys.stdout, message):
             _write(sys.stderr, f"refresher: standard output: {trouble}\n")
-            raise SystemExit(_TRY_LATER)
+            raise SystemExit(_TRY_LATER if sys.stdout else 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trouble:
             fate = "Nothing is lost" if has_saved else "Nor could the new token be saved"
             run.complain(f"standard output: {trouble}. {fate}: run this again")
-            return _TRY_LATER
+            return _TRY_LATER if sys.stdout else 2
         if not has_saved:
             run.complain("the new token could not be saved: keep what was printed, or its session is lost")
     return run.status
@@ -270,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--output", choices=outputs, default="json", help="what to print (default: json)")
         about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
         option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
-        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait this long at most (default: 30s)")
+        option("--timeout", metavar="TIME", type=_timeout, default=30.0, help="wait this long at most (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
@@ -287,6 +294,13 @@ def _duration(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def _timeout(text: str) -> float:
+    """Read a duration that can be waited for."""
+    if not 0 < (seconds := _duration(text)) <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError("must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
+    return seconds
+
+
 # The commands. Their docstrings are the help.
 
 
@@ -298,8 +312,7 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
     run.unsaved = cache._ledger.unsaved
-    timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
-    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=timeout)
+    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=arguments.timeout)
     token: Token | None = None
     failure: BaseException | None = None
     before = cache._peek(credential).token

@@ -661,7 +661,9 @@ def test_circle_status(circle, pair, run):
         pytest.param(["kuzzle", "URL", "--output", "plan'ted (choose from planted)"], id="quotes"),
         pytest.param(["kuzzle", "URL", "--output", "plan\nted"], id="a line break"),
         pytest.param(["kuzzle", "URL", "--timeout", "planted"], id="timeout"),
-        pytest.param(["kuzzle", "http://127.0.0.1:1", "--timeout", "0"], id="no time"),
+        pytest.param(["kuzzle", "URL", "--timeout", "0"], id="no time"),
+        pytest.param(["kuzzle", "URL", "--timeout", "999999999d"], id="too much time"),
+        pytest.param(["kuzzle", "URL", "--plant3d"], id="no option's name"),
         pytest.param(["kuzzle", "http://127.0.0.1:1", "--ahead", "999999999d"], id="too far ahead"),
         pytest.param(["kuzzle", "URL", "--quiet=planted"], id="a flag"),
         pytest.param(["kuzzle", "planted url"], id="URL"),
@@ -694,6 +696,24 @@ def test_choices(run):
     )
     assert run("kuzzle", "URL", "--timeout", "soon")[2] == (
         "refresher: argument --timeout: must be like 30, 30s, 15m or 2h (see refresher kuzzle --help)\n"
+    )
+
+
+def test_unknown_options(run):
+    """An option's name is told, without its value, and the help is that of the command."""
+    hint = "secrets go into the environment, or standard input (see refresher kuzzle --help)"
+    assert run("kuzzle", "URL", "--jwt=planted", "planted", "--expires_in", "--to-json", "1")[2] == (
+        f"refresher: unrecognized arguments --jwt --to-json; {hint}\n"
+    )
+    assert run("status", "circle", "--timeout", "5")[2].endswith("(see refresher status circle --help)\n")
+
+
+@pytest.mark.parametrize("given", ["0", "0s", "999999999d"])
+def test_timeouts(run, given):
+    """No time, and more than a computer can wait, are no timeout. How to wait forever is not told: one cannot."""
+    assert run("kuzzle", "URL", "--timeout", given)[2] == (
+        "refresher: argument --timeout: must be more than 0 and less than 292 years, such as 30s, 15m or 2h "
+        "(see refresher kuzzle --help)\n"
     )
 
 
@@ -853,6 +873,17 @@ def test_output_that_nobody_takes(kuzzle, jwt, command):
         assert (status, err.count("\n")) == (75, 1)
         assert "standard output: " in err
     assert len(kuzzle.requests) <= 1
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("kuzzle $url", 2), ("status kuzzle $url", 2), ("demo", 2), ("--help", 2), ("forget kuzzle $url", 0)],
+)
+def test_closed_output(kuzzle, jwt, command, status):
+    """All commands that print something end alike if standard output is closed: the environment is wrong."""
+    command = command.replace("$url", kuzzle.url)
+    got, _, err = shell(f'"$refresher" {command} >&-')
+    assert (got, err.count("\n")) == (status, status // 2)
 
 
 # As cron runs it
