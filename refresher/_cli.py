@@ -16,7 +16,6 @@ import contextlib
 import functools
 import gc
 import inspect
-import io
 import json
 import logging
 import os
@@ -86,8 +85,7 @@ class _Run(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.is_quiet = self.is_over = False
-        self.status = 0
-        self.ended_by = ""
+        self.status, self.ended_by = 0, ""
         self.about: list[str] = []  # the service, its host, the session
         self.unsaved: Mapping[str, object] = {}
 
@@ -130,8 +128,7 @@ class _Run(logging.Handler):
     def complain(self, complaint: str) -> None:
         """Print one line: when, about what, and what the matter is."""
         about = " ".join([f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", *self.about])
-        line = f"refresher: {about}: {complaint}"
-        _write(sys.stderr, _printable(line) + "\n")
+        _write(sys.stderr, _printable(f"refresher: {about}: {complaint}") + "\n")
 
     def show_wait(self, what: str, seconds: float | None) -> None:
         """Say on one line of a terminal what is waited for, and wipe it out in the end."""
@@ -234,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     """List the commands and their options."""
     shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser("refresher", description=__doc__, **shape)
+    # What only some commands have an option for.
+    parser.set_defaults(expires_in=None, strategy=None, trigger_events=False, check=False)
     parser.add_argument("--version", action="version", version=f"refresher {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -261,23 +260,18 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
         each.add_argument("--user-id", metavar="ID", help="the user's id, in place of a user token")
         each.add_argument("--base-url", metavar="URL", default=circle.BASE_URL, help="where Circle answers")
-    for each in (status_kuzzle, forget_kuzzle):
-        each.set_defaults(expires_in=None, strategy=None, trigger_events=False)
     status_kuzzle.add_argument("--check", action="store_true", help="ask Kuzzle too; that spends nothing")
-    status_circle.set_defaults(check=False)
+    output: Any = {"default": "json", "help": "what to print (default: json)"}
     for each in (status_kuzzle, status_circle):
-        about = "what to print (default: json)"
-        each.add_argument("--output", choices=("json", "table"), default="json", help=about)
-    option = print_kuzzle.add_argument
-    option("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
-    option("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
-    option("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
+        each.add_argument("--output", choices=("json", "table"), **output)
+    print_kuzzle.add_argument("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
+    print_kuzzle.add_argument("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
+    print_kuzzle.add_argument("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
-        outputs = ("json", "token", "env", "headers")
-        option("--output", choices=outputs, default="json", help="what to print (default: json)")
+        option("--output", choices=("json", "token", "env", "headers"), **output)
         about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
         option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
-        option("--timeout", metavar="TIME", type=_timeout, default=30.0, help="wait this long at most (default: 30s)")
+        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait this long at most (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
@@ -294,13 +288,6 @@ def _duration(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _timeout(text: str) -> float:
-    """Read a duration that can be waited for."""
-    if not 0 < (seconds := _duration(text)) <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError("must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
-    return seconds
-
-
 # The commands. Their docstrings are the help.
 
 
@@ -309,24 +296,24 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     run.is_quiet = arguments.quiet
     if sys.stdout is None:
         raise InvalidArgumentError("standard output is closed, so no token could be printed")
+    if not 0 < arguments.timeout <= threading.TIMEOUT_MAX:
+        raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
     run.unsaved = cache._ledger.unsaved
     call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=arguments.timeout)
-    token: Token | None = None
-    failure: BaseException | None = None
     before = cache._peek(credential).token
     try:
-        token = current(call, cache)
+        outcome: Token | BaseException = current(call, cache)
     except (RefreshError, _EndedError) as error:
-        failure = error
+        outcome = error
     run.is_over = True
     _wait_for_answer(cache, run)
     newest = cache._peek(credential).token
-    token = newest if newest not in (None, before) else token
-    if token is None:
-        raise failure or AssertionError
-    return _written(credential, token, arguments.output)
+    outcome = outcome if newest in (None, before) else newest
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return _written(credential, outcome, arguments.output)
 
 
 def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
@@ -364,8 +351,7 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
         run.status = 77
     if arguments.output == "json":
         return json.dumps(shown) + "\n"
-    rows = [f"{name:12} {'-' if value is None else value}" for name, value in shown.items()]
-    return "".join(f"{_printable(row)}\n" for row in rows)
+    return "".join(_printable(f"{name:12} {'-' if value is None else value}") + "\n" for name, value in shown.items())
 
 
 def _is_valid(newest: Any, run: _Run) -> bool:
@@ -386,11 +372,9 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
 
 def _demo(_: argparse.Namespace, __: _Run) -> str:
     """Show a refresh of each service, on servers of our own."""
-    from .testing.demo import main
+    from .testing.demo import show
 
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
-        main()
-    return shown.getvalue()
+    return show()
 
 
 def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
@@ -484,10 +468,9 @@ def _from_input(*names: str) -> dict[str, Secret[str]]:
     # PowerShell writes UTF-16, and marks it as such.
     text = Secret(data.reveal().decode(json.detect_encoding(data.reveal()), "replace").strip())
     if not text.reveal().startswith(("{", "[")):
-        return {name: text if name == names[0] else Secret("") for name in names}
+        return {names[0]: text}
     values = Secret(json_object(text.reveal()))
-    given = [name for name in names if isinstance(values.reveal().get(name), str)]
-    return {name: Secret(values.reveal()[name].strip() if name in given else "") for name in names}
+    return {name: Secret(values.reveal()[name].strip()) for name in names if isinstance(values.reveal().get(name), str)}
 
 
 def _store(arguments: argparse.Namespace) -> Store:

@@ -101,15 +101,9 @@ class RefreshError(Exception):
         retryable: bool = False,
     ) -> None:
         super().__init__(message)
-        self.provider = provider
-        self.status = status
-        self.code = code
-        self.id = id
-        self.request_id = request_id
-        self.retry_after = retry_after
-        self.spent = spent
-        self.idempotency_key = idempotency_key
-        self.retryable = retryable
+        self.provider, self.status, self.code, self.id = provider, status, code, id
+        self.request_id, self.retry_after, self.spent = request_id, retry_after, spent
+        self.idempotency_key, self.retryable = idempotency_key, retryable
 
     def _render_traceback_(self) -> list[str]:
         """Show in a notebook which of the user's own lines failed, and why. Our frames and IPython's say nothing."""

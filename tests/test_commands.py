@@ -711,10 +711,9 @@ def test_unknown_options(run):
 @pytest.mark.parametrize("given", ["0", "0s", "999999999d"])
 def test_timeouts(run, given):
     """No time, and more than a computer can wait, are no timeout. How to wait forever is not told: one cannot."""
-    assert run("kuzzle", "URL", "--timeout", given)[2] == (
-        "refresher: argument --timeout: must be more than 0 and less than 292 years, such as 30s, 15m or 2h "
-        "(see refresher kuzzle --help)\n"
-    )
+    status, _, err = run("kuzzle", "URL", "--timeout", given)
+    assert status == 2
+    assert err.endswith(": --timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h\n")
 
 
 @pytest.mark.parametrize(
