@@ -7,6 +7,11 @@ exit status:
   69  something other than the service answered: check the URL and any proxy
   75  the service is down or busy, or the run was ended: try again later
   77  the session has ended: sign in again
+
+environment:
+  REFRESHER_KEY  a Fernet key that encrypts the store, or several, separated by
+                 white space: the first encrypts, and all decrypt. That needs
+                 pip install 'refresher[crypto]'
 """
 
 from __future__ import annotations
@@ -271,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--output", choices=("json", "token", "env", "headers"), **output)
         about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
         option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
-        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait this long at most (default: 30s)")
+        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="how long to try (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
@@ -386,7 +391,9 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
     "jwt". On a terminal, you are asked for it.
 
     The newest token is kept in the store, so each run may begin with the same one.
-    It is refreshed when it is about to expire.
+    The first run refreshes it. Later runs do when less than six minutes are left:
+    see --ahead. Once a request is sent, the run waits for its answer, for up to a
+    minute longer than --timeout.
 
     For example:
       refresher kuzzle https://kuzzle.example.com --output token <first-token
@@ -416,7 +423,9 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     terminal, you are asked for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
-    ones. They are refreshed when the user token is about to expire.
+    ones. The first run refreshes them. Later runs do when less than six minutes of
+    the user token are left: see --ahead. Once a request is sent, the run waits for
+    its answer, for up to a minute longer than --timeout.
 
     For example:
       refresher circle --device-id "$DEVICE" <first-pair.json

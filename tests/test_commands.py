@@ -736,7 +736,7 @@ def test_no_durations(run, jwt, given):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ("kuzzle", "circle", "forget", "demo", "75", "77")),
+        ([], ("kuzzle", "circle", "forget", "demo", "75", "77", "REFRESHER_KEY")),
         (["kuzzle"], ("--expires-in", "--store", "--ahead", "--output", "--quiet", "75", "77", "KUZZLE_JWT")),
         (["circle"], ("--device-id", "--user-id", "CIRCLE_WEB3_API_KEY", "CIRCLE_REFRESH_TOKEN", "CIRCLE_USER_TOKEN")),
         (["forget"], ("kuzzle", "circle")),
