@@ -190,6 +190,14 @@ def test_contributing():
         assert (ROOT / path).is_file() or (ROOT / path / "__main__.py").is_file() or (ROOT / path).is_dir(), path
 
 
+def test_unknown_benchmark():
+    """A benchmark that is not there is complained about, and those there are are named."""
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks"), "auths", "nosuch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("There is no table nosuch. There are circle_refresh, ")
+
+
 RESULTS = {"KeepAliveOutcome", "KuzzleToken", "SessionStatus", "UserToken"}
 
 
