@@ -173,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Complain here of what is unknown, and not above: this parser's help is what helps."""
+        """Complain of what is unknown here, where the help is that of the command, and not in the parser above."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             names = filter(re.compile("--[a-z-]+").fullmatch, (each.partition("=")[0] for each in unknown))
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.complain(f"standard output: {trouble}. {fate}: run this again")
             return _TRY_LATER if sys.stdout else 2
         if not has_saved:
-            run.complain("the new token could not be saved: keep what was printed, or its session is lost")
+            run.complain("the new token could not be saved: keep what was printed, or the session may be lost")
     return run.status
 
 
