@@ -127,8 +127,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "auth":
-        return importlib.import_module(".auth", __name__)
+    if name in ("auth", "testing"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _LATER:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,11 @@ exit status:
   69  something other than the service answered: check the URL and any proxy
   75  the service is down or busy, or the run was ended: try again later
   77  the session has ended: sign in again
+
+environment:
+  REFRESHER_KEY  a Fernet key that encrypts the store, or several, separated by
+                 white space: the first encrypts, and all decrypt. That needs
+                 pip install 'refresher[crypto]'
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import contextlib
 import functools
 import gc
 import inspect
-import io
 import json
 import logging
 import os
@@ -28,7 +32,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -37,7 +41,6 @@ from urllib.parse import urlsplit
 
 from . import __version__, errors
 from ._cache import TokenCache, current
-from ._checks import Checks
 from ._exchange import Exchange, FixedPatience, Observed
 from ._ledger import Call
 from ._runtime import REAL
@@ -65,8 +68,8 @@ _VARIABLES = {
     "encryptionKey": "CIRCLE_ENCRYPTION_KEY",
 }
 _KEY = "REFRESHER_KEY"
-# How long to wait for the answer to a check, in seconds.
-_CHECK = 10.0
+# How long to wait for the answer to a check, and for a token to be saved, in seconds.
+_CHECK, _SAVING = 10.0, 60.0
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -87,9 +90,9 @@ class _Run(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.is_quiet = self.is_over = False
-        self.status = 0
-        self.ended_by = ""
+        self.status, self.ended_by = 0, ""
         self.about: list[str] = []  # the service, its host, the session
+        self.unsaved: Mapping[str, object] = {}
 
     def end(self, number: int, _: FrameType | None) -> None:
         """Handle a signal."""
@@ -115,6 +118,13 @@ class _Run(logging.Handler):
             if not for_good:
                 log.removeHandler(self)
 
+    def has_saved(self) -> bool:
+        """Whether the store has the new token. While that is tried, Python would not end anyway."""
+        end = time.monotonic() + _SAVING
+        while self.unsaved and time.monotonic() < end:
+            time.sleep(0.05)
+        return not self.unsaved
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning, unless it is about a single attempt: the outcome is printed anyway."""
         if not self.is_quiet and not self.ended_by and record.name != "refresher.attempts":
@@ -123,8 +133,7 @@ class _Run(logging.Handler):
     def complain(self, complaint: str) -> None:
         """Print one line: when, about what, and what the matter is."""
         about = " ".join([f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", *self.about])
-        line = f"refresher: {about}: {complaint}"
-        _write(sys.stderr, _printable(line) + "\n")
+        _write(sys.stderr, _printable(f"refresher: {about}: {complaint}") + "\n")
 
     def show_wait(self, what: str, seconds: float | None) -> None:
         """Say on one line of a terminal what is waited for, and wipe it out in the end."""
@@ -159,15 +168,23 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         told = re.sub(r"(?s)invalid choice: .* \(choose from (.*)\)", lambda found: f"must be {found[1]}", message)
         if told == message:
-            told = re.split(r"(?<=unrecognized arguments): |:? ['\"]", message)[0]
-        hint = "; secrets go into the environment, or standard input" if told.startswith("unrec") else ""
-        _write(sys.stderr, f"refresher: {told}{hint} (see {self.prog} --help)\n")
+            told = re.split(r":? ['\"]", message)[0]
+        _write(sys.stderr, f"refresher: {told} (see {self.prog} --help)\n")
         raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complain of what is unknown here, where the help is that of the command, and not in the parser above."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = filter(re.compile("--[a-z-]+").fullmatch, (each.partition("=")[0] for each in unknown))
+            what = " ".join(["unrecognized arguments", *names])
+            self.error(f"{what}; secrets go into the environment, or standard input")
+        return known, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002
         if trouble := _write(sys.stdout, message):
             _write(sys.stderr, f"refresher: standard output: {trouble}\n")
-            raise SystemExit(_TRY_LATER)
+            raise SystemExit(_TRY_LATER if sys.stdout else 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,9 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.complain(complaint)
             return status
         run.is_over = True
-        if text and (trouble := _write(sys.stdout, text)):
-            run.complain(f"standard output: {trouble}. Nothing is lost: run this again")
-            return _TRY_LATER
+        trouble = _write(sys.stdout, text) if text else ""
+        has_saved = run.has_saved()
+        if trouble:
+            fate = "Nothing is lost" if has_saved else "Nor could the new token be saved"
+            run.complain(f"standard output: {trouble}. {fate}: run this again")
+            return _TRY_LATER if sys.stdout else 2
+        if not has_saved:
+            run.complain("the new token could not be saved: keep what was printed, or the session may be lost")
     return run.status
 
 
@@ -214,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     """List the commands and their options."""
     shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser("refresher", description=__doc__, **shape)
+    # What only some commands have an option for.
+    parser.set_defaults(expires_in=None, strategy=None, trigger_events=False, check=False)
     parser.add_argument("--version", action="version", version=f"refresher {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -241,23 +265,18 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--device-id", metavar="ID", help="the user's device (or CIRCLE_DEVICE_ID)")
         each.add_argument("--user-id", metavar="ID", help="the user's id, in place of a user token")
         each.add_argument("--base-url", metavar="URL", default=circle.BASE_URL, help="where Circle answers")
-    for each in (status_kuzzle, forget_kuzzle):
-        each.set_defaults(expires_in=None, strategy=None, trigger_events=False)
     status_kuzzle.add_argument("--check", action="store_true", help="ask Kuzzle too; that spends nothing")
-    status_circle.set_defaults(check=False)
+    output: Any = {"default": "json", "help": "what to print (default: json)"}
     for each in (status_kuzzle, status_circle):
-        about = "what to print (default: json)"
-        each.add_argument("--output", choices=("json", "table"), default="json", help=about)
-    option = print_kuzzle.add_argument
-    option("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
-    option("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
-    option("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
+        each.add_argument("--output", choices=("json", "table"), **output)
+    print_kuzzle.add_argument("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
+    print_kuzzle.add_argument("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
+    print_kuzzle.add_argument("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
-        outputs = ("json", "token", "env", "headers")
-        option("--output", choices=outputs, default="json", help="what to print (default: json)")
+        option("--output", choices=("json", "token", "env", "headers"), **output)
         about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
         option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
-        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="wait this long at most (default: 30s)")
+        option("--timeout", metavar="TIME", type=_duration, default=30.0, help="how long to try (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
@@ -282,24 +301,24 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     run.is_quiet = arguments.quiet
     if sys.stdout is None:
         raise InvalidArgumentError("standard output is closed, so no token could be printed")
+    if not 0 < arguments.timeout <= threading.TIMEOUT_MAX:
+        raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
-    timeout = Checks(credential.service).seconds("timeout", arguments.timeout)
-    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=timeout)
-    token: Token | None = None
-    failure: BaseException | None = None
+    run.unsaved = cache._ledger.unsaved
+    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=arguments.timeout)
     before = cache._peek(credential).token
     try:
-        token = current(call, cache)
+        outcome: Token | BaseException = current(call, cache)
     except (RefreshError, _EndedError) as error:
-        failure = error
+        outcome = error
     run.is_over = True
     _wait_for_answer(cache, run)
     newest = cache._peek(credential).token
-    token = newest if newest not in (None, before) else token
-    if token is None:
-        raise failure or AssertionError
-    return _written(credential, token, arguments.output)
+    outcome = outcome if newest in (None, before) else newest
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return _written(credential, outcome, arguments.output)
 
 
 def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
@@ -337,8 +356,7 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
         run.status = 77
     if arguments.output == "json":
         return json.dumps(shown) + "\n"
-    rows = [f"{name:12} {'-' if value is None else value}" for name, value in shown.items()]
-    return "".join(f"{_printable(row)}\n" for row in rows)
+    return "".join(_printable(f"{name:12} {'-' if value is None else value}") + "\n" for name, value in shown.items())
 
 
 def _is_valid(newest: Any, run: _Run) -> bool:
@@ -359,11 +377,9 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
 
 def _demo(_: argparse.Namespace, __: _Run) -> str:
     """Show a refresh of each service, on servers of our own."""
-    from .testing.demo import main
+    from .testing.demo import show
 
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
-        main()
-    return shown.getvalue()
+    return show()
 
 
 def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
@@ -375,7 +391,9 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
     "jwt". On a terminal, you are asked for it.
 
     The newest token is kept in the store, so each run may begin with the same one.
-    It is refreshed when it is about to expire.
+    The first run refreshes it. Later runs do when less than six minutes are left:
+    see --ahead. Once a request is sent, the run waits for its answer, for up to a
+    minute longer than --timeout.
 
     For example:
       refresher kuzzle https://kuzzle.example.com --output token <first-token
@@ -399,13 +417,15 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     Print a valid Circle user token.
 
     The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
-    tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. If those
-    are not set, they are read from standard input: JSON with members "userToken"
-    and "refreshToken", such as this command prints. On a terminal, you are asked
-    for what is missing.
+    tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. A token
+    that is not set is read from standard input: JSON with members "userToken" and
+    "refreshToken", such as this command prints. One alone may be bare. On a
+    terminal, you are asked for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
-    ones. They are refreshed when the user token is about to expire.
+    ones. The first run refreshes them. Later runs do when less than six minutes of
+    the user token are left: see --ahead. Once a request is sent, the run waits for
+    its answer, for up to a minute longer than --timeout.
 
     For example:
       refresher circle --device-id "$DEVICE" <first-pair.json
@@ -439,11 +459,10 @@ def _setting(variable: str, name: str) -> Secret[str]:
 
 
 def _secrets(*names: str) -> dict[str, Secret[str]]:
-    """Read secrets from the environment and a terminal, or all of them from standard input."""
+    """Read secrets from the environment and a terminal, and what is missing from standard input."""
     found = {name: _setting(_VARIABLES[name], name) for name in names}
     missing = [name for name in names if not found[name].reveal()]
-    if missing:
-        found = _from_input(*names)
+    found |= _from_input(*missing) if missing else {}
     for name in missing:
         if not found[name].reveal():
             raise InvalidArgumentError(f"{_VARIABLES[name]} is not set, and standard input has no {name}")
@@ -458,10 +477,9 @@ def _from_input(*names: str) -> dict[str, Secret[str]]:
     # PowerShell writes UTF-16, and marks it as such.
     text = Secret(data.reveal().decode(json.detect_encoding(data.reveal()), "replace").strip())
     if not text.reveal().startswith(("{", "[")):
-        return {name: text if name == names[0] else Secret("") for name in names}
+        return {names[0]: text}
     values = Secret(json_object(text.reveal()))
-    given = [name for name in names if isinstance(values.reveal().get(name), str)]
-    return {name: Secret(values.reveal()[name].strip() if name in given else "") for name in names}
+    return {name: Secret(values.reveal()[name].strip()) for name in names if isinstance(values.reveal().get(name), str)}
 
 
 def _store(arguments: argparse.Namespace) -> Store:

@@ -23,20 +23,22 @@ _WRONG = "auths must be KuzzleAuth or CircleAuth objects"
 
 @attrs.frozen(kw_only=True)
 class KeepAliveOutcome:
-    """What `keep_alive` did about one session."""
+    """
+    What `keep_alive` did about one session.
+
+    Attributes:
+        auth: The auth object.
+        outcome: ``"refreshed"``: it has a new token. ``"fresh"``: it needs none yet. ``"ended"``: the service refused
+            its newest token, so its user has to sign in again. ``"skipped"``: it was not refreshed. *error* says why;
+            None means that nobody has signed in.
+        seconds: How long that took.
+        error: What went wrong. After ``"refreshed"``, what *on_refresh* raised.
+    """
 
     auth: Auth[Any]
-    """The auth object."""
     outcome: Literal["refreshed", "fresh", "ended", "skipped"]
-    """
-    ``"refreshed"``: it has a new token. ``"fresh"``: it needs none yet. ``"ended"``: the service refused its newest
-    token, so its user has to sign in again. ``"skipped"``: it was not refreshed. *error* says why; None means that
-    nobody has signed in.
-    """
     seconds: float = 0.0
-    """How long that took."""
     error: Exception | None = None
-    """What went wrong. After ``"refreshed"``, what *on_refresh* raised."""
 
 
 def keep_alive(

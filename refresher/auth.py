@@ -385,7 +385,7 @@ class KuzzleAuth(Auth[KuzzleToken]):
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:
         (jwt,) = hide_all(jwt)
-        self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.check.token("jwt", jwt)))
+        self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.credential(self._prefix, jwt).jwt))
 
 
 class CircleAuth(Auth[UserToken]):

@@ -63,26 +63,28 @@ class RefreshError(Exception):
 
     An error holds no secret and no object of the HTTP library, so you may log it, pickle it and paste it into a public
     issue. Its message quotes nothing that the service wrote.
+
+    Attributes:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        status: The HTTP status, if there was a response.
+        code: The service's own number for the error, if it gave one.
+        id: Kuzzle's own name for the error (``"security.token.invalid"``), if it looks like a name.
+        request_id: Names the request in the service's logs, if anything does.
+        retry_after: How many seconds the service asked to wait, at most an hour.
+        spent: Whether the credential that was sent is used up. None if nobody knows.
+        idempotency_key: What Circle's request carried. A request with the same key is the same request.
+        retryable: Whether sending the same again may help and can do no harm.
     """
 
     provider: str | None
-    """``"kuzzle"`` or ``"circle"``."""
     status: int | None
-    """The HTTP status, if there was a response."""
     code: int | None
-    """The service's own number for the error, if it gave one."""
     id: str | None
-    """Kuzzle's own name for the error (``"security.token.invalid"``), if it looks like a name."""
     request_id: str | None
-    """Names the request in the service's logs, if anything does."""
     retry_after: float | None
-    """How many seconds the service asked to wait, at most an hour."""
     spent: bool | None
-    """Whether the credential that was sent is used up. None if nobody knows."""
     idempotency_key: str | None
-    """What Circle's request carried. A request with the same key is the same request."""
     retryable: bool
-    """Whether sending the same again may help and can do no harm."""
 
     def __init__(
         self,
@@ -99,15 +101,9 @@ class RefreshError(Exception):
         retryable: bool = False,
     ) -> None:
         super().__init__(message)
-        self.provider = provider
-        self.status = status
-        self.code = code
-        self.id = id
-        self.request_id = request_id
-        self.retry_after = retry_after
-        self.spent = spent
-        self.idempotency_key = idempotency_key
-        self.retryable = retryable
+        self.provider, self.status, self.code, self.id = provider, status, code, id
+        self.request_id, self.retry_after, self.spent = request_id, retry_after, spent
+        self.idempotency_key, self.retryable = idempotency_key, retryable
 
     def _render_traceback_(self) -> list[str]:
         """Show in a notebook which of the user's own lines failed, and why. Our frames and IPython's say nothing."""

@@ -64,6 +64,12 @@ class KuzzleToken:
     """
     A Kuzzle session token. *jwt* is masked in ``repr()`` and in notebooks.
 
+    Attributes:
+        kuid: The user's id.
+        jwt: The token, with its prefix ``kauth-``. None in cookie mode: it is in the session's cookie jar.
+        expires_at: When the token expires, in UTC by Kuzzle's clock. None means never.
+        ttl: How long it is valid, from when it was issued. None means for ever.
+
     Example:
         >>> token = KuzzleToken("foo", "kauth-e30", expires_at=None, ttl=None)
         >>> token
@@ -73,13 +79,9 @@ class KuzzleToken:
     """
 
     kuid: str
-    """The user's id."""
     jwt: str | None = attrs.field(repr=masked)
-    """The token, with its prefix ``kauth-``. None in cookie mode: it is in the session's cookie jar."""
     expires_at: datetime | None
-    """When the token expires, in UTC by Kuzzle's clock. None means never."""
     ttl: timedelta | None
-    """How long it is valid, from when it was issued. None means for ever."""
 
     _repr_html_ = _html
     _repr_pretty_ = _pretty
@@ -130,6 +132,13 @@ class UserToken:
     """
     A Circle user token, and the refresh token to use next. Secrets are masked in ``repr()`` and in notebooks.
 
+    Attributes:
+        user_token: What authorizes the user's requests (``X-User-Token``).
+        encryption_key: What Circle's client SDKs ask for beside it. None if Circle sent none.
+        user_id: The user's id. None if Circle sent none.
+        refresh_token: The one to use next: the new one, or the one that was sent if none came.
+        expires_at: When *user_token* expires, in UTC.
+
     Example:
         >>> token = UserToken.from_dict({"userToken": "u", "refreshToken": "r", "expiresAt": 1795293527300})
         >>> print(token.expires_at, token.to_dict()["refreshToken"])
@@ -137,15 +146,10 @@ class UserToken:
     """
 
     user_token: str = attrs.field(repr=masked)
-    """What authorizes the user's requests (``X-User-Token``)."""
     encryption_key: str | None = attrs.field(repr=masked)
-    """What Circle's client SDKs ask for beside it. None if Circle sent none."""
     user_id: str | None
-    """The user's id. None if Circle sent none."""
     refresh_token: str = attrs.field(repr=masked)
-    """The one to use next: the new one, or the one that was sent if none came."""
     expires_at: datetime
-    """When *user_token* expires, in UTC."""
 
     _repr_html_ = _html
     _repr_pretty_ = _pretty
@@ -191,24 +195,27 @@ class UserToken:
 
 @attrs.frozen(kw_only=True)
 class SessionStatus:
-    """What is known of a session, without its secrets."""
+    """
+    What is known of a session, without its secrets.
+
+    Attributes:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        user: The user's id. None if nobody told.
+        fingerprint: Tells the newest token from others. It is what logs call it.
+        state: ``"fresh"``: the next call returns the newest token. ``"due"``: it is valid, and the next call refreshes
+            it. ``"expired"``: it is not valid any more. Circle refreshes it all the same, Kuzzle does not.
+            ``"refused"``: the service has refused it lately. ``"unknown"``: the session was never refreshed here, or it
+            was forgotten.
+        expires_at: When the newest token dies, in UTC by the service's clock. None: never, or nobody knows.
+        generation: How many tokens of the session there have been after its first.
+    """
 
     provider: str
-    """``"kuzzle"`` or ``"circle"``."""
     user: str | None
-    """The user's id. None if nobody told."""
     fingerprint: str
-    """Tells the newest token from others. It is what logs call it."""
     state: State
-    """
-    ``"fresh"``: the next call returns the newest token. ``"due"``: it is valid, and the next call refreshes it.
-    ``"expired"``: it is not valid any more. Circle refreshes it all the same, Kuzzle does not. ``"refused"``: the
-    service has refused it lately. ``"unknown"``: the session was never refreshed here, or it was forgotten.
-    """
     expires_at: datetime | None
-    """When the newest token dies, in UTC by the service's clock. None: never, or nobody knows."""
     generation: int
-    """How many tokens of the session there have been after its first."""
 
     def to_dict(self) -> dict[str, object]:
         """Write it down, for JSON: ``expires_at`` in the form of ISO 8601."""
@@ -220,6 +227,19 @@ class SessionStatus:
 class RefreshEvent:
     """
     What came of one refresh, for counters and alarms. It holds no secret.
+
+    Attributes:
+        provider: ``"kuzzle"`` or ``"circle"``.
+        fingerprint: Tells the token that was to be refreshed from others.
+        successor: The fingerprint of the newest token, if it is new. None if there is none.
+        outcome: ``"refreshed"``: there is a new token. ``"adopted"``: another process had refreshed it. ``"kept"``: the
+            refresh failed, and the old token is still valid. ``"refused"``: the service does not accept it. ``"down"``:
+            the service or the store is down, and nothing was spent. ``"unknown"``: no usable answer came, and the token
+            may be spent.
+        spent: Whether the token is used up. None if nobody knows.
+        attempts: How many requests were sent or tried.
+        seconds: How long it took.
+        error: What the callers were told, or would have been. None if it succeeded.
 
     Counters for Prometheus::
 
@@ -246,22 +266,10 @@ class RefreshEvent:
     """
 
     provider: str
-    """``"kuzzle"`` or ``"circle"``."""
     fingerprint: str
-    """Tells the token that was to be refreshed from others."""
     successor: str | None
-    """The fingerprint of the newest token, if it is new. None if there is none."""
     outcome: Outcome
-    """
-    ``"refreshed"``: there is a new token. ``"adopted"``: another process had refreshed it. ``"kept"``: the refresh
-    failed, and the old token is still valid. ``"refused"``: the service does not accept it. ``"down"``: the service
-    or the store is down, and nothing was spent. ``"unknown"``: no usable answer came, and the token may be spent.
-    """
     spent: bool | None
-    """Whether the token is used up. None if nobody knows."""
     attempts: int
-    """How many requests were sent or tried."""
     seconds: float
-    """How long it took."""
     error: RefreshError | None
-    """What the callers were told, or would have been. None if it succeeded."""

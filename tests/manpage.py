@@ -89,7 +89,7 @@ def describe(parser: argparse.ArgumentParser, above: str | None = None) -> Itera
 def page() -> str:
     """Write the page."""
     parser = _parser()
-    about, statuses = (parser.description or "").strip().split("\n\n", 1)
+    about, statuses, environment = (parser.description or "").strip().split("\n\n")
     changelog = (ROOT / "CHANGELOG.md").read_text()
     date = re.search(rf"^## \[{re.escape(__version__)}\] - (\S+)$", changelog, re.MULTILINE)
     assert date, f"CHANGELOG.md has no date for {__version__}"
@@ -111,6 +111,9 @@ def page() -> str:
     ]
     for status, meaning in re.findall(r"^ +(\d+) +(.*)$", statuses, re.MULTILINE):
         lines += [".TP", rf"\fB{status}\fR", escape(meaning)]
+    lines.append(".SH ENVIRONMENT")
+    for name, meaning in re.findall(r"^ +([A-Z_]+) +(.*(?:\n {3,}.*)*)", environment, re.MULTILINE):
+        lines += [".TP", rf"\fB{escape(name)}\fR", *(escape(line.strip()) for line in meaning.splitlines())]
     return "\n".join(lines) + "\n"
 
 

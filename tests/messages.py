@@ -172,6 +172,7 @@ def arguments() -> Iterator[tuple[str, str]]:
         {"jwt": None},
         {"jwt": 5},
         {"jwt": "a b"},
+        {"jwt": '"a"'},
         {"expires_in": 7200},
         {"expires_in": "2 moons"},
         {"expires_in": "-2h"},

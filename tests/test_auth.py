@@ -749,6 +749,7 @@ def test_pickled(kuzzle, circle, pair, root, own, again, tmp_path):
         ("url", "planted"),
         ("jwt", "planted token"),
         ("jwt", ""),
+        ("jwt", '{"jwt":"planted"}'),
         ("expires_in", "planted"),
         ("trigger_events", "planted"),
         ("strategy", "plan\nted"),

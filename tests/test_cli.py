@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,15 @@ def test_demo(capsys):
     assert re.search(r"kauth-|eyJ|fake-secret", out) is None
     # What was sent is the old token, what came is another.
     assert len(set(re.findall("<secret (.*?)>", out))) == 8
+
+
+@pytest.mark.parametrize("proxy", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_demo_behind_a_proxy(proxy):
+    """A proxy, which the fakes are out of reach for, is not asked for them."""
+    environment = {**os.environ, proxy: "http://127.0.0.1:1", "no_proxy": "example.com"}
+    command = [sys.executable, "-m", "refresher", "demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_version(capsys):

@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import attrs
 import pytest
 import requests
 import time_machine
@@ -212,11 +213,26 @@ def test_from_standard_input(kuzzle, jwt, run, monkeypatch, form, encoding):
 
 def test_pair_from_standard_input(circle, pair, run, monkeypatch):
     """What was printed can be the input of another day, on another machine."""
+    monkeypatch.delenv("CIRCLE_USER_TOKEN")
     monkeypatch.delenv("CIRCLE_REFRESH_TOKEN")
     token = refresh_user_token(**call_with(circle, pair), cache=None)
     give_input(monkeypatch, json.dumps(token.to_dict()).encode())
     assert run("circle", "--base-url", circle.url)[0] == 0
     assert circle.requests[-1].json()["refreshToken"] == token.refresh_token
+
+
+@pytest.mark.parametrize("missing", ["user_token", "refresh_token"])
+@pytest.mark.parametrize(
+    "form", ['{{"userToken": "{0.user_token}", "refreshToken": "{0.refresh_token}"}}', "{1}\n"], ids=["JSON", "bare"]
+)
+def test_half_a_pair_from_standard_input(circle, pair, run, monkeypatch, missing, form):
+    """What the environment has counts, and standard input has the rest, bare or as JSON."""
+    monkeypatch.delenv(f"CIRCLE_{missing.upper()}")
+    given = attrs.evolve(circle.sign_in("user-2"), **{missing: getattr(pair, missing)})
+    give_input(monkeypatch, form.format(given, getattr(pair, missing)).encode())
+    assert run("circle", "--base-url", circle.url)[0] == 0
+    assert circle.requests[-1].json()["refreshToken"] == pair.refresh_token
+    assert circle.requests[-1].headers["X-User-Token"] == pair.user_token
 
 
 def ask(monkeypatch, answers):
@@ -281,6 +297,17 @@ def test_no_token(run, monkeypatch, given):
     assert status == 2
     assert err.count("\n") == 1
     assert "KUZZLE_JWT is not set, and standard input has no jwt" in err
+
+
+@pytest.mark.parametrize("form", ['"{}"', "KUZZLE_JWT={}", '{{"jwt":"{}"}}', "{{'jwt': '{}'}}"])
+def test_more_than_the_token(kuzzle, jwt, run, monkeypatch, form):
+    """A token with something around it is not sent, and nobody is told to sign in again."""
+    monkeypatch.setenv("KUZZLE_JWT", form.format(jwt))
+    status, out, err = run("kuzzle", kuzzle.url)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "jwt must be the token alone" in err or "jwt must not be empty or have white space" in err
+    assert jwt not in err
+    assert kuzzle.requests == []
 
 
 @pytest.mark.parametrize("given", ["k\xe4uth-1\n".encode("latin-1"), b"\xff\xfek", b"\0\xd8" * 9, bytes(range(200))])
@@ -634,7 +661,9 @@ def test_circle_status(circle, pair, run):
         pytest.param(["kuzzle", "URL", "--output", "plan'ted (choose from planted)"], id="quotes"),
         pytest.param(["kuzzle", "URL", "--output", "plan\nted"], id="a line break"),
         pytest.param(["kuzzle", "URL", "--timeout", "planted"], id="timeout"),
-        pytest.param(["kuzzle", "http://127.0.0.1:1", "--timeout", "0"], id="no time"),
+        pytest.param(["kuzzle", "URL", "--timeout", "0"], id="no time"),
+        pytest.param(["kuzzle", "URL", "--timeout", "999999999d"], id="too much time"),
+        pytest.param(["kuzzle", "URL", "--plant3d"], id="no option's name"),
         pytest.param(["kuzzle", "http://127.0.0.1:1", "--ahead", "999999999d"], id="too far ahead"),
         pytest.param(["kuzzle", "URL", "--quiet=planted"], id="a flag"),
         pytest.param(["kuzzle", "planted url"], id="URL"),
@@ -670,6 +699,23 @@ def test_choices(run):
     )
 
 
+def test_unknown_options(run):
+    """An option's name is told, without its value, and the help is that of the command."""
+    hint = "secrets go into the environment, or standard input (see refresher kuzzle --help)"
+    assert run("kuzzle", "URL", "--jwt=planted", "planted", "--expires_in", "--to-json", "1")[2] == (
+        f"refresher: unrecognized arguments --jwt --to-json; {hint}\n"
+    )
+    assert run("status", "circle", "--timeout", "5")[2].endswith("(see refresher status circle --help)\n")
+
+
+@pytest.mark.parametrize("given", ["0", "0s", "999999999d"])
+def test_timeouts(run, given):
+    """No time, and more than a computer can wait, are no timeout. How to wait forever is not told: one cannot."""
+    status, _, err = run("kuzzle", "URL", "--timeout", given)
+    assert status == 2
+    assert err.endswith(": --timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h\n")
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"),
     [("30", 30), ("30s", 30), ("15m", 900), ("2h", 7200), ("1d", 86400), ("0.5", 0.5), ("1.5h", 5400), ("0", 0)],
@@ -690,7 +736,7 @@ def test_no_durations(run, jwt, given):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ("kuzzle", "circle", "forget", "demo", "75", "77")),
+        ([], ("kuzzle", "circle", "forget", "demo", "75", "77", "REFRESHER_KEY")),
         (["kuzzle"], ("--expires-in", "--store", "--ahead", "--output", "--quiet", "75", "77", "KUZZLE_JWT")),
         (["circle"], ("--device-id", "--user-id", "CIRCLE_WEB3_API_KEY", "CIRCLE_REFRESH_TOKEN", "CIRCLE_USER_TOKEN")),
         (["forget"], ("kuzzle", "circle")),
@@ -828,6 +874,17 @@ def test_output_that_nobody_takes(kuzzle, jwt, command):
     assert len(kuzzle.requests) <= 1
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("kuzzle $url", 2), ("status kuzzle $url", 2), ("demo", 2), ("--help", 2), ("forget kuzzle $url", 0)],
+)
+def test_closed_output(kuzzle, jwt, command, status):
+    """All commands that print something end alike if standard output is closed: the environment is wrong."""
+    command = command.replace("$url", kuzzle.url)
+    got, _, err = shell(f'"$refresher" {command} >&-')
+    assert (got, err.count("\n")) == (status, status // 2)
+
+
 # As cron runs it
 
 
@@ -912,6 +969,48 @@ def test_no_answer_in_time(kuzzle, jwt, run, monkeypatch):
     status, out, err = run("kuzzle", kuzzle.url, "--timeout", "0.5")
     assert (status, out, err.count("\n")) == (75, "", 1)
     assert "did not answer" in err
+
+
+@pytest.fixture
+def disk_that_fills_up(kuzzle, monkeypatch):
+    """A disk that is full when a new token has come, until that is tried no more."""
+    monkeypatch.setattr(_cli, "_SAVING", 1.0)
+    monkeypatch.setattr(_cli, "TokenCache", lambda *given, **options: TokenCache(*given, **options, lease=1.0))
+
+    def fill(request):
+        fill_disk(None, monkeypatch)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(fill)
+
+
+def test_token_that_cannot_be_saved(kuzzle, jwt, run, disk_that_fills_up):
+    """It is printed, and standard error says that there is no other copy, also if the command is to be quiet."""
+    status, out, err = run("kuzzle", kuzzle.url, "--output", "token", "--quiet")
+    assert (status, err.count("\n")) == (0, 1)
+    assert kuzzle.knows(out.strip())
+    assert re.match(f"{WHEN}kuzzle .*: the new token could not be saved: keep what was printed", err)
+
+
+def test_token_that_can_neither_be_saved_nor_printed(kuzzle, jwt, run, disk_that_fills_up, monkeypatch):
+    """The status says that nothing was printed, and the complaint does not call that no loss."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = run("kuzzle", kuzzle.url, "--quiet")
+    assert (status, err.count("\n")) == (75, 1)
+    assert "Nor could the new token be saved" in err
+
+
+def test_token_that_is_saved_later(kuzzle, jwt, run, disk_that_fills_up, monkeypatch):
+    """What could be saved at last is not complained about."""
+    sync = os.fsync
+
+    def empty_disk(*_):
+        monkeypatch.setattr(os, "fsync", sync)
+        return "printed"
+
+    monkeypatch.setattr(_cli, "_written", empty_disk)
+    assert run("kuzzle", kuzzle.url, "--quiet") == (0, "printed", "")
 
 
 # How a signal ends it

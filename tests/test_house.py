@@ -8,6 +8,7 @@ import graphlib
 import importlib.metadata
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 import textwrap
@@ -205,6 +206,36 @@ def test_lazy_names():
         print(hasattr(refresher, "nonsense"))
     """)
     assert out == "True True True True False\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("testing", ["FakeKuzzle", "suffer("], id="a module that is imported late"),
+        pytest.param("stores", ["machines", *(f"class {each}" for each in refresher.stores.__all__[:-1])], id="stores"),
+    ],
+)
+def test_help(name, words):
+    """help() works after a bare import, and shows what is imported late."""
+    out = run(f"import refresher; help(refresher.{name})")
+    assert [word for word in words if word not in out] == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        refresher.KeepAliveOutcome,
+        refresher.KuzzleToken,
+        refresher.RefreshError,
+        refresher.RefreshEvent,
+        refresher.SessionStatus,
+        refresher.UserToken,
+    ],
+)
+def test_attributes(kind):
+    """help() says what each attribute of a result or an error means."""
+    told = kind.__doc__.partition("Attributes:\n")[2]
+    assert [name for name in kind.__annotations__ if not re.search(rf"^ +{name}: .+", told, re.MULTILINE)] == []
 
 
 def test_testing_without_pytest(monkeypatch):

@@ -111,6 +111,10 @@ def test_wrong_types(kuzzle, name, value):
         pytest.param({"jwt": "planted\x00"}, "jwt must not", id="a NUL in the token"),
         pytest.param({"jwt": "plantéd"}, "jwt must not", id="no ASCII"),
         pytest.param({"jwt": "planted\ud800"}, "jwt must not", id="half a character"),
+        pytest.param({"jwt": '"planted"'}, "jwt must be the token alone", id="quotes around the token"),
+        pytest.param({"jwt": '{"jwt":"planted"}'}, "jwt must be the token alone", id="JSON"),
+        pytest.param({"jwt": "KUZZLE_JWT=planted"}, "jwt must be the token alone", id="a name before the token"),
+        pytest.param({"jwt": "="}, "jwt must be the token alone", id="nothing but padding"),
         pytest.param({"url": ""}, "url must not be empty", id="no URL"),
         pytest.param({"url": "planted"}, "url", id="no scheme"),
         pytest.param({"url": "ftp://planted"}, "url must look like", id="another scheme"),
@@ -516,6 +520,15 @@ def test_cookie_under_a_wrong_clock(kuzzle):
     refresh_kuzzle_token(kuzzle.url, kuzzle.login(), expires_in="2h", session=session, cookie_auth=True)
     assert kuzzle.knows(session.cookies["authToken"])
     assert not next(iter(session.cookies)).is_expired()
+
+
+def test_cookie_is_taken_as_it_comes(kuzzle):
+    """What Kuzzle put into the jar is sent back, whatever characters it has."""
+    session = requests.Session()
+    session.cookies.set("authToken", "kauth-!", domain="127.0.0.1")
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, session=session, cookie_auth=True)
+    assert kuzzle.requests[0].headers["Cookie"] == "authToken=kauth-!"
 
 
 def test_expired_cookie_is_none(kuzzle):

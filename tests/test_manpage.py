@@ -35,6 +35,7 @@ def test_troff_reads_it():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert "*/5 * * * * refresher kuzzle $KUZZLE --quiet <~/.kuzzle-token >/dev/null\n" in done.stdout
+    assert "REFRESHER_KEY" in done.stdout.partition("\nENVIRONMENT\n")[2]
 
 
 def test_is_installed():

@@ -75,12 +75,15 @@ def test_python(kuzzle, circle, monkeypatch, capsys):
     monkeypatch.setenv("KUZZLE_JWT", kuzzle.login("foo", "5h", ago=60))
     for call in (refresh_user_token, CircleAuth.__init__):
         monkeypatch.setitem(call.__kwdefaults__, "base_url", circle.url)
+    pair = circle.sign_in()
     names = {
         "jwt": kuzzle.login("foo", ago=60),
-        "credentials": {"username": "foo", "password": "bar"},
-        "old": circle.sign_in(),
+        "user_token": pair.user_token,
+        "refresh_token": pair.refresh_token,
         "other_jwt": kuzzle.login("foo", "6h", ago=60),
     }
+    for name in names:
+        assert f"# {name} " in README or f" and {name} are" in README, "a reader is told what it is"
     for text in blocks("python"):
         here = text.replace("https://kuzzle.example.com", kuzzle.url)
         exec(here.replace("https://api.circle.com", circle.url), names)
@@ -100,7 +103,7 @@ def test_python(kuzzle, circle, monkeypatch, capsys):
 
 def test_sign_out(kuzzle, monkeypatch):
     """The session that the example signs out has ended at Kuzzle."""
-    names = {"credentials": {"username": "foo", "password": "bar"}}
+    names = {}
     (text,) = (text for text in blocks("python") if "sign_out" in text and "session.auth" in text)
     exec(text.partition("\nauth =")[0].replace("https://kuzzle.example.com", kuzzle.url), names)
     (request,) = (request for request in kuzzle.requests if request.path == "/_logout")
@@ -125,7 +128,9 @@ def shell(kuzzle):
 def test_script(kuzzle, shell):
     """The script runs, asks Kuzzle as the user, signs the user out, and leaves no token behind."""
     _, script = blocks("sh")
-    assert re.search('"_id": ?"foo"', shell(script).stdout)
+    shown = shell(script).stdout
+    assert re.search('"_id": ?"foo"', shown)
+    assert '"state": "fresh"' in shown
     assert [request.path for request in kuzzle.requests] == ["/_refreshToken", "/_me", "/_logout"]
     last = kuzzle.requests[-1].headers["Authorization"].split()[1]
     assert not kuzzle.knows(last)
@@ -188,6 +193,14 @@ def test_contributing():
     assert len(named) >= 7
     for path in ("".join(each) for each in named):
         assert (ROOT / path).is_file() or (ROOT / path / "__main__.py").is_file() or (ROOT / path).is_dir(), path
+
+
+def test_unknown_benchmark():
+    """A benchmark that is not there is complained about, and those there are are named."""
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks"), "auths", "nosuch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("There is no table nosuch. There are circle_refresh, ")
 
 
 RESULTS = {"KeepAliveOutcome", "KuzzleToken", "SessionStatus", "UserToken"}

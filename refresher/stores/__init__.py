@@ -1,6 +1,9 @@
 """
 Where a `TokenCache` keeps its entries: in the process, in files, in Redis or Valkey, in Django's cache.
 
+All processes that share a store share the newest tokens. On one machine a `FileStore` will do. A fleet of machines
+needs a `RedisStore`, or a `DjangoStore` on a cache that all of them reach.
+
 An entry is a text under a key, and expires after some seconds. Keys are hashes; the texts contain tokens, so anyone
 who can read a store can use them, unless an `EncryptedStore` encrypts them.
 """
@@ -116,3 +119,7 @@ def __getattr__(name: str) -> object:
         raise ModuleNotFoundError(f"{name} needs {missing}: pip install 'refresher[{missing}]'", name=missing)
 
     return fail
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -463,6 +463,9 @@ TABLES = (
 
 
 def main():
+    names = [table.__name__ for table in TABLES]
+    if unknown := [name for name in sys.argv[1:] if name not in names]:
+        sys.exit(f"There is no table {', '.join(unknown)}. There are {', '.join(names)}.")
     print(f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores")
     print(f"{datetime.now(UTC):%Y-%m-%d}, " + ", ".join(f"{each} {importlib.metadata.version(each)}" for each in WITH))
     print(f"\n{'':62}{'us':>10} {'against':>10}    ratio")
