@@ -132,7 +132,9 @@ class Checks:
 
     def seconds(self, name: str, value: Any) -> float | None:
         """Accept a number of seconds or a timedelta; None and -1 mean no limit."""
-        value = hide(reveal(value).total_seconds() if isinstance(reveal(value), timedelta) else value)
+        given: Any = reveal(value)
+        value = hide(given.total_seconds() if isinstance(given, timedelta) else value)
+        del given
         if value is None or (reveal(value) == -1 and not isinstance(reveal(value), bool)):
             return None
         is_number = number(reveal(value)) is not None or reveal(value) == math.inf

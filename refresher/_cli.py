@@ -172,7 +172,7 @@ class _Parser(argparse.ArgumentParser):
         _write(sys.stderr, f"refresher: {told} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         """Complain of what is unknown here, where the help is that of the command, and not in the parser above."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:

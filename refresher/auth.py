@@ -235,7 +235,8 @@ class Auth(AuthBase, Generic[_Token]):
         if not self._is_for_us(sent.url):
             return response
         if credential is not None:
-            self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
+            if response.ok:  # else a proxy may have written and dated it
+                self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
             rejected = self._is_rejected(response, credential)
             if rejected is not False:
                 response = self._again(response, credential, settings, sure=rejected is True)
@@ -269,7 +270,7 @@ class Auth(AuthBase, Generic[_Token]):
             for name, value in current.headers.items():
                 sent.headers[name] = reveal(value)
             response.close()
-            answer: requests.Response = response.connection.send(sent.copy(), **reveal(settings))
+            answer: requests.Response = response.connection.send(sent.copy(), **settings.reveal())
             answer.history.append(response)
             response, sure = answer, self._is_rejected(answer, current) is True
         if sure:
