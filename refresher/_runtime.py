@@ -229,12 +229,12 @@ class SystemRuntime:
         mark = object()
 
         def run() -> None:
+            self._running[mark] = os.getpid()
             try:
                 work()
             finally:
                 self._running.pop(mark, None)
 
-        self._running[mark] = os.getpid()
         try:
             in_thread(run, daemon=False)
         except RuntimeError:
