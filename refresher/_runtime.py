@@ -229,8 +229,8 @@ class SystemRuntime:
         mark = object()
 
         def run() -> None:
-            self._running[mark] = os.getpid()
             try:
+                self._running[mark] = os.getpid()
                 work()
             finally:
                 self._running.pop(mark, None)
