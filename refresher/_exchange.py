@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _rules
 from ._runtime import Memo
-from ._text import Secret, claims, fingerprint
+from ._text import claims, fingerprint
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
 from .services import Credential, R, Reply, Request, T
 
@@ -57,12 +57,12 @@ class Observed:
             self._seen.put(key, since := now)
         return now - since
 
-    def learn(self, scope: str, date: float | None, token: Secret[str] | None = None) -> None:
+    def learn(self, scope: str, date: float | None, came: Credential[Any] | None = None) -> None:
         """
-        Remember what time it is at a service. Its `Date` may be late. It may also be a proxy's, which has to agree with
-        when the *token* was issued that came with it, if that says.
+        Remember what time it is at a service. Its `Date` may be late. It may also be a proxy's, so it has to agree with
+        when the token was issued that *came* with it, if that was not the answer to an earlier request.
         """
-        issued = None if token is None else claims(token).iat
+        issued = None if came is None or came.idempotency_key else claims(came.secret).iat
         if date is not None and (issued is None or abs(date - issued) <= _rules.CLOCKS_DIFFER):
             steady, wall = date - self._steady(), date - self._wall()
             known = self._clocks.get(scope)
@@ -290,7 +290,7 @@ def spend(
         runtime.sleep(hold)
     successor = credential.refresh(exchange, anew=False)
     observed.seen_for(successor.keys[0])
-    observed.learn(credential.scope, exchange.date, successor.secret)
+    observed.learn(credential.scope, exchange.date, successor)
     token: T = successor.token  # type: ignore[assignment]  # a successor has one
     return token
 

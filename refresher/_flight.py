@@ -412,7 +412,7 @@ class Flight(Generic[T]):
         ledger, spend = self._ledger, self._spent or self.call.credential
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
-        ledger.observed.learn(spend.scope, date, successor.secret)
+        ledger.observed.learn(spend.scope, date, successor)
         service_now = ledger.observed.service_now(spend.scope)
         if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
