@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import pytest
 import redis
+import time_machine
 import valkey
 from cryptography.fernet import Fernet
 from django.conf import settings
@@ -1935,6 +1936,18 @@ def test_django_caches_of_threads():
     assert len({id(cache) for cache in found}) == 4, "one for each thread and each version of the settings"
     look()
     assert found[-1] is found[-2]
+
+
+def test_memcached_counts_to_2038(memcached):
+    """An entry that is to last for longer than Memcached can count lasts for as long as that."""
+    pytest.importorskip("pymemcache")
+    with (
+        django_caches(default={"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": memcached.address}),
+        time_machine.travel("2029-01-01"),
+    ):
+        store = DjangoStore()
+        store.set(KEY, "entry", 3651 * 86_400)
+        assert store.get(KEY) == "entry"
 
 
 def test_django_caches_after_a_request(memcached):

@@ -6,6 +6,7 @@ import base64
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +28,8 @@ from .redis import RedisStore
 
 _PREFIX = "refresher:2:"
 _LONGEST_LEASE = 86_400.0
+# The last second that Memcached can count.
+_LAST = 2**31 - 1
 # A cache that drops entries by their number has to have room for all sessions.
 _LEAST_MAX_ENTRIES = 100_000
 _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
@@ -103,7 +106,7 @@ class _CacheStore:
         return value if isinstance(value, str) else None
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
-        self._cache.set(_PREFIX + key, value, seconds)
+        self._cache.set(_PREFIX + key, value, min(seconds, _LAST - int(time.time())))
         # Some caches say nothing when they can't.
         if self._cache.get(_PREFIX + key) != value:
             raise ConnectionError("the cache did not keep an entry")
