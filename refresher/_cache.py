@@ -185,6 +185,7 @@ class TokenCache:
         runtime = self._runtime
         if self._process != runtime.process():  # a forked child has none of its parent's threads
             self._process, self._flights = runtime.process(), {}
+            self._ledger.forget_threads()
         waiter = Waiter(runtime.event(), end, call.retry)
         flight = self._flights.get(key)
         if flight is not None and flight.is_stuck():
@@ -335,7 +336,7 @@ class TokenCache:
         chain, is_readable = self._look(credential)
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
-        if not is_readable or not self._ledger.drop(chain, keys):
+        if not (self._ledger.drop(chain, keys) and is_readable):
             self._fail(
                 "cannot be reached, so other processes may still use the session: call again", credential.service
             )

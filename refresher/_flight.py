@@ -292,7 +292,8 @@ class Flight(Generic[T]):
 
     def is_stuck(self) -> bool:
         """Whether it waits for the store while a token is in its last moments, so that another had better go."""
-        return not (self._is_alone or self._departed or self._done) and self._ledger.is_in_the_way(self.call)
+        waits_for_answer = self._departed and self._spent is None
+        return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
 
     def _view(
         self, chain: Chain[T], trouble: Exception | None, waited: bool
@@ -414,9 +415,9 @@ class Flight(Generic[T]):
         took = max(0.0, ledger.now().steady - requested.steady)
         ledger.observed.learn(spend.scope, date, successor)
         service_now = ledger.observed.service_now(spend.scope)
-        if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
-            # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
-            left = successor.expiry - service_now[0] + took
+        if spend.idempotency_key and lifetime is not None and successor.expiry is not None:
+            # It may be the answer to an earlier request. If it would be over, it is the clock that is wrong.
+            left = successor.expiry - (service_now[0] if service_now else ledger.now().wall) + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
@@ -451,7 +452,7 @@ class Flight(Generic[T]):
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
-            if chain.key in ledger.unread:
+            if ledger.may_have_more(chain, self.call.credential):
                 what = f"{self._service} does not accept the token any more, and {ledger.name} may have a newer one"
                 raise OutcomeUnknownError(f"{what} that cannot be read: check its key", provider=spend.service)
             tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
@@ -489,7 +490,7 @@ class Flight(Generic[T]):
         ledger, runtime = self._ledger, self._runtime
         end, pause = runtime.steady() + self._limit, _rules.POLL
         while (chain := ledger.unsaved.get(self.chain)) is not None and not ledger.save(chain):
-            if runtime.steady() + pause > end:
+            if runtime.steady() + pause > end or self.chain in ledger.saving:
                 break
             runtime.sleep(pause)
             pause = min(2 * pause, _rules.LONGEST_POLL)

@@ -114,13 +114,14 @@ class Ledger:
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
         self.unsaved: dict[str, Chain[Any]] = {}
-        # Chains whose entry could not be read, as it may be newer than what is known, and if others may be able to.
+        # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
         self._took = 0.0  # by the last command, if it failed
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
+        self.saving: set[str] = set()  # chains that are being written down: a store that hangs gets each once
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
@@ -246,7 +247,7 @@ class Ledger:
             self._took = 0.0
             return answer, None
         finally:
-            del self._asked[mark]
+            self._asked.pop(mark, None)
 
     def delay(self) -> float:
         """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
@@ -284,16 +285,24 @@ class Ledger:
             self.unsaved[key] = known
         return known or Chain(key=key), trouble
 
+    def may_have_more(self, chain: Chain[Any], credential: Credential[Any]) -> bool:
+        """Whether the store has an entry of a chain that could not be read: it may be newer than what is known."""
+        return any(key in self.unread for key in (chain.key, *(f"{key}-alias" for key in credential.keys)))
+
+    def forget_threads(self) -> None:
+        """Forget what threads are doing: a forked child has none of its parent's."""
+        self._asked, self._took, self._is_saving, self.saving = {}, 0.0, False, set()
+
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
+        self.unread.pop(key, None)
+        if key in getattr(self.store, "unread", ()):
+            self.unread[key] = True
         return text.decode(errors="replace") if isinstance(text, bytes) else text
 
     def _read(self, key: str, credential: Credential[T], anew: bool = False) -> Chain[T] | None:
         """Read what the store has of a chain. What was read of the same text before is read no more."""
         text, known = self._text(key), self.chains.get(key)
-        self.unread.pop(key, None)
-        if key in getattr(self.store, "unread", ()):
-            self.unread[key] = True
         if known is not None and known.text == text and not anew:
             return known
         try:
@@ -308,8 +317,10 @@ class Ledger:
         chain = chain.with_text()
         self.unsaved[chain.key] = chain
         self._remember(chain)
-        if not (in_memory or self.save(chain)) and spent is not None and self.delete(f"{spent.keys[0]}-attempt"):
-            self.save(chain)  # in the room that this has kept free
+        if in_memory or self.save(chain) or spent is None or chain.key in self.saving:
+            return
+        self.delete(f"{spent.keys[0]}-attempt")
+        self.save(chain)  # in the room that this has kept free
 
     def _remember(self, chain: Chain[Any]) -> None:
         self.chains.put(chain.key, chain)
@@ -317,8 +328,14 @@ class Ledger:
             self._aliases.put(key, chain.key)
 
     def save(self, chain: Chain[Any]) -> bool:
-        """Write a chain down. Return whether that is done."""
-        _, trouble = self.ask("cannot be written", self._save, chain)
+        """Write a chain down, unless another thread does. Return whether that is done."""
+        if chain.key in self.saving:
+            return False
+        self.saving.add(chain.key)
+        try:
+            _, trouble = self.ask("cannot be written", self._save, chain)
+        finally:
+            self.saving.discard(chain.key)
         if trouble is None and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
         return trouble is None
@@ -412,8 +429,9 @@ class Ledger:
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Remember a spent credential for one more day: its outcome is known now."""
         self.delete(f"{spent.keys[0]}-attempt")
+        seconds = _GONE if chain in spent.keys else _rules.DAY  # the first token is the one that people keep
         for key in {*spent.keys} - {chain}:
-            entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(_rules.DAY)
+            entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)
             self.ask("cannot be written", self.store.set, *entry)
 
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:

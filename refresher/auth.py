@@ -235,7 +235,8 @@ class Auth(AuthBase, Generic[_Token]):
         if not self._is_for_us(sent.url):
             return response
         if credential is not None:
-            if response.status_code < 500:  # else a proxy may have written and dated it
+            # Else a proxy may have written it, or kept it.
+            if response.status_code < 500 and "Age" not in response.headers:
                 self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
             rejected = self._is_rejected(response, credential)
             if rejected is not False:

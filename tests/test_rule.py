@@ -22,6 +22,7 @@ import attrs
 import pytest
 import redis
 import requests
+import time_machine
 from helpers import call_with, jwt_with
 
 from refresher import (
@@ -1052,3 +1053,77 @@ def test_daemon_that_comes_too_late():
     runtime.start(lambda: begun.append(1))
     while not begun:
         time.sleep(0.01)
+
+
+def test_forgotten_while_the_store_is_down(kuzzle, store, root):
+    """The process has forgotten the session, as the error says, and the store does when it's back."""
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.is_down = True
+    with pytest.raises(UnavailableError, match="call again"):
+        cache.forget(kuzzle.url, root)
+    store.is_down = False
+    assert cache.peek(kuzzle.url, root).state == "unknown"
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=1800), cache=cache)
+    wait_for_copies(cache)
+    assert TokenCache(store).peek(kuzzle.url, root).state == "unknown"
+
+
+def test_write_that_hangs(kuzzle, clock, root):
+    """While a write hangs, the token is used and refreshed all the same, and threads do not pile up."""
+
+    class Hanging(SharedStore):
+        over = threading.Event()
+        is_hanging = False
+
+        def set(self, key, value, seconds):
+            if self.is_hanging and "-" not in key:
+                self.over.wait(60)
+            return super().set(key, value, seconds)
+
+    store = Hanging(clock)
+    cache = TokenCache(store, clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    store.is_hanging, before = True, threading.active_count()
+    second = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    for _ in range(8):
+        time.sleep(0.55)
+        second = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    assert threading.active_count() - before < 8
+    clock.advance(HOUR - 2)
+    third = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    assert third != second
+    assert kuzzle.knows(third.jwt)
+    store.over.set()
+    store.is_hanging = False
+    wait_for_copies(cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == third
+
+
+def test_answers_that_were_kept(kuzzle):
+    """An answer that a cache on the way has kept says nothing of the time."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login("foo", "20s", ago=17), cache=TokenCache())
+    old = {"Date": formatdate(time.time() - 7200, usegmt=True), "Age": "7200"}
+    kuzzle.next_answers.append(lambda request: attrs.evolve(kuzzle.truly(request), headers=old))
+    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    time.sleep(2.3)
+    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    assert [request.target for request in kuzzle.requests].count("/_refreshToken") == 1
+
+
+def test_earlier_answers_without_a_date(circle):
+    """Without a `Date`, the local clock tells that an answer is an earlier one, whose token has expired."""
+    old, options = circle.sign_in("user-1", device_id="device-1"), {"api_key": circle.api_key, "base_url": circle.url}
+    options |= {"user_token": old.user_token, "refresh_token": old.refresh_token, "device_id": "device-1"}
+    refresh_user_token(**options, cache=None)
+    circle.clock.advance(2 * HOUR)
+
+    def undated(request):
+        answer = circle.truly(request)
+        return attrs.evolve(answer, headers={name: each for name, each in answer.headers.items() if name != "Date"})
+
+    circle.next_answers.extend([undated, undated])
+    with time_machine.travel(time.time() + 2 * HOUR, tick=True):
+        pair = refresh_user_token(**options, cache=TokenCache())
+    assert circle.knows(pair)
