@@ -1102,13 +1102,14 @@ def test_write_that_hangs(kuzzle, clock, root):
 
 
 @pytest.mark.parametrize("age", [{}, {"Age": "7200"}])
-def test_answers_that_were_kept(kuzzle, age):
+def test_answers_that_were_kept(age):
     """An answer that a cache on the way has kept says nothing of the time."""
-    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(clock=time.time))
-    old = {"Date": formatdate(time.time() - 7200, usegmt=True), **age}
-    kuzzle.next_answers.append(lambda request: attrs.evolve(kuzzle.truly(request), headers=old))
-    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
-    assert (auth._cache._ledger.observed.service_now(auth._scope) is None) == bool(age)
+    with FakeKuzzle() as kuzzle:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache(clock=time.time))
+        old = {"Date": formatdate(time.time() - 7200, usegmt=True), **age}
+        kuzzle.next_answers.append(lambda request: attrs.evolve(kuzzle.truly(request), headers=old))
+        requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+        assert (auth._cache._ledger.observed.service_now(auth._scope) is None) == bool(age)
 
 
 def test_earlier_answers_without_a_date(circle):
