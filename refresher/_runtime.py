@@ -189,7 +189,7 @@ class SystemRuntime:
         atexit.register(self._end)
 
     def _end(self) -> None:
-        """Wait for what daemons have begun since Python waited for its threads: a token may be on its way."""
+        """Wait for what was begun after Python had waited for its threads: a token may be on its way."""
         while os.getpid() in list(self._running.values()):
             time.sleep(0.01)
         self._is_over = True
@@ -220,25 +220,24 @@ class SystemRuntime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        if daemon:
-            with contextlib.suppress(RuntimeError):  # too many threads, or the interpreter is shutting down
-                in_thread(work, daemon=True)
-            return
-        if self._is_over and threading.current_thread().daemon:
+        if self._is_over and not daemon and threading.current_thread().daemon:
             threading.Event().wait()  # it ends with the process, as whatever it began now would
-        mark = object()
-
-        def run() -> None:
-            try:
-                self._running[mark] = os.getpid()
-                work()
-            finally:
-                self._running.pop(mark, None)
-
+        if not daemon and not threading.main_thread().is_alive():  # Python has waited for its threads
+            work = functools.partial(self._wait_for, work)
         try:
-            in_thread(run, daemon=False)
-        except RuntimeError:
-            run()
+            in_thread(work, daemon=daemon)
+        except RuntimeError:  # too many threads, or the interpreter is shutting down
+            if not daemon:
+                work()
+
+    def _wait_for(self, work: Callable[[], None]) -> None:
+        """Do something that the process waits for, although it is ending."""
+        mark = object()
+        try:
+            self._running[mark] = os.getpid()
+            work()
+        finally:
+            self._running.pop(mark, None)
 
     def send(
         self,
