@@ -252,7 +252,8 @@ class Ledger:
     def delay(self) -> float:
         """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
         now = self.runtime.steady()
-        return max(self._took, *(now - began for began in [now, *self._asked.values()]))
+        took = self._took if now - self.troubled_at < _rules.WINDOW else 0.0
+        return max(took, *(now - began for began in [now, *self._asked.values()]))
 
     def is_in_the_way(self, call: Call[Any]) -> bool:
         """Whether a token is in its last moments, and the store would take too many of them."""
@@ -269,9 +270,9 @@ class Ledger:
         for each in credential.keys if key == own else ():
             if found is None and trouble is None:
                 text, trouble = self.ask("cannot be read", self._text, f"{each}-alias")
-                if (alias := _rules.read_alias(text, credential) or own) != own:
+                if (alias := _rules.read_alias(text, credential) or each) != own:
                     found, trouble = self.ask("cannot be read", self._read, alias, credential, True)
-                    if found is not None or each == own:  # else it may be another user's
+                    if found is not None or alias != each:
                         key = alias
                         self._aliases.put(own, key)
         self._looked_at.put(key, self.runtime.steady())
@@ -355,6 +356,9 @@ class Ledger:
             self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
             if newest is not None and self.runtime.steady() - began > _rules.TRUSTED:
                 self._look_back(chain, newest)
+                known = self.chains.get(chain.key)
+                if known is not None and known.generation > chain.generation:
+                    self.unsaved[chain.key] = known  # another thread's write has lost its place
 
     def _look_back(self, chain: Chain[Any], newest: Credential[Any]) -> None:
         """See whether what was written took the place of a tombstone: its session was signed out meanwhile."""

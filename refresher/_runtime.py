@@ -220,9 +220,11 @@ class SystemRuntime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        if self._is_over and not daemon and threading.current_thread().daemon:
-            threading.Event().wait()  # it ends with the process, as whatever it began now would
         if not daemon and not threading.main_thread().is_alive():  # Python has waited for its threads
+            if threading.current_thread() is threading.main_thread():
+                return work()
+            if self._is_over:
+                threading.Event().wait()  # it ends with the process, as whatever it began now would
             work = functools.partial(self._wait_for, work)
         try:
             in_thread(work, daemon=daemon)

@@ -73,8 +73,9 @@ class CircleCredential:
     token: UserToken | None = attrs.field(default=None, eq=False)
 
     def _keys(self) -> tuple[str, ...]:
-        # The last one is for calls that name the same user in another way.
-        names = [who for who in (self.user_token, self.user_id, "anybody") if who is not None]
+        # By the user's id too, so that calls by the id and calls by a user token are about one session.
+        subject = claims(self.user_token).subject if self.user_token else None
+        names = [who for who in (self.user_token, self.user or subject) if who is not None]
         return tuple(key_of("circle", self.base_url, who, self.refresh_token, self.device_id) for who in names)
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))

@@ -62,8 +62,8 @@ class EncryptedStore:
     def get(self, key: str, /) -> bytes | None:
         """Return an entry. None if there is none that can be decrypted."""
         content = self._store.get(key)
-        self.unread.discard(key)
         if content is None:
+            self.unread.discard(key)
             return None
         try:
             plain = self._cipher.decrypt(content.encode() if isinstance(content, str) else content)
@@ -71,6 +71,7 @@ class EncryptedStore:
             plain = b""
         name, _, value = plain.partition(b"\n")
         if name == key.encode():
+            self.unread.discard(key)
             return value
         self.unread.add(key)
         if not self._told:
