@@ -415,9 +415,9 @@ class Flight(Generic[T]):
         took = max(0.0, ledger.now().steady - requested.steady)
         ledger.observed.learn(spend.scope, date, successor)
         service_now = ledger.observed.service_now(spend.scope)
-        if spend.idempotency_key and lifetime is not None and successor.expiry is not None:
-            # It may be the answer to an earlier request. If it would be over, it is the clock that is wrong.
-            left = successor.expiry - (service_now[0] if service_now else ledger.now().wall) + took
+        if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
+            # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
+            left = successor.expiry - service_now[0] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)

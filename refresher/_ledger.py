@@ -465,7 +465,7 @@ class Ledger:
         def run() -> None:
             self._is_saving = True
             while self.unsaved:
-                self.runtime.sleep(_rules.BRIEFLY)
+                self.runtime.sleep(_rules.TRUSTED)  # before others are told that the session is over
                 self.save_all()
                 for key in [key for key, chain in list(self.unsaved.items()) if self._seconds(chain) <= 0]:
                     del self.unsaved[key]

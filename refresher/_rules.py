@@ -287,9 +287,7 @@ def left_elsewhere(
     if service_now is not None and expiry is not None:
         earliest, latest = service_now
         most = min(expiry - earliest, most)
-        # It may be a second later there. And what told the time may be late, if the local clock says so.
-        doubt = expiry - now.wall
-        return Left(min(expiry - latest - 1.0, most - 1.0, doubt if doubt > 0 else math.inf), most)
+        return Left(min(expiry - latest, most) - 1.0, most)  # it may be a second later there
     doubts = [] if requested is None else [lifetime - (now.wall - requested.wall)]
     doubts += [] if expiry is None else [expiry - now.wall]
     least = min([most, *doubts])

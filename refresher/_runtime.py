@@ -220,9 +220,11 @@ class SystemRuntime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        if not daemon and not threading.main_thread().is_alive():  # Python has waited for its threads
-            if threading.current_thread() is threading.main_thread():
-                return work()
+        caller = threading.current_thread()
+        if self._is_over and not daemon and not caller.daemon:
+            return work()
+        # Not asked in the main thread, where an interrupt of `is_alive` would end it in Python's view.
+        if not daemon and caller.daemon and not threading.main_thread().is_alive():  # Python has waited for its threads
             if self._is_over:
                 threading.Event().wait()  # it ends with the process, as whatever it began now would
             work = functools.partial(self._wait_for, work)

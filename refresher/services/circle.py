@@ -303,6 +303,6 @@ def parse(reply: Reply, request: Request) -> UserToken:
 
 
 def _has_expired(token: UserToken, reply: Reply) -> bool:
-    """Whether a user token had expired when the service sent it, by the service's own clock if it tells the time."""
+    """Whether a user token had expired when the service sent it, by the service's own clock."""
     exp = claims(Secret(token.user_token)).exp
-    return exp is not None and exp < (reply.sent_at if reply.date is None else reply.date)
+    return reply.date is not None and exp is not None and exp < reply.date

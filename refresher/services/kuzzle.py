@@ -261,13 +261,13 @@ def credential(
         InvalidArgumentError: An argument is wrong.
     """
     check.need(jwt is not None, "jwt", "is missing: give the token of a sign-in")
+    base_url, token = check.url("url", url, https=False), check.token("jwt", jwt)
     in_cookie_mode, is_cookie = check.flag("cookie_auth", cookie_auth), check.flag("in_cookie", in_cookie)
-    token = check.token("jwt", jwt)
     # The grammar of RFC 6750. Tokens in cookies, replies and stores are taken as they come.
     is_alone = is_cookie or re.fullmatch("[A-Za-z0-9._~+/-]+=*", token.reveal()) is not None
     check.need(is_alone, "jwt", "must be the token alone, without quotes, JSON or a name before it")
     return KuzzleCredential(
-        url=check.url("url", url, https=False),
+        url=base_url,
         jwt=token,
         cookie_auth=in_cookie_mode,
         expires_in=_lifetime(expires_in, in_cookie_mode),
