@@ -457,7 +457,7 @@ class Flight(Generic[T]):
                 raise OutcomeUnknownError(f"{what} that cannot be read: check its key", provider=spend.service)
             tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
             now = self._runtime.steady()
-            is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED
+            is_settled = trouble is None and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
@@ -565,7 +565,7 @@ class SignOut(Flight[T]):
         except SignInRequiredError:
             pass
         except OutcomeUnknownError:
-            if self._runtime.steady() - ledger.troubled_at > _rules.SETTLED:
+            if ledger.is_settled():
                 raise
             what = f"{ledger.name} cannot be read or written, and may have a newer token of the session: call again"
             raise UnavailableError(what, provider=credential.service, spent=False) from None

@@ -118,7 +118,8 @@ class Ledger:
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
-        self._took = 0.0  # by the last command, if it failed
+        self._took = 0.0  # by the last command that failed
+        self._is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
         self.saving: set[str] = set()  # chains that are being written down: a store that hangs gets each once
@@ -240,11 +241,11 @@ class Ledger:
             answer = command(*args)
         except Exception as error:  # a store may raise whatever it likes
             self.troubled_at = self.runtime.steady()
-            self._took = self.troubled_at - began
+            self._took, self._is_failing = self.troubled_at - began, True
             self.warn(f"{what} ({type(error).__name__})")
             return None, error
         else:
-            self._took = 0.0
+            self._is_failing = False
             return answer, None
         finally:
             self._asked.pop(mark, None)
@@ -252,8 +253,12 @@ class Ledger:
     def delay(self) -> float:
         """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
         now = self.runtime.steady()
-        took = self._took if now - self.troubled_at < _rules.WINDOW else 0.0
+        took = self._took if self._is_failing and now - self.troubled_at < _rules.WINDOW else 0.0
         return max(took, *(now - began for began in [now, *self._asked.values()]))
+
+    def is_settled(self) -> bool:
+        """Whether the store has been well for so long that others have had their answers, and could write."""
+        return self.runtime.steady() - self.troubled_at > _rules.SETTLED + self._took
 
     def is_in_the_way(self, call: Call[Any]) -> bool:
         """Whether a token is in its last moments, and the store would take too many of them."""
@@ -292,7 +297,7 @@ class Ledger:
 
     def forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""
-        self._asked, self._took, self._is_saving, self.saving = {}, 0.0, False, set()
+        self._asked, self._is_failing, self._is_saving, self.saving = {}, False, False, set()
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -455,7 +460,7 @@ class Ledger:
         for chain in list(self.unsaved.values()):
             lease = Lease(self, chain.key, self.runtime.draw())
             lease.take()
-            if lease.lock is Lock.OURS:
+            if lease.lock is not Lock.LOST:  # who has it may be about to say that the session is over
                 self.save(chain)
             lease.give_back()
 

@@ -32,7 +32,7 @@ def environment(kuzzle, circle, monkeypatch, tmp_path):
         "KUZZLE_JWT_OF_ANOTHER": kuzzle.login("foo", "2h"),
         "KUZZLE_JWT_OF_NOBODY": "kauth-planted.planted.planted",
     }
-    kuzzle.clock.advance(1)
+    kuzzle.clock.advance(7)  # the tokens are not young any more
     addresses = {"KUZZLE_URL": kuzzle.url, "CIRCLE_URL": circle.url, "JUPYTER_PLATFORM_DIRS": "1"}
     for name, value in {**secrets, **addresses}.items():
         monkeypatch.setenv(name, value)

@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though the store cannot be read",
-        (_FLIGHT, "is_settled = trouble is None and now - ledger.troubled_at > _rules.SETTLED", "is_settled = True"),
+        (_FLIGHT, "is_settled = trouble is None and ledger.is_settled()", "is_settled = True"),
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
