@@ -473,7 +473,7 @@ class Ledger:
                 self.runtime.sleep(_rules.TRUSTED)  # before others are told that the session is over
                 self.save_all()
                 for key in [key for key, chain in list(self.unsaved.items()) if self._seconds(chain) <= 0]:
-                    del self.unsaved[key]
+                    self.unsaved.pop(key, None)
             self._is_saving = False
             self.close()
 

@@ -431,9 +431,8 @@ def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    urgent = is_urgent(
-        view.left, view.window, view.delay
-    )  # then it waits neither for the store nor, for long, for the lock
+    # If so, it waits neither for the store nor, for long, for the lock.
+    urgent = is_urgent(view.left, view.window, view.delay)
     without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
         return without_store

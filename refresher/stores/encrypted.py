@@ -28,7 +28,7 @@ class EncryptedStore:
         store: Where the entries are kept.
         keys: Fernet keys: make one with ``cryptography.fernet.Fernet.generate_key()``. The first one encrypts,
             all of them decrypt. To change keys, add the new one at the end, everywhere; then put it first, everywhere;
-            remove the old one a month later.
+            remove the old one a month later, or when your longest-lived tokens have expired.
 
     Raises:
         InvalidArgumentError: *store* is no store, or *keys* are no keys.

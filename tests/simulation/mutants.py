@@ -95,10 +95,10 @@ MUTANTS = [
         "one failure blinds a process for a second",
         (
             _LEDGER,
-            "            return command(*args), None\n",
+            "            answer = command(*args)\n",
             (
                 "            blind = self.runtime.steady() - self.troubled_at < 1.0\n"
-                "            return (None if blind else command(*args)), None\n"
+                "            answer = None if blind else command(*args)\n"
             ),
         ),
     ),
@@ -146,10 +146,10 @@ MUTANTS = [
         "who has got the lock does not look again",
         (
             _FLIGHT,
-            "            chain, trouble = ledger.look(call.credential)\n            if chain.key != self.chain:",
+            "            chain, trouble = self._look()\n            if chain.key != self.chain:",
             (
                 "            if lease.lock is not Lock.OURS:\n"
-                "                chain, trouble = ledger.look(call.credential)\n"
+                "                chain, trouble = self._look()\n"
                 "            if chain.key != self.chain:"
             ),
         ),
@@ -172,8 +172,20 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "a failed attempt takes the place of another that is open",
+        (_FLIGHT, "                done = attrs.evolve(done, by=attempt.by, is_open=True)", "                pass"),
+    ),
+    Mutant(
+        "what cannot be written is left to the next refresh",
+        (_FLIGHT, "            ledger.save_later()", "            pass"),
+    ),
+    Mutant(
+        "a store that hangs is not passed by",
+        (_LEDGER, "        if (delay := self.delay()) < _rules.TOO_SLOW:", "        if (delay := self.delay()) < 1e9:"),
+    ),
+    Mutant(
         "in a token's last moments the store is still waited for",
-        (_RULES, "urgent = is_urgent(view.left, view.window, view.delay)", "urgent = False"),
+        (_RULES, "    without_store = Step.GO_ON if", "    urgent = False\n    without_store = Step.GO_ON if"),
     ),
     # Refusals
     Mutant(
