@@ -248,8 +248,8 @@ def _could_not_keep(world: World, holder: Process, since: float, session: Sessio
     slept = holder.asleep_for - session.slept_before[holder]
     well_since = until if store.troubled() else min(store.well_since, until)
     troubled = max(0.0, well_since - since)  # for how long it could not be written, or an upper bound of that
-    if holder.alive:
-        return slept > 60.0 or troubled > 55.0
+    if holder.alive:  # it writes as soon as it can
+        return slept > 60.0 or (troubled > 55.0 and until - well_since < 20.0)
     if holder.how == "killed":
         return until - since < 2.0 + troubled + slept
     # It has ended by itself, and was to write until then.
