@@ -291,7 +291,7 @@ def death(world: World, session: Session) -> None:
             and process.ended_at > died
             and process.asleep_for == call.asleep
             and (process in session.receipts or world.store.disturbed_at < undisturbed)
-            and world.store.hung_until < undisturbed - 30.0
+            and (process in session.receipts or world.store.hung_until < undisturbed - 30.0)
             and (not world.store.lost or process.links(call.token, session.newest))
         ):
             early = f"{process.name} called {died - call.began:.2f} s before its end"
