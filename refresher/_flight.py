@@ -489,8 +489,8 @@ class Flight(Generic[T]):
         """Write down what could not be written before, and let go of the lock."""
         ledger, runtime = self._ledger, self._runtime
         end, pause = runtime.steady() + self._limit, _rules.POLL
-        while (chain := ledger.unsaved.get(self.chain)) is not None and not ledger.save(chain):
-            if runtime.steady() + pause > end or self.chain in ledger.saving:
+        while (chain := ledger.unsaved.get(self.chain)) is not None:
+            if self.chain in ledger.saving or ledger.save(chain) or runtime.steady() + pause > end:
                 break
             runtime.sleep(pause)
             pause = min(2 * pause, _rules.LONGEST_POLL)

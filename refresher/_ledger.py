@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -122,7 +123,7 @@ class Ledger:
         self._is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
-        self.saving: set[str] = set()  # chains that are being written down: a store that hangs gets each once
+        self.saving: list[str] = []  # chains that are being written down: to write them again waits until then
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
@@ -297,7 +298,7 @@ class Ledger:
 
     def forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""
-        self._asked, self._is_failing, self._is_saving, self.saving = {}, False, False, set()
+        self._asked, self._is_failing, self._is_saving, self.saving = {}, False, False, []
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -323,7 +324,7 @@ class Ledger:
         chain = chain.with_text()
         self.unsaved[chain.key] = chain
         self._remember(chain)
-        if in_memory or self.save(chain) or spent is None or chain.key in self.saving:
+        if in_memory or self.save(chain) or spent is None:
             return
         self.delete(f"{spent.keys[0]}-attempt")
         self.save(chain)  # in the room that this has kept free
@@ -334,14 +335,13 @@ class Ledger:
             self._aliases.put(key, chain.key)
 
     def save(self, chain: Chain[Any]) -> bool:
-        """Write a chain down, unless another thread does. Return whether that is done."""
-        if chain.key in self.saving:
-            return False
-        self.saving.add(chain.key)
+        """Write a chain down. Return whether that is done."""
+        self.saving.append(chain.key)
         try:
             _, trouble = self.ask("cannot be written", self._save, chain)
         finally:
-            self.saving.discard(chain.key)
+            with contextlib.suppress(ValueError):  # a child that was forked has forgotten it
+                self.saving.remove(chain.key)
         if trouble is None and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
         return trouble is None
@@ -458,6 +458,8 @@ class Ledger:
     def save_all(self) -> None:
         """Write down what could not be written before."""
         for chain in list(self.unsaved.values()):
+            if chain.key in self.saving:
+                continue
             lease = Lease(self, chain.key, self.runtime.draw())
             lease.take()
             if lease.lock is not Lock.LOST:  # who has it may be about to say that the session is over
