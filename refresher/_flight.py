@@ -405,12 +405,12 @@ class Flight(Generic[T]):
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None
-        self._keep(chain, successor, exchange.date)
+        self._keep(chain, spend, successor, exchange.date)
         return None if successor.keys[0] in ledger.orphans else successor
 
-    def _keep(self, chain: Chain[T], successor: Credential[T], date: float | None) -> None:
-        """Keep a successor, whose answer the service dated."""
-        ledger, spend = self._ledger, self._spent or self.call.credential
+    def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T], date: float | None) -> None:
+        """Keep what came of a credential, whose answer the service dated."""
+        ledger = self._ledger
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
         ledger.observed.learn(spend.scope, date, successor)
