@@ -937,6 +937,13 @@ def test_unusual_bodies(kuzzle, answer, lent):
         assert post(kuzzle.url, session=session if lent else None).body == GOOD
 
 
+@pytest.mark.parametrize("body", [b"{}", b"busy", b'{"a":1}'])
+def test_short_bodies(kuzzle, body):
+    """Some short texts begin as compressed data could. They are taken as they are."""
+    kuzzle.next_answers.append(Answer(200, body, {"Content-Encoding": "gzip"}))
+    assert post(kuzzle.url).body == body
+
+
 class TimeLimitError(Exception):
     """Comes out of a signal handler, as Celery's SoftTimeLimitExceeded does."""
 

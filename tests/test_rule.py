@@ -801,6 +801,17 @@ def test_memory_of_a_shared_store(kuzzle, clock, store, cache, root, monkeypatch
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == second
 
 
+def held(kuzzle, is_over):
+    """Make an answer that is given at once, and arrives when that is over."""
+
+    def answer(request):
+        given = kuzzle.truly(request)
+        is_over.wait(10)
+        return given
+
+    return answer
+
+
 class ProcessStore:
     """What one process has of a store that others share. When the process is gone, it does nothing any more."""
 
@@ -857,12 +868,7 @@ def test_attempt_that_fails_beside_another(kuzzle, root, monkeypatch):
     suspended, is_over = ProcessStore(store := SharedStore()), threading.Event()
     suspended.renews = False
 
-    def late(request):
-        answer = kuzzle.truly(request)
-        is_over.wait(10)
-        return answer
-
-    kuzzle.next_answers.extend([late, Answer(503)])
+    kuzzle.next_answers.extend([held(kuzzle, is_over), Answer(503)])
     with ThreadPoolExecutor() as pool:
         first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(suspended))
         while not kuzzle.requests:
@@ -894,12 +900,7 @@ def test_store_that_is_flushed_while_a_request_is_out(kuzzle, store, root, monke
     monkeypatch.setattr(_rules, "LEASE", 0.3)
     is_over = threading.Event()
 
-    def late(request):
-        answer = kuzzle.truly(request)
-        is_over.wait(10)
-        return answer
-
-    kuzzle.next_answers.append(late)
+    kuzzle.next_answers.append(held(kuzzle, is_over))
     with ThreadPoolExecutor() as pool:
         first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(store))
         while not kuzzle.requests:
@@ -1108,3 +1109,42 @@ def test_answers_that_were_kept(age):
         kuzzle.next_answers.append(lambda request: attrs.evolve(kuzzle.truly(request), headers=old))
         requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
         assert (auth._cache._ledger.observed.service_now(auth._scope) is None) == bool(age)
+
+
+def test_other_name_after_days(circle):
+    """The first tokens of a session lead to it by its other name, too, when they were spent days ago."""
+    old, store = circle.sign_in("user-1", device_id="device-1"), SharedStore(circle.clock)
+    options = {"refresh_token": old.refresh_token, "device_id": "device-1", "api_key": circle.api_key}
+
+    def call(**name):
+        cache = TokenCache(store, clock=circle.clock)
+        return refresh_user_token(**options, **name, base_url=circle.url, cache=cache, timeout=5)
+
+    call(user_token=old.user_token)
+    circle.clock.advance(48 * HOUR)
+    assert call(user_token=old.user_token) == call(user_id="user-1")
+
+
+def test_write_that_comes_too_late(kuzzle, store, root, monkeypatch):
+    """A write that was slow may have taken the place of a newer token. That is written down again."""
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    key = key_of("kuzzle", kuzzle.url, root)
+    older = cache._ledger.chains.get(key)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, expires_in="3h")
+    wait_for_copies(cache)
+    monkeypatch.setattr(_rules, "TRUSTED", -1.0)
+    store.delete(key)  # as it was when the write began
+    cache._ledger.save(older)
+    assert cache._ledger.unsaved[key].newest.token == token
+
+
+def test_child_of_a_process_that_waits_for_its_store(kuzzle, root):
+    """What a parent's threads wait for is no trouble of a forked child's."""
+    runtime = SystemRuntime()
+    cache = TokenCache(runtime=runtime)
+    cache._ledger._asked[object()] = runtime.steady() - 60
+    assert cache._ledger.delay() > 50
+    runtime.process = lambda: -1
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert cache._ledger.delay() < 50

@@ -1610,27 +1610,21 @@ def test_small_cache_in_the_same_place(configured, backend):
     )
 
 
-def test_sqlite_that_requests_lock(configured):
+def test_sqlite_that_requests_lock(configured, monkeypatch):
     """A cache in an SQLite database that each request locks is refused."""
     configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
     DjangoStore("bad")
-    connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
-    try:
-        with pytest.raises(ImproperlyConfigured, match=r"ATOMIC_REQUESTS.*a database of its own"):
-            DjangoStore("bad")
-    finally:
-        connections["default"].settings_dict["ATOMIC_REQUESTS"] = False
+    monkeypatch.setitem(connections["default"].settings_dict, "ATOMIC_REQUESTS", True)
+    with pytest.raises(ImproperlyConfigured, match=r"ATOMIC_REQUESTS.*a database of its own"):
+        DjangoStore("bad")
 
 
-def test_database_that_commits_nothing(configured):
+def test_database_that_commits_nothing(configured, monkeypatch):
     """A cache in a database where nobody commits what a refresh writes is refused."""
     configured(BACKEND=BACKENDS + "db.DatabaseCache", LOCATION="default_entries", **ROOM)
-    connections["default"].settings_dict["AUTOCOMMIT"] = False
-    try:
-        with pytest.raises(ImproperlyConfigured, match=r"keeps nothing.*AUTOCOMMIT off.*one that has it on"):
-            DjangoStore("bad")
-    finally:
-        connections["default"].settings_dict["AUTOCOMMIT"] = True
+    monkeypatch.setitem(connections["default"].settings_dict, "AUTOCOMMIT", False)
+    with pytest.raises(ImproperlyConfigured, match=r"keeps nothing.*AUTOCOMMIT off.*one that has it on"):
+        DjangoStore("bad")
 
 
 SITE = {
