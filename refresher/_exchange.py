@@ -37,7 +37,7 @@ class Observed:
         self._steady = clock or runtime.steady
         self._wall = clock or runtime.now
         self._seen, self._pauses = Memo[float](self._steady), Memo[float](runtime.steady)
-        self._clocks = Memo[tuple[float, float]](self._steady)
+        self._clocks = Memo[tuple[float, float, float]](self._steady)
 
     @classmethod
     def of(cls, runtime: Runtime) -> Observed:
@@ -57,18 +57,21 @@ class Observed:
             self._seen.put(key, since := now)
         return now - since
 
-    def learn(self, scope: str, date: float | None, came: Credential[Any] | None = None) -> None:
+    def learn(self, scope: str, date: float | None, took: float, came: Credential[Any] | None = None) -> None:
         """
-        Remember what time it is at a service. Its `Date` may be late. It may also be a proxy's, so it has to agree with
-        when the token was issued that *came* with it, if that was not the answer to an earlier request.
+        Remember what time it is at a service: it wrote *date* at some moment of the last *took* seconds.
+
+        It may also be a proxy's `Date`, so it has to agree with when the token was issued that *came* with it, if that
+        was not the answer to an earlier request.
         """
         issued = None if came is None or came.idempotency_key else claims(came.secret).iat
         if date is not None and (issued is None or abs(date - issued) <= _rules.CLOCKS_DIFFER):
-            steady, wall = date - self._steady(), date - self._wall()
-            known = self._clocks.get(scope)
-            # One that is much earlier is no late answer: the service's clock was set.
-            is_better = known is None or not known[0] - 5 < steady <= known[0]
-            self._clocks.put(scope, (steady, wall) if is_better or known is None else known)
+            least = date - self._steady()
+            most, known = least + took, self._clocks.get(scope)
+            # Each narrows it down, unless a clock was set meanwhile. A `Date` has whole seconds.
+            if known is not None and max(least, known[0]) <= min(most, known[1]) + 1:
+                least, most = max(least, known[0]), min(most, known[1])
+            self._clocks.put(scope, (least, most, date - self._wall()))
 
     def service_now(self, scope: str) -> tuple[float, float] | None:
         """
@@ -79,8 +82,9 @@ class Observed:
         offsets = self._clocks.get(scope)
         if offsets is None:
             return None
-        earliest = self._steady() + offsets[0]
-        return earliest, max(earliest, self._wall() + offsets[1])
+        least, most, wall = offsets
+        now = self._steady()
+        return now + least, max(now + least, now + most, self._wall() + wall)
 
     def leave_alone(self, scope: str, seconds: float) -> None:
         """Remember that a service asked callers to wait."""
@@ -162,7 +166,8 @@ class Exchange:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
         self.attempts = 0
-        self.date: float | None = None  # of the last answer
+        self._date: float | None = None  # of the last answer
+        self._asked = 0.0  # when its request was sent
 
     @property
     def retry(self) -> bool:
@@ -227,18 +232,22 @@ class Exchange:
 
     def _ask(self, request: Request, parse: Callable[[Reply, Request], R]) -> tuple[R, Reply]:
         """Send a request once, read the reply, and learn what time it is there, if the service itself wrote it."""
-        self.date = None
+        self._date, self._asked = None, self._runtime.steady()
         try:
             reply = self._send(request)
-            self.date = reply.date
+            self._date = reply.date
             token = parse(reply, request)
         except RefreshError as error:
             if error.id or error.code:
-                self._observed.learn(self._scope, self.date)
+                self.learn()
             raise
         if not request.spends:  # else the date is compared with the new token first
-            self._observed.learn(self._scope, self.date)
+            self.learn()
         return token, reply
+
+    def learn(self, came: Credential[Any] | None = None) -> None:
+        """Learn what time it is at the service from the last answer, and the token that came with it."""
+        self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
 
     def _send(self, request: Request) -> Reply:
         until, answer_by = self._patience.until(), self._patience.answer_by
@@ -290,7 +299,7 @@ def spend(
         runtime.sleep(hold)
     successor = credential.refresh(exchange, anew=False)
     observed.seen_for(successor.keys[0])
-    observed.learn(credential.scope, exchange.date, successor)
+    exchange.learn(successor)
     token: T = successor.token  # type: ignore[assignment]  # a successor has one
     return token
 

@@ -405,19 +405,19 @@ class Flight(Generic[T]):
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None
-        self._keep(chain, spend, successor, exchange.date)
+        exchange.learn(successor)
+        self._keep(chain, spend, successor)
         return None if successor.keys[0] in ledger.orphans else successor
 
-    def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T], date: float | None) -> None:
-        """Keep what came of a credential, whose answer the service dated."""
+    def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
+        """Keep what came of a credential."""
         ledger = self._ledger
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
-        ledger.observed.learn(spend.scope, date, successor)
         service_now = ledger.observed.service_now(spend.scope)
         if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
-            left = successor.expiry - service_now[0] + took
+            left = successor.expiry - service_now[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)

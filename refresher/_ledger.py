@@ -324,10 +324,10 @@ class Ledger:
         chain = chain.with_text()
         self.unsaved[chain.key] = chain
         self._remember(chain)
-        if in_memory or self.save(chain) or spent is None:
+        if in_memory or self.save(chain) or spent is None or self.save(chain):
             return
-        self.delete(f"{spent.keys[0]}-attempt")
-        self.save(chain)  # in the room that this has kept free
+        if self.delete(f"{spent.keys[0]}-attempt"):
+            self.save(chain)  # in the room that this has kept free
 
     def _remember(self, chain: Chain[Any]) -> None:
         self.chains.put(chain.key, chain)

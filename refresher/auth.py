@@ -237,7 +237,8 @@ class Auth(AuthBase, Generic[_Token]):
         if credential is not None:
             # Else a proxy may have written it, or kept it.
             if response.status_code < 500 and "Age" not in response.headers:
-                self._cache._ledger.observed.learn(credential.scope, read_date(response.headers.get("Date")))
+                date, took = read_date(response.headers.get("Date")), response.elapsed.total_seconds()
+                self._cache._ledger.observed.learn(credential.scope, date, took)
             rejected = self._is_rejected(response, credential)
             if rejected is not False:
                 response = self._again(response, credential, settings, sure=rejected is True)

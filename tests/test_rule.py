@@ -1148,3 +1148,40 @@ def test_child_of_a_process_that_waits_for_its_store(kuzzle, root):
     runtime.process = lambda: -1
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     assert cache._ledger.delay() < 50
+
+
+def test_clock_of_a_service(clock):
+    """What time it is there lies between a question and its answer, and each of them narrows it down."""
+    observed, start = TokenCache(clock=clock)._ledger.observed, clock()
+    clock.advance(60)
+    observed.learn("here", 1000.0, 60.0)  # a process that was suspended reads its answer late
+    assert observed.service_now("here") == (1000, 1060)
+    clock.advance(10)
+    observed.learn("here", 1065.0, 1.0)
+    assert observed.service_now("here") == (1065, 1066)
+    observed.learn("here", 1050.0, 30.0)
+    assert observed.service_now("here") == (1065, 1066)
+    observed.learn("here", 900.0, 1.0)  # it was set
+    assert observed.service_now("here") == (900, 901)
+    assert clock() == start + 70
+
+
+def test_successor_that_is_written_at_the_second_try(kuzzle, root):
+    """Until a successor is written down, others see that the token is being spent, or they would sign people out."""
+    unsaved = []
+
+    class Watched(SharedStore):
+        def delete(self, key):
+            unsaved.append(dict(cache._ledger.unsaved))
+            super().delete(key)
+
+    def answer(request):
+        store.failing.append("set")
+        return kuzzle.truly(request)
+
+    cache = TokenCache(store := Watched())
+    kuzzle.next_answers.append(answer)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    wait_for_copies(cache)
+    assert unsaved
+    assert not any(unsaved)

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import traceback
+from datetime import timedelta
 from email.utils import formatdate
 from types import SimpleNamespace
 from typing import Any
@@ -250,7 +251,7 @@ class _Sent:
         return SimpleNamespace(
             status_code=200 if is_good else 401, content=b"{}" if is_good else json.dumps(refusal).encode(),
             headers={"Date": formatdate(session.server.world.wall(), usegmt=True)}, url=self.url, request=self,
-            is_redirect=False, history=[], close=lambda: None,
+            is_redirect=False, history=[], elapsed=timedelta(), close=lambda: None,
             connection=SimpleNamespace(send=lambda sent, **_: sent.answer()),
         )  # fmt: skip
 

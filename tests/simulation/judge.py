@@ -192,10 +192,12 @@ def answered(world: World, process: Process, session: Session, request: Request,
     key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
     if not session.signed_out or -1.0 < session.left() < last_moments(session.newest, process.ahead) + 1.5:
         return
+    if any(mail.session is session for mail in world.network.pending):
+        return  # it is no verdict yet: there may be a successor
     times = session.refusals.setdefault(key, [])
     times.append(world.time)
     for before, after, pause in zip(times, times[1:], PAUSES, strict=False):
-        if after - before < pause - 1:
+        if _rules.SETTLED + 0.5 < after - before < pause - 1:  # until then it may be no verdict yet
             world.violated("a dead session is asked about", f"{session.user}: {after - before:.0f} s after")
 
 
