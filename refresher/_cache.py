@@ -295,16 +295,11 @@ class TokenCache:
 
     def _assess(self, call: Call[T]) -> tuple[Chain[T], Credential[T] | None, Left, float, bool]:
         """Return a chain as the store has it, and how it stands with it."""
-        chain, is_readable = self._look(call.credential)
+        chain, is_readable = self._ledger.look(call.credential)
         assessed = self._ledger.assess(chain, call)
         if assessed[0] is None and not is_readable:
             self._fail("cannot be read", call.credential.service)
         return chain, *assessed
-
-    def _look(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
-        """Return what is known of a chain, and whether the store could be read. What it raised stays here."""
-        chain, trouble = self._ledger.look(credential)
-        return chain, trouble is None
 
     def _fail(self, what: str, service: str) -> NoReturn:
         raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
@@ -333,7 +328,7 @@ class TokenCache:
         self._forget(_find(url, jwt, pair))
 
     def _forget(self, credential: Credential[Any]) -> None:
-        chain, is_readable = self._look(credential)
+        chain, is_readable = self._ledger.look(credential)
         keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
         self._flights.pop(chain.key, None)
         if not (self._ledger.drop(chain, keys) and is_readable):

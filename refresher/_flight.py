@@ -252,10 +252,10 @@ class Flight(Generic[T]):
             self._check()
             if lease.lock is Lock.OURS and not lease.is_ours():
                 lease.lock = Lock.UNTRIED
-            chain, trouble = self._look()
+            chain, is_readable = self._look()
             if chain.key != self.chain:
                 return None  # it belongs to another chain, which may have a flight already
-            view, spend, attempt = self._view(chain, trouble, waited)
+            view, spend, attempt = self._view(chain, is_readable, waited)
             step = _rules.next_step(view)
             if step is Step.ANNOUNCE:
                 announced = self._announce(spend, attempt, chain)
@@ -282,34 +282,32 @@ class Flight(Generic[T]):
                 if lease.lock is not Lock.OURS:
                     lease.lock = Lock.UNTRIED
 
-    def _look(self) -> tuple[Chain[T], Exception | None]:
+    def _look(self) -> tuple[Chain[T], bool]:
         """Look at what the store has, unless that would take the rest of a token's life."""
         self._is_alone = self._ledger.is_in_the_way(self.call)
         if not self._is_alone:
             return self._ledger.look(self.call.credential)
         self._lease.lock = Lock.LOST
-        return self._ledger.recall(self.call.credential)[0], TimeoutError()
+        return self._ledger.recall(self.call.credential)[0], False
 
     def is_stuck(self) -> bool:
         """Whether it waits for the store while a token is in its last moments, so that another had better go."""
         waits_for_answer = self._departed and self._spent is None
         return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
 
-    def _view(
-        self, chain: Chain[T], trouble: Exception | None, waited: bool
-    ) -> tuple[View, Credential[T], Attempt | None]:
+    def _view(self, chain: Chain[T], is_readable: bool, waited: bool) -> tuple[View, Credential[T], Attempt | None]:
         """Put together what is known, what would be spent, and what was last tried with that."""
         call, ledger = self.call, self._ledger
         newest, left, window, wanted = ledger.assess(chain, call)
         spend = call.credential if newest is None else call.credential.following(newest.token)
         attempt = None
-        if trouble is None and (left.least <= window or wanted or call.rejected is not None):
-            attempt, trouble = ledger.last_attempt(spend)
+        if is_readable and (left.least <= window or wanted or call.rejected is not None):
+            attempt, is_readable = ledger.last_attempt(spend)
         view = View(
             left=left,
             window=window,
             wanted=wanted,
-            readable=trouble is None,
+            readable=is_readable,
             lock=self._lease.lock,
             waited=waited,
             is_refused=ledger.refusal(attempt) is not None,
@@ -448,16 +446,16 @@ class Flight(Generic[T]):
         # In its last moments, others may have spent the token without saying so, and be about to write that down.
         wait = self._limit if not announced else _rules.SETTLED if _rules.is_urgent(left, window) else 0.0
         while True:
-            newer, trouble = ledger.look(self.call.credential)
+            newer, is_readable = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
             if ledger.may_have_more(chain, self.call.credential):
                 what = f"{self._service} does not accept the token any more, and {ledger.name} may have a newer one"
                 raise OutcomeUnknownError(f"{what} that cannot be read: check its key", provider=spend.service)
-            tried, trouble = ledger.last_attempt(spend) if trouble is None else (None, trouble)
+            tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             now = self._runtime.steady()
-            is_settled = trouble is None and ledger.is_settled()
+            is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
@@ -529,22 +527,22 @@ class SignOut(Flight[T]):
         try:
             while not self.is_over:
                 self._check()
-                chain, trouble = self._ledger.look(self.call.credential)
+                chain, is_readable = self._ledger.look(self.call.credential)
                 if chain.key != self.chain:
                     return
-                self._end(chain, trouble)
+                self._end(chain, is_readable)
         except RefreshError as error:
             self._departed = False
             self.error = error
 
-    def _end(self, chain: Chain[T], trouble: Exception | None) -> None:
+    def _end(self, chain: Chain[T], is_readable: bool) -> None:
         """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""
         ledger, lease, credential = self._ledger, self._lease, self.call.credential
         newest = credential if chain.newest is None else chain.newest
-        if trouble is None and lease.lock is not Lock.LOST and not lease.is_ours():
+        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():
             lease.take()
             return self._wait_for_lock()
-        attempt, trouble = ledger.last_attempt(newest) if trouble is None else (None, trouble)
+        attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
             return self._wait_for_news(_rules.LONGEST_POLL)
         if newest.keys[0] != self._told:
@@ -556,7 +554,7 @@ class SignOut(Flight[T]):
             except SignInRequiredError:
                 pass  # it has ended already, or been refreshed
             self._departed, self._told = False, newest.keys[0]
-        if trouble is not None:
+        if not is_readable:
             self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
             return self.pause(_rules.LONGEST_POLL)
         verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)

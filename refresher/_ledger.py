@@ -234,8 +234,8 @@ class Ledger:
 
     # What the store has
 
-    def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, Exception | None]:
-        """Give the store a command. Return its answer, or why there is none."""
+    def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, bool]:
+        """Give the store a command. Return its answer, and whether there is one. What it raised is told here."""
         mark, began = object(), self.runtime.steady()
         self._asked[mark] = began
         try:
@@ -244,10 +244,10 @@ class Ledger:
             self.troubled_at = self.runtime.steady()
             self._took, self._is_failing = self.troubled_at - began, True
             self.warn(f"{what} ({type(error).__name__})")
-            return None, error
+            return None, False
         else:
             self._is_failing = False
-            return answer, None
+            return answer, True
         finally:
             self._asked.pop(mark, None)
 
@@ -268,16 +268,16 @@ class Ledger:
         _, left, window, _ = self.assess(self.recall(call.credential)[0], call)
         return _rules.is_urgent(left, window, delay)
 
-    def look(self, credential: Credential[T]) -> tuple[Chain[T], Exception | None]:
-        """Return what the store and this process know of a chain, and why the store could not be asked."""
+    def look(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
+        """Return what the store and this process know of a chain, and whether the store could be asked."""
         own = credential.keys[0]
         key = self._aliases.get(own) or own
-        found, trouble = self.ask("cannot be read", self._read, key, credential)
+        found, is_readable = self.ask("cannot be read", self._read, key, credential)
         for each in credential.keys if key == own else ():
-            if found is None and trouble is None:
-                text, trouble = self.ask("cannot be read", self._text, f"{each}-alias")
+            if found is None and is_readable:
+                text, is_readable = self.ask("cannot be read", self._text, f"{each}-alias")
                 if (alias := _rules.read_alias(text, credential) or each) != own:
-                    found, trouble = self.ask("cannot be read", self._read, alias, credential, True)
+                    found, is_readable = self.ask("cannot be read", self._read, alias, credential, True)
                     if found is not None or alias != each:
                         key = alias
                         self._aliases.put(own, key)
@@ -285,12 +285,12 @@ class Ledger:
         known = self.chains.get(key)
         if found is not None and (known is None or found.generation >= known.generation):
             self._remember(known := found)
-        elif known is not None and trouble is None and not self.unread.get(key):
+        elif known is not None and is_readable and not self.unread.get(key):
             if self._seconds(known) <= 0:
                 self.chains.drop(key)
-                return Chain(key=key), trouble
+                return Chain(key=key), is_readable
             self.unsaved[key] = known
-        return known or Chain(key=key), trouble
+        return known or Chain(key=key), is_readable
 
     def may_have_more(self, chain: Chain[Any], credential: Credential[Any]) -> bool:
         """Whether the store has an entry of a chain that could not be read: it may be newer than what is known."""
@@ -338,13 +338,13 @@ class Ledger:
         """Write a chain down. Return whether that is done."""
         self.saving.append(chain.key)
         try:
-            _, trouble = self.ask("cannot be written", self._save, chain)
+            _, is_saved = self.ask("cannot be written", self._save, chain)
         finally:
             with contextlib.suppress(ValueError):  # a child that was forked has forgotten it
                 self.saving.remove(chain.key)
-        if trouble is None and self.unsaved.get(chain.key) is chain:
+        if is_saved and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
-        return trouble is None
+        return is_saved
 
     def _save(self, chain: Chain[Any]) -> None:
         began, newest = self.runtime.steady(), chain.newest
@@ -416,10 +416,10 @@ class Ledger:
         self.keep(attrs.evolve(other, key=chain.key, generation=chain.generation + 1))
         return True
 
-    def last_attempt(self, spend: Credential[Any]) -> tuple[Attempt | None, Exception | None]:
-        """Return what was last tried with a credential, and why the store could not be asked."""
-        text, trouble = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
-        return Attempt.read(text), trouble
+    def last_attempt(self, spend: Credential[Any]) -> tuple[Attempt | None, bool]:
+        """Return what was last tried with a credential, and whether the store could be asked."""
+        text, is_readable = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
+        return Attempt.read(text), is_readable
 
     def refusal(self, attempt: Attempt | None) -> RefreshError | None:
         """Return what the service said when it refused a credential lately."""
@@ -433,7 +433,7 @@ class Ledger:
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Return whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
-        return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1] is None
+        return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1]
 
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Remember a spent credential for one more day: its outcome is known now."""
@@ -451,7 +451,7 @@ class Ledger:
         self.chains.put(chain.key, tombstone)
         if has_ended:  # who has looked already, and writes late, looks for this
             mark = f"{chain.key}-ended", str(tombstone.text), math.ceil(_GONE)
-            if self.ask("cannot be written", self.store.set, *mark)[1] is not None:
+            if not self.ask("cannot be written", self.store.set, *mark)[1]:
                 return False
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
@@ -484,7 +484,7 @@ class Ledger:
 
     def delete(self, key: str) -> bool:
         """Remove an entry. Return whether that is done."""
-        return self.ask("cannot be written", self.store.delete, key)[1] is None
+        return self.ask("cannot be written", self.store.delete, key)[1]
 
     def close(self) -> None:
         """Give back the connections that the store has for this thread."""
@@ -508,8 +508,8 @@ class Lease:
         asked = runtime.steady()
         # A lock in memory ends with its process, so its lease need not be short.
         seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
-        held, trouble = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
-        self.lock = Lock.LOST if held is None or trouble else Lock.HELD if held > 0 else Lock.OURS
+        held, _ = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
+        self.lock = Lock.LOST if held is None else Lock.HELD if held > 0 else Lock.OURS
         if self.lock is Lock.OURS:
             self._until = asked + seconds
             if self._end is None and not self._ledger.is_local:
@@ -522,11 +522,11 @@ class Lease:
             asked = runtime.steady()
             if self.lock is Lock.OURS and asked < self._until:
                 arguments = self._chain, self._owner, _rules.LEASE
-                is_ours, trouble = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
+                is_ours, is_well = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
                 if is_ours is False and self._ledger.ask("cannot lock", store.acquire, *arguments)[0] == 0:
                     is_ours = True
                     self.on_regained()
-                if trouble is None:  # else the lease ends, unless the next try succeeds
+                if is_well:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
         self._ledger.close()
 

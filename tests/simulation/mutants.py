@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         "what cannot be read counts as not there",
-        (_FLIGHT, "            readable=trouble is None,", "            readable=True,"),
+        (_FLIGHT, "            readable=is_readable,", "            readable=True,"),
     ),
     Mutant(
         "a caller's own thread asks the store",
@@ -134,7 +134,7 @@ MUTANTS = [
     # The lock
     Mutant(
         "a lock that cannot be had counts as held by another",
-        (_LEDGER, "Lock.LOST if held is None or trouble else", "Lock.HELD if held is None or trouble else"),
+        (_LEDGER, "Lock.LOST if held is None else", "Lock.HELD if held is None else"),
     ),
     Mutant("a lease of a minute", (_RULES, "LEASE = 5.0 ", "LEASE = 61.0 ")),
     Mutant("a lease of a day", (_RULES, "LEASE = 5.0 ", "LEASE = 86400.0 ")),
@@ -151,10 +151,10 @@ MUTANTS = [
         "who has got the lock does not look again",
         (
             _FLIGHT,
-            "            chain, trouble = self._look()\n            if chain.key != self.chain:",
+            "            chain, is_readable = self._look()\n            if chain.key != self.chain:",
             (
                 "            if lease.lock is not Lock.OURS:\n"
-                "                chain, trouble = self._look()\n"
+                "                chain, is_readable = self._look()\n"
                 "            if chain.key != self.chain:"
             ),
         ),
@@ -203,7 +203,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though the store cannot be read",
-        (_FLIGHT, "is_settled = trouble is None and ledger.is_settled()", "is_settled = True"),
+        (_FLIGHT, "is_settled = is_readable and ledger.is_settled()", "is_settled = True"),
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
@@ -345,7 +345,7 @@ MUTANTS = [
         "a sign-out takes no lock",
         (
             _FLIGHT,
-            "        if trouble is None and lease.lock is not Lock.LOST and not lease.is_ours():",
+            "        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():",
             "        if False:",
         ),
     ),
