@@ -119,7 +119,7 @@ class Ledger:
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
-        self._took = 0.0  # by the last command that failed
+        self._took = 0.0  # by the slowest command that failed lately
         self._is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
@@ -241,8 +241,9 @@ class Ledger:
         try:
             answer = command(*args)
         except Exception as error:  # a store may raise whatever it likes
-            self.troubled_at = self.runtime.steady()
-            self._took, self._is_failing = self.troubled_at - began, True
+            now = self.runtime.steady()
+            lately = self._took if now - self.troubled_at < _rules.WINDOW else 0.0
+            self.troubled_at, self._took, self._is_failing = now, max(now - began, lately), True
             self.warn(f"{what} ({type(error).__name__})")
             return None, False
         else:

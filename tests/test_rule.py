@@ -1185,3 +1185,25 @@ def test_successor_that_is_written_at_the_second_try(kuzzle, root):
     wait_for_copies(cache)
     assert unsaved
     assert not any(unsaved)
+
+
+def test_store_that_was_slow_to_fail(clock):
+    """Others may still wait for it as long as its slowest command took: nobody is told to sign in meanwhile."""
+    runtime = SystemRuntime()
+    runtime.steady = clock
+    ledger = TokenCache(runtime=runtime)._ledger
+
+    def fail(seconds):
+        clock.advance(seconds)
+        raise TimeoutError
+
+    for seconds in (9, 1):
+        ledger.ask("cannot be read", fail, seconds)
+    clock.advance(8)
+    assert not ledger.is_settled()
+    clock.advance(4)
+    assert ledger.is_settled()
+    clock.advance(60)
+    ledger.ask("cannot be read", fail, 1)
+    clock.advance(4)
+    assert ledger.is_settled()

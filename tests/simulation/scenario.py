@@ -147,7 +147,8 @@ def _check_all(world: World, machines: list[Machine]) -> None:
     """See whether every session that is alive works in survivors, and for a newcomer."""
     survivors = [process for process in world.processes if process.alive and process.cache is not None]
     waits = [until for process in survivors for until in process.not_before.values()]
-    world.run(max(world.time + 0.1, world.network.late_until, *waits))
+    hanging = min(world.store.hung_until, world.time + 12.0)  # no command hangs longer
+    world.run(max(world.time + 0.1, world.network.late_until, hanging, *waits))
     for process in survivors[:3]:
         _check(world, process)
     if world.store.kind != "memory":
@@ -163,7 +164,7 @@ def _check(world: World, process: Process) -> None:
         excuse = judge.excuse(world, process, session, session.first)
         world.spawn(process, "check", lambda s=session, r=results: clients.run_once(process, s, 30.0, r))
         world.run(world.time + 31.0)
-        if results in ([], [None]) and not excuse and session.disturbed_at <= began:
+        if results in ([], [None]) and not excuse and session.disturbed_at <= began and not session.signed_out:
             world.violated("does not work after healing", f"{session.user} in {process.name}: {session.why}")
 
 
