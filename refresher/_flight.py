@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -81,15 +80,15 @@ class Flight(Generic[T]):
         self.waiters: list[Waiter] = []
         self._done = False
         self._is_alone = False  # the store is passed by
-        self._departed = False  # something is on the wire
+        self.has_departed = False  # something is on the wire
         self._is_in_doubt = False  # an answer was lost
         self._departed_at: Instant | None = None
+        self._announced_at = math.inf
         self._spent: Credential[T] | None = None
         self._exchange: Exchange | None = None
         self._failure: RefreshError | None = None
-        self._gone_at = -math.inf
+        self._gone_at = -math.inf  # when a request left, or a caller who was interrupted
         self.status = f"{self._service} is slow"
-        self._left_at = -math.inf
         self._alarm: Event | None = None
         self._claim = [True]
         self._has_let_go = False
@@ -114,11 +113,6 @@ class Flight(Generic[T]):
     def is_running(self) -> bool:
         """Whether a thread has begun. Its starter may have been interrupted before that."""
         return not self._claim
-
-    @property
-    def has_departed(self) -> bool:
-        """Whether something is on the wire."""
-        return self._departed
 
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
@@ -175,8 +169,8 @@ class Flight(Generic[T]):
         """Wait no more."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
-            now = self._runtime.steady()
-            self._left_at = now if now < waiter.until else self._left_at  # it was interrupted
+            if (now := self._runtime.steady()) < waiter.until:  # it was interrupted
+                self._gone_at = now
             self._wake()
 
     def _wake(self) -> None:
@@ -193,9 +187,9 @@ class Flight(Generic[T]):
 
     def answer_by(self) -> float:
         """Give a request that was sent the time that an exchange may take, even if nobody waits any more."""
-        if not self._departed:
+        if not self.has_departed:
             return self.until()
-        return max(self.until(), max(self._gone_at, self._left_at) + self._limit)
+        return max(self.until(), self._gone_at + self._limit)
 
     def retry(self) -> bool:
         return any(waiter.retry for waiter in list(self.waiters))
@@ -206,19 +200,22 @@ class Flight(Generic[T]):
             raise _Abandoned
 
     def begin(self) -> None:
-        self._departed = False
+        self.has_departed = False
         self._check()
         if self._lease.lock is Lock.OURS and not self._lease.is_ours():
             raise _LookAgain
 
     def depart(self) -> None:
         self.begin()
-        self._departed, self._departed_at = True, self._ledger.now()
+        # What was announced long ago, others would take for lost.
+        if self._runtime.steady() - self._announced_at > _rules.LEASE and not self._lease.announce():
+            raise _LookAgain
+        self.has_departed, self._departed_at = True, self._ledger.now()
         self._gone_at = self._runtime.steady()
 
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt."""
-        self._departed = False
+        self.has_departed = False
         self.status, self._is_in_doubt = str(error), error.spent is not False
         for waiter in [each for each in list(self.waiters) if not each.retry]:
             self.leave(waiter)
@@ -236,7 +233,7 @@ class Flight(Generic[T]):
     def too_late(self) -> RefreshError:
         """Make the error of a call whose time is up."""
         credential = self.call.credential
-        if self._departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
+        if self.has_departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
             what = f"{self._service} did not answer in time, and the {self.kind} goes on: call again"
             return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
@@ -292,7 +289,7 @@ class Flight(Generic[T]):
 
     def is_stuck(self) -> bool:
         """Whether it waits for the store while a token is in its last moments, so that another had better go."""
-        waits_for_answer = self._departed and self._spent is None
+        waits_for_answer = self.has_departed and self._spent is None
         return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
 
     def _view(self, chain: Chain[T], is_readable: bool, waited: bool) -> tuple[View, Credential[T], Attempt | None]:
@@ -319,8 +316,8 @@ class Flight(Generic[T]):
 
     def _is_being_spent(self, *attempts: Attempt | None) -> bool:
         """Whether another process may come back with the successor of a token."""
-        age = self._ledger.age
-        return any(one and one.is_under_way(self._name, self._limit, age(one)) for one in attempts)
+        age, limit = self._ledger.age, self._limit + _rules.LEASE
+        return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
     def _wait_for_lock(self, seconds: float = math.inf) -> None:
         """Wait until nobody else has the lock, for some seconds at most."""
@@ -363,11 +360,19 @@ class Flight(Generic[T]):
 
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
-        before = attempt or Attempt(by="", at=self._ledger.now())
-        begun = attrs.evolve(before, by=self._name, at=self._ledger.now(), is_open=True, error={}, pause=0.0)
-        announce = functools.partial(self._ledger.note, spend, begun, max(_rules.ROOM, len(chain.text or "")) * " ")
-        self._lease.on_regained = announce
-        return not self._is_alone and announce()
+        ledger, before = self._ledger, attempt or Attempt(by="", at=self._ledger.now())
+        room = max(_rules.ROOM, len(chain.text or "")) * " "
+
+        def announce() -> bool:
+            begun = attrs.evolve(before, by=self._name, at=ledger.now(), is_open=True, error={}, pause=0.0)
+            self._announced_at = self._runtime.steady()
+            return ledger.note(spend, begun, room)
+
+        if self._is_alone:
+            self._announced_at = math.inf
+            return False
+        self._lease.announce = announce
+        return announce()
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -385,12 +390,12 @@ class Flight(Generic[T]):
         except _LookAgain:
             return None
         except SignInRequiredError as error:
-            self._departed = False
+            self.has_departed = False
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
             is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
-            self._departed = False
+            self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             ledger.hold_back(chain.key)
             pause = getattr(error, "retry_after", None) or 0.0
@@ -532,7 +537,7 @@ class SignOut(Flight[T]):
                     return
                 self._end(chain, is_readable)
         except RefreshError as error:
-            self._departed = False
+            self.has_departed = False
             self.error = error
 
     def _end(self, chain: Chain[T], is_readable: bool) -> None:
@@ -553,7 +558,7 @@ class SignOut(Flight[T]):
                 return None
             except SignInRequiredError:
                 pass  # it has ended already, or been refreshed
-            self._departed, self._told = False, newest.keys[0]
+            self.has_departed, self._told = False, newest.keys[0]
         if not is_readable:
             self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
             return self.pause(_rules.LONGEST_POLL)

@@ -501,7 +501,7 @@ class Lease:
         self._until = -math.inf
         self._end: Event | None = None
         self.lock = Lock.UNTRIED
-        self.on_regained: Callable[[], object] = lambda: None  # called if the store had lost the lock
+        self.announce: Callable[[], bool] = lambda: True  # what is about to be spent: again if the store lost the lock
 
     def take(self) -> None:
         """Try to take the lock."""
@@ -526,7 +526,7 @@ class Lease:
                 is_ours, is_well = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
                 if is_ours is False and self._ledger.ask("cannot lock", store.acquire, *arguments)[0] == 0:
                     is_ours = True
-                    self.on_regained()
+                    self.announce()
                 if is_well:  # else the lease ends, unless the next try succeeds
                     self._until = asked + _rules.LEASE if is_ours else -math.inf
         self._ledger.close()

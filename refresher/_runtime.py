@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ._threads import in_thread
 
@@ -243,25 +243,10 @@ class SystemRuntime:
         finally:
             self._running.pop(mark, None)
 
-    def send(
-        self,
-        request: Request,
-        *,
-        session: requests.Session | None,
-        connect_by: float | None,
-        answer_by: Callable[[], float],
-        depart: Callable[[], None],
-    ) -> Reply:
+    def send(self, request: Request, **options: Any) -> Reply:
         from ._http import send
 
-        return send(
-            request,
-            session=session,
-            connect_by=connect_by,
-            answer_by=answer_by,
-            depart=depart,
-            steady=self.steady,
-        )
+        return send(request, steady=self.steady, **options)
 
 
 REAL: Runtime = SystemRuntime()

@@ -1207,3 +1207,45 @@ def test_store_that_was_slow_to_fail(clock):
     ledger.ask("cannot be read", fail, 1)
     clock.advance(4)
     assert ledger.is_settled()
+
+
+def test_two_names_at_once(circle):
+    """A session that is called by its user's id and by a user token at one moment is refreshed once."""
+    old, store, is_over = circle.sign_in("user-1", device_id="device-1"), SharedStore(), threading.Event()
+
+    def call(**name):
+        options = {"refresh_token": old.refresh_token, "device_id": "device-1", "api_key": circle.api_key, **name}
+        return refresh_user_token(**options, base_url=circle.url, cache=TokenCache(store))
+
+    circle.next_answers.append(held(circle, is_over))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(call, user_token=old.user_token)
+        while not circle.requests:
+            time.sleep(0.01)
+        second = pool.submit(call, user_id="user-1")
+        time.sleep(0.3)
+        is_over.set()
+        assert first.result() == second.result()
+
+
+def test_attempt_that_departs_late(kuzzle, root, monkeypatch):
+    """A token is announced anew if it took long to connect: others wait for the answer from when it was sent."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    suspended, is_over = ProcessStore(store := SharedStore()), threading.Event()
+
+    def answer(request):
+        suspended.renews = False
+        return held(kuzzle, is_over)(request)
+
+    kuzzle.next_answers.append(answer)
+    kuzzle.stop()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(suspended, lease=1))
+        time.sleep(1.5)
+        kuzzle.start()
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        second = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(store, lease=1))
+        time.sleep(0.7)
+        is_over.set()
+        assert first.result() == second.result()

@@ -73,9 +73,9 @@ class CircleCredential:
     token: UserToken | None = attrs.field(default=None, eq=False)
 
     def _keys(self) -> tuple[str, ...]:
-        # By the user's id too, so that calls by the id and calls by a user token are about one session.
+        # By the user's id first: calls by it and calls by a user token are about one session, and wait for each other.
         subject = claims(self.user_token).subject if self.user_token else None
-        names = [who for who in (self.user_token, self.user or subject) if who is not None]
+        names = [who for who in (self.user or subject, self.user_token) if who is not None]
         return tuple(key_of("circle", self.base_url, who, self.refresh_token, self.device_id) for who in names)
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))

@@ -113,6 +113,8 @@ def spending(world: World, process: Process, session: Session, request: Request,
 def departing(world: World, mail: Any, pending: list[Any]) -> None:
     """Nobody spends what another is spending, or has spent long ago, if the store could tell."""
     process, session, secret, store = mail.process, mail.session, plain(mail.request.secret), world.store
+    if is_sign_out(mail.request) or session.in_last_moments:  # then whoever has the lock is passed by
+        return
     if session.is_circle or session.signed_out or store.kind == "memory" or store.lost or process.machine.offset:
         return
     if store.hung_until > world.time - 20.0 or any(one.machine.offset for one in world.processes):
