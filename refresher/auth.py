@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, TypeVar, overload
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import attrs
 import requests
@@ -28,6 +29,8 @@ from .tokens import KuzzleToken, UserToken
 
 # How long an error may be to be read.
 _LARGEST_BODY = 1024 * 1024
+# Where a redirect leads that names no host, however that is read.
+_HERE = re.compile(r"(?!//)(?![^/?#]*:)[!-\[\]-~]*")
 
 _Token = TypeVar("_Token", bound=KuzzleToken | UserToken)
 
@@ -186,6 +189,10 @@ class Auth(AuthBase, Generic[_Token]):
     def _is_for_us(self, url: str | None) -> bool:
         return (url is not None and url.startswith(self._prefix)) or _goes_to(url, self._origin)
 
+    def _stays(self, location: str) -> bool:
+        """Whether a redirect leads to the same origin for sure. If it does after all, a 401 there brings the token."""
+        return _HERE.fullmatch(location) is not None or self._is_for_us(location)
+
     def _headers(self) -> Headers | None:
         """Return the headers to send: those of the last time, if that takes no more than a look."""
         ready, sign_in = self._ready, self._sign_in
@@ -242,7 +249,7 @@ class Auth(AuthBase, Generic[_Token]):
             rejected = self._is_rejected(response, credential)
             if rejected is not False:
                 response = self._again(response, credential, settings, sure=rejected is True)
-        if response.is_redirect and not self._is_for_us(_target(response)):
+        if response.is_redirect and not self._stays(response.headers["Location"]):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
             for name in self._carried:
                 sent.headers.pop(name, None)
@@ -292,14 +299,6 @@ def _is_too_long(response: requests.Response) -> bool:
         return int(response.headers.get("Content-Length", 0)) > _LARGEST_BODY
     except ValueError:
         return False
-
-
-def _target(response: requests.Response) -> str | None:
-    """Return where a redirect leads."""
-    try:
-        return requests.Request("GET", urljoin(response.url, response.headers["Location"])).prepare().url
-    except ValueError:
-        return None
 
 
 def _goes_to(url: str | None, origin: object) -> bool:

@@ -15,8 +15,11 @@ import pytest
 import requests
 import time_machine
 from helpers import jwt_with
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPResponse
+from urllib3.exceptions import LocationValueError
 from urllib3.util import parse_url
 
 from refresher import (
@@ -284,6 +287,56 @@ def test_what_is_ready_stays_at_home(rest):
         url = requests.Request("GET", auth._prefix + rest).prepare().url
         target = parse_url(url)
         assert (target.scheme, target.host, target.port) == ("http", "home", 7512)
+
+
+class Asked(HTTPAdapter):
+    """Asks the real adapter what it would connect to, and answers with a redirect, and then with nothing."""
+
+    def __init__(self, location=None):
+        super().__init__()
+        self.location, self.went = location, []
+
+    def send(self, request, **options):
+        pool = self.get_connection_with_tls_context(request, True)
+        self.went.append(((pool.scheme, pool.host, pool.port), "X-User-Token" in request.headers))
+        status, headers = (302, {"Location": self.location}) if self.location else (200, {})
+        self.location = None
+        answer = HTTPResponse(io.BytesIO(), headers, status, preload_content=False)
+        return self.build_response(request, answer)
+
+
+def ask(url, location=None):
+    """Send a request with a token. Return what requests would connect to, and whether the token went there."""
+    adapter = Asked(location)
+    with requests.Session() as session, contextlib.suppress(ValueError, requests.RequestException, LocationValueError):
+        session.trust_env = False
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, adapter)
+        now = time.time()
+        user_token = jwt_with({"iat": now, "exp": now + HOUR})
+        tokens = {"user_token": user_token, "refresh_token": "r", "device_id": "d", "api_key": "k"}
+        session.get(url, auth=CircleAuth(**tokens, base_url="https://home:7512/base"))
+    return adapter.went
+
+
+pieces = st.sampled_from([
+    "http:", "https:", "HTTP:", "/", "//", "\\", "@", ":", "?", "#", "%5C", "%40", "%2F", ".", "..", ";", "[", "]", " ",
+    "\t", "\x7f", "\xa0", "\u2028", "home", "HOME", "home:7512", "home%3A7512", "other", "other:7512", ":7512", ":80",
+    "[::1]", "x", "base",
+])  # fmt: skip
+spellings = st.lists(pieces, max_size=9).map("".join)
+starts = st.sampled_from(["", "https://home:7512", "https://home:7512/", "http://", "//", "/"])
+
+
+@settings(max_examples=1500, deadline=None)
+@given(start=starts, rest=spellings)
+@example(start="https://home:7512", rest="\\@other/")
+@example(start="", rest="////other/")
+def test_the_token_stays_at_home(start, rest):
+    """Whatever a URL or a redirect looks like, requests connects to our origin if the token goes along."""
+    for went in (ask(start + rest), ask("https://home:7512/here", start + rest)):
+        assert all(place == ("https", "home", 7512) for place, has_token in went if has_token), went
+    assert [has_token for _, has_token in ask("https://home:7512/here", "/there")] == [True, True]
 
 
 def test_on_refresh(kuzzle):
@@ -585,7 +638,9 @@ def test_redirect_after_a_sign_out(circle, pair, stranger):
         ("https://kuzzle/there", True),
         ("https://kuzzle:443/there", True),
         ("/there", True),
-        ("//kuzzle/there", True),
+        ("there?x=1:2#//", True),
+        ("?x", True),
+        ("//kuzzle/there", False),
         ("HTTPS://KUZZLE/there", True),
         ("http://kuzzle/there", False),
         ("https://kuzzle:444/there", False),
@@ -593,12 +648,15 @@ def test_redirect_after_a_sign_out(circle, pair, stranger):
         ("https://kuzzle@stranger/there", False),
         ("//stranger", False),
         ("https://stranger\\@kuzzle/", False),
+        ("https://kuzzle\\@stranger/", False),
+        ("////stranger/", False),
+        ("/\\stranger/", False),
         ("https://[", False),
         ("mailto:kuzzle", False),
     ],
 )
 def test_redirect(location, kept):
-    """Where a redirect leads is read as requests will read it. What can't be read is elsewhere."""
+    """The token goes along only where a redirect leads to the same origin however it is read."""
     auth = KuzzleAuth("https://kuzzle", "kauth-e30")
     request = requests.Request("GET", "https://kuzzle/here", auth=auth).prepare()
     response = requests.Response()
