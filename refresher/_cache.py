@@ -120,6 +120,9 @@ class TokenCache:
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return "SHARED_CACHE" if self is SHARED_CACHE else super().__reduce_ex__(protocol)
 
+    def __deepcopy__(self, memo: object) -> TokenCache:
+        return self  # a copy of a session's token must not be spent apart from it
+
     def __repr__(self) -> str:
         return f"TokenCache({getattr(self, '_store', None)!r})"  # also in the middle of a complaint
 
@@ -143,11 +146,11 @@ class TokenCache:
             if ledger.is_held_back(chain.key, left, call):
                 return newest
         get_ready()
-        began, brief = self._runtime.steady(), math.inf if call.patient else _rules.BRIEFLY
-        end = math.inf if call.timeout is None else began + call.timeout
+        end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
         while True:
             is_valid = newest is not None and left.most > 0 and call.rejected != newest.headers
-            soon = self._runtime.steady() + brief if is_valid and left.least > 0 else math.inf
+            can_go_on = is_valid and left.least > 0 and not call.patient
+            soon = min(end, self._runtime.steady() + _rules.BRIEFLY) if can_go_on else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
             newest, left, window, wanted = ledger.assess(chain, call)

@@ -293,9 +293,9 @@ def spend(
         service_now=observed.service_now(credential.scope),
     )
     if hold >= patience.until() - runtime.steady():
-        raise not_yet(credential.service, "issued this token just now", hold)
+        raise not_yet(credential.service, "may have issued this token just now", hold)
     if hold > 0:
-        tell(f"{credential.service.title()} issued this token just now")
+        tell(f"{credential.service.title()} may have issued this token just now")
         runtime.sleep(hold)
     successor = credential.refresh(exchange, anew=False)
     observed.seen_for(successor.keys[0])

@@ -268,6 +268,8 @@ class Flight(Generic[T]):
                     return spend
             if step is Step.REFUSE and ledger.adopt(chain, spend):
                 continue
+            if step is Step.WAIT_FOR_BIRTH and attempt is None:
+                self._close(spend, None)  # so that the next process knows that it is older
             if step is Step.LOCK:
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
@@ -308,7 +310,7 @@ class Flight(Generic[T]):
             lock=self._lease.lock,
             waited=waited,
             is_refused=ledger.refusal(attempt) is not None,
-            hold=ledger.hold(spend, chain),
+            hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,
         )
@@ -342,11 +344,11 @@ class Flight(Generic[T]):
         if step is Step.USE:
             return self._wait_for_news(poll)
         if step is Step.WAIT_FOR_BIRTH:
-            self.status = f"{self._service} issued this token just now"
+            self.status = f"{self._service} may have issued this token just now"
             # Not at one go: another process may know that the token is older, and refresh it.
             if (seconds := min(view.hold, _rules.LONGEST_POLL, time_left - _rules.LAST_CALL)) > 0:
                 return self.pause(seconds)
-            raise not_yet(service, "issued this token just now", view.hold)
+            raise not_yet(service, "may have issued this token just now", view.hold)
         if step is Step.WAIT_FOR_SERVICE:
             if view.pause < time_left and self.retry():
                 return self.pause(view.pause)
@@ -382,35 +384,42 @@ class Flight(Generic[T]):
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
-        done = Attempt(by=self._name, at=ledger.now(), refusals=attempt.refusals if attempt else 0)
         # What was refused or forgotten must not come back as the answer to an earlier request.
-        anew = done.refusals > 0 or (chain.generation > 0 and chain.newest is None)
+        anew = (attempt is not None and attempt.refusals > 0) or (chain.generation > 0 and chain.newest is None)
         try:
             successor = spend.refresh(exchange, anew=anew)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
             self.has_departed = False
+            self._close(spend, attempt)
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
             is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
-            ledger.hold_back(chain.key)
-            pause = getattr(error, "retry_after", None) or 0.0
-            done = attrs.evolve(done, at=ledger.now(), pause=pause)
-            if attempt is not None and self._is_being_spent(attempt):  # that one's answer may still come
-                done = attrs.evolve(done, by=attempt.by, is_open=True)
-            if not self._is_alone:
-                ledger.note(spend, done)
+            if spend.idempotency_key is None or getattr(error, "spent", None) is False:
+                ledger.hold_back(chain.key)  # else to ask again brings the answer that was lost
+            self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)
             if is_for_nobody:
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None
+        if self.call.rejected is not None:
+            ledger.replaced_at.put(chain.key, self._runtime.steady())
         exchange.learn(successor)
         self._keep(chain, spend, successor)
         return None if successor.keys[0] in ledger.orphans else successor
+
+    def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> None:
+        """Write down that this attempt is over. The answer to another, that was made before, may still come."""
+        now = self._ledger.now()
+        done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
+        if attempt is not None and self._is_being_spent(attempt):
+            done = attrs.evolve(attempt, pause=max(attempt.pause, pause + attempt.at.likely_age(now)))
+        if not self._is_alone:
+            self._ledger.note(spend, done)
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
         """Keep what came of a credential."""
@@ -490,13 +499,8 @@ class Flight(Generic[T]):
 
     def _clean_up(self) -> None:
         """Write down what could not be written before, and let go of the lock."""
-        ledger, runtime = self._ledger, self._runtime
-        end, pause = runtime.steady() + self._limit, _rules.POLL
-        while (chain := ledger.unsaved.get(self.chain)) is not None:
-            if self.chain in ledger.saving or ledger.save(chain) or runtime.steady() + pause > end:
-                break
-            runtime.sleep(pause)
-            pause = min(2 * pause, _rules.LONGEST_POLL)
+        ledger = self._ledger
+        ledger.save_until(self.chain, self._limit)
         is_well = self.chain not in ledger.unsaved
         self._let_go()
         if is_well:
@@ -504,10 +508,10 @@ class Flight(Generic[T]):
         if ledger.unsaved:
             ledger.save_later()
         for key, orphan in list(ledger.orphans.items()):
-            patience = FixedPatience(runtime, self._limit, True, _log.debug)
+            patience = FixedPatience(self._runtime, self._limit, True, _log.debug)
             with contextlib.suppress(UnavailableError, RequestRefusedError, ReplyError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
-                    orphan.sign_out(Exchange(runtime, ledger.observed, patience, orphan.scope, None))
+                    orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
                 ledger.orphans.pop(key, None)
         ledger.close()
 

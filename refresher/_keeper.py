@@ -123,7 +123,10 @@ class _Keeper:
         if outcome is not None:
             yield outcome
         else:
-            self._running.add(pool.submit(contextvars.copy_context().run, self._refresh, auth))
+            try:
+                self._running.add(pool.submit(contextvars.copy_context().run, self._refresh, auth))
+            except RuntimeError:  # the process is ending
+                yield self._refresh(auth)
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -114,6 +113,7 @@ class Ledger:
         steady = clock or runtime.steady
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
+        self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
@@ -123,7 +123,8 @@ class Ledger:
         self._is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
-        self.saving: list[str] = []  # chains that are being written down: to write them again waits until then
+        # Chains that a thread writes down which the process waits for, and until when it tries.
+        self._saving: dict[str, float] = {}
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
@@ -181,8 +182,8 @@ class Ledger:
             else:
                 left = self._left_elsewhere(newest, requested, now, chain.lifetime)
             wanted = not chain.covers(call.credential.requested)
-            oldest = max(requested.likely_age(now), now.wall - requested.wall)
-            if call.rejected is not None and call.rejected == newest.headers and oldest > _rules.REJECTED:
+            is_rejected = call.rejected is not None and call.rejected == newest.headers
+            if is_rejected and self._is_to_blame(chain.key, newest, requested):
                 left, wanted = _rules.NOTHING_LEFT, True
         elif call.own_will_do and (newest := call.credential.unspent()) is not None:
             left = self._left_elsewhere(newest, None, now)
@@ -205,6 +206,13 @@ class Ledger:
             service_now=self.observed.service_now(newest.scope),
         )
 
+    def _is_to_blame(self, key: str, newest: Credential[Any], requested: Instant) -> bool:
+        """Whether a refresh may help if a token was rejected: none of Kuzzle's that is new, and not again and again."""
+        now, replaced_at = self.now(), self.replaced_at.get(key) or -math.inf
+        oldest = max(requested.likely_age(now), now.wall - requested.wall)
+        is_first = newest.birth is None and self.runtime.steady() - replaced_at > _rules.REJECTED
+        return is_first or oldest > _rules.REJECTED
+
     def hold_back(self, key: str) -> None:
         """Remember that a refresh has just failed."""
         self._failed_at.put(key, self.runtime.steady())
@@ -219,12 +227,14 @@ class Ledger:
             _log.debug("%s: %.0f s left, and not now", key[:8], left.least)
         return is_held_back
 
-    def hold(self, spend: Credential[T], chain: Chain[T]) -> float:
+    def hold(self, spend: Credential[T], chain: Chain[T], attempt: Attempt | None = None) -> float:
         """Seconds until a credential may be refreshed."""
-        age = None if chain.requested is None else chain.requested.age(self.now())
+        now = self.now()
+        age = None if chain.requested is None else chain.requested.age(now)
+        known = None if attempt is None else attempt.at.age(now)
         return _rules.birth_hold(
             spend.birth,
-            age=max(self.observed.seen_for(spend.keys[0]), -1.0 if age is None else age - chain.took),
+            age=max(self.observed.seen_for(spend.keys[0]), -1.0 if age is None else age - chain.took, known or 0.0),
             service_now=self.observed.service_now(spend.scope),
         )
 
@@ -290,6 +300,8 @@ class Ledger:
             if self._seconds(known) <= 0:
                 self.chains.drop(key)
                 return Chain(key=key), is_readable
+            if key not in self.unsaved:  # the store has lost it: others may be about to put back what is newer
+                self.troubled_at = self.runtime.steady()
             self.unsaved[key] = known
         return known or Chain(key=key), is_readable
 
@@ -299,7 +311,7 @@ class Ledger:
 
     def forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""
-        self._asked, self._is_failing, self._is_saving, self.saving = {}, False, False, []
+        self._asked, self._is_failing, self._is_saving, self._saving = {}, False, False, {}
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -337,12 +349,7 @@ class Ledger:
 
     def save(self, chain: Chain[Any]) -> bool:
         """Write a chain down. Return whether that is done."""
-        self.saving.append(chain.key)
-        try:
-            _, is_saved = self.ask("cannot be written", self._save, chain)
-        finally:
-            with contextlib.suppress(ValueError):  # a child that was forked has forgotten it
-                self.saving.remove(chain.key)
+        _, is_saved = self.ask("cannot be written", self._save, chain)
         if is_saved and self.unsaved.get(chain.key) is chain:
             del self.unsaved[chain.key]
         return is_saved
@@ -456,10 +463,22 @@ class Ledger:
                 return False
         return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
 
+    def save_until(self, key: str, limit: float) -> None:
+        """Write a chain down, for some seconds at most, or let the thread go on for as long that is at it."""
+        is_new, pause = key not in self._saving, _rules.POLL
+        self._saving[key] = self.runtime.steady() + limit
+        while is_new and (chain := self.unsaved.get(key)) is not None:
+            if self.save(chain) or self.runtime.steady() + pause > self._saving.get(key, -math.inf):
+                break
+            self.runtime.sleep(pause)
+            pause = min(2 * pause, _rules.LONGEST_POLL)
+        if is_new:
+            self._saving.pop(key, None)
+
     def save_all(self) -> None:
         """Write down what could not be written before."""
         for chain in list(self.unsaved.values()):
-            if chain.key in self.saving:
+            if chain.key in self._saving:
                 continue
             lease = Lease(self, chain.key, self.runtime.draw())
             lease.take()

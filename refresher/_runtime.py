@@ -190,9 +190,9 @@ class SystemRuntime:
 
     def _end(self) -> None:
         """Wait for what was begun after Python had waited for its threads: a token may be on its way."""
+        self._is_over = True
         while os.getpid() in list(self._running.values()):
             time.sleep(0.01)
-        self._is_over = True
 
     def now(self) -> float:
         return time.time()  # looked up each time: freezegun and others replace it
@@ -220,26 +220,23 @@ class SystemRuntime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        caller = threading.current_thread()
-        if self._is_over and not daemon and not caller.daemon:
-            return work()
-        # Not asked in the main thread, where an interrupt of `is_alive` would end it in Python's view.
-        if not daemon and caller.daemon and not threading.main_thread().is_alive():  # Python has waited for its threads
-            if self._is_over:
+        if self._is_over and not daemon:
+            if threading.current_thread().daemon:
                 threading.Event().wait()  # it ends with the process, as whatever it began now would
-            work = functools.partial(self._wait_for, work)
+            return work()
         try:
-            in_thread(work, daemon=daemon)
+            in_thread(work if daemon else functools.partial(self._wait_for, work), daemon=daemon)
         except RuntimeError:  # too many threads, or the interpreter is shutting down
             if not daemon:
                 work()
 
     def _wait_for(self, work: Callable[[], None]) -> None:
-        """Do something that the process waits for, although it is ending."""
+        """Do something that the process waits for, also if Python has waited for its threads already."""
         mark = object()
         try:
             self._running[mark] = os.getpid()
-            work()
+            if not self._is_over:
+                work()
         finally:
             self._running.pop(mark, None)
 

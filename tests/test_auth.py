@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 import time_machine
-from helpers import jwt_with
+from helpers import call_with, jwt_with
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
@@ -34,6 +34,7 @@ from refresher import (
     TokenCache,
     UnavailableError,
     refresh_kuzzle_token,
+    refresh_user_token,
 )
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
@@ -743,6 +744,15 @@ def test_circle_never_content(circle, pair):
             user(circle, auth)
     assert len(refreshes(circle)) == 1
     assert user(circle, auth).status_code == 200
+
+
+def test_circle_right_after_a_refresh(circle, pair):
+    """A user token that is refused when it is new says nothing of its refresh token, which is tried."""
+    cache = TokenCache()
+    new = refresh_user_token(**call_with(circle, pair), cache=cache)
+    circle.fail_next(155104)
+    assert user(circle, circle_auth(circle, pair, cache=cache)).status_code == 200
+    assert circle.requests[-1].headers["X-User-Token"] != new.user_token
 
 
 def test_circle_after_a_minute(circle, pair, monkeypatch):

@@ -41,6 +41,7 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _rules,
     keep_alive,
     refresh_kuzzle_token,
     refresh_user_token,
@@ -348,8 +349,9 @@ def test_sign_out_during_a_refresh(kuzzle, tmp_path, shared):
         pytest.param(lambda cache, *_: cache.clear(), id="and cleared"),
     ],
 )
-def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget):
+def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget, monkeypatch):
     """A process that was away for so long that its session was signed out signs its new token out."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
     jwt = kuzzle.login("foo", ago=1800)
     theirs, mine = TokenCache(FileStore(tmp_path)), TokenCache(Unlocked(tmp_path), lease=0.2)
 

@@ -7,6 +7,7 @@ Each test here is a way in which that was once broken.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -1249,3 +1250,146 @@ def test_attempt_that_departs_late(kuzzle, root, monkeypatch):
         time.sleep(0.7)
         is_over.set()
         assert first.result() == second.result()
+
+
+AT_EXIT = """
+import atexit
+
+def refresh():
+    cache = TokenCache(refresher.FileStore(jwts[1]))
+    try:
+        refresh_kuzzle_token(url, jwts[0], cache=cache, timeout=1.3)
+    except OutcomeUnknownError:
+        pass
+
+atexit.register(refresh)
+"""
+
+
+def test_handler_that_refreshes_at_the_end(kuzzle, root, tmp_path):
+    """A process that ends waits for what a handler of atexit has sent, though Python has waited for its threads."""
+    kuzzle.delay_next(3.0)
+    run(PRELUDE + "from refresher import OutcomeUnknownError\n" + AT_EXIT, kuzzle.url, root, str(tmp_path))
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path)))
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 1
+
+
+OUTLIVES = """
+from refresher import KuzzleAuth, keep_alive
+
+def keep():
+    threading.main_thread().join()
+    print([outcome.outcome for outcome in keep_alive([KuzzleAuth(url, jwts[0], cache=TokenCache())])])
+
+threading.Thread(target=keep).start()
+"""
+
+
+def test_keeper_that_outlives_the_main_thread(kuzzle):
+    """keep_alive works in a thread that outlives the main thread, where Python has closed its pools."""
+    assert run(PRELUDE + OUTLIVES, kuzzle.url, kuzzle.login(ago=HOUR - 10)) == "['refreshed']\n"
+
+
+def test_one_thread_writes_for_another(kuzzle, store, root):
+    """A thread that is writing a chain down goes on for as long as the last one that leaves it to that wants."""
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    wait_for_copies(cache)
+    ledger, key = cache._ledger, key_of("kuzzle", kuzzle.url, root)
+    store.is_down = True
+    ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=7)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(ledger.save_until, key, 0.5)
+        while key not in ledger._saving:
+            time.sleep(0.01)
+        ledger.save_until(key, 3)
+        assert ledger.unsaved
+        time.sleep(1)
+        store.is_down = False
+    assert not ledger.unsaved
+    assert not ledger._saving
+
+
+def test_pair_after_a_lost_answer(circle):
+    """To call again after an answer was lost brings it at once, and not the pair that it has replaced."""
+    call = {**call_with(circle, circle.sign_in()), "cache": TokenCache(clock=circle.clock), "retry": False}
+    refresh_user_token(**call)
+    circle.clock.advance(HOUR - 20)
+    circle.next_answers.append(lambda request: circle.truly(request) and b"")
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**call)
+    assert circle.knows(refresh_user_token(**call))
+
+
+def test_flush_while_another_process_has_the_newest_token(kuzzle, clock):
+    """Nobody is told to sign in right after a store has lost its entries: another process may put back a newer one."""
+    store = SharedStore(clock)
+    busy, other = (TokenCache(store, clock=clock) for _ in range(2))
+    root = kuzzle.login(ago=1800)
+
+    def call(cache):
+        return refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+
+    assert call(busy) == call(other)
+    clock.advance(HOUR - 20)
+    newest = call(busy)
+    wait_for_copies(busy)
+    store.memory = MemoryStore(timer=clock)
+    threading.Timer(1.0, call, [busy]).start()
+    assert call(other) == newest
+
+
+@pytest.mark.holds
+def test_short_calls_of_many_processes(kuzzle, root):
+    """What calls of less than a second have seen of a token in one process counts in the next."""
+    store = SharedStore()
+    boot = SystemRuntime().boot
+
+    def call():
+        runtime = SystemRuntime()
+        runtime.boot = boot
+        return refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=runtime), timeout=0.8)
+
+    with pytest.raises(UnavailableError, match="may have issued"):
+        call()
+    time.sleep(0.4)
+    assert kuzzle.knows(call().jwt)
+
+
+def test_short_call_with_a_living_token(kuzzle, clock, store, cache, root):
+    """A call whose time is up goes on with a token that is still valid, however short its time was."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 40)
+    kuzzle.delay_next(2.0)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=0.3) == token
+
+
+def test_refusals_that_are_no_verdict(kuzzle, root, monkeypatch):
+    """A call that was refused, and had no time to wait for another's answer, does not keep the next from a verdict."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    killed = ProcessStore(store := SharedStore())
+
+    def answer(request):
+        killed.is_gone = True
+        return held(kuzzle, threading.Event())(request)
+
+    kuzzle.next_answers.append(answer)
+    with pytest.raises(RefreshError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(killed, lease=0.1), timeout=0.3, queuable=False)
+    cache, errors = TokenCache(store, lease=2), []
+    deadline = time.monotonic() + 8
+    while time.monotonic() < deadline and SignInRequiredError not in errors:
+        with pytest.raises(RefreshError) as caught:
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=0.7)
+        errors.append(caught.type)
+    assert errors[0] is OutcomeUnknownError
+    assert errors[-1] is SignInRequiredError
+
+
+@pytest.mark.parametrize("make", [TokenCache, lambda: None])
+def test_copies_of_an_auth_object(kuzzle, make):
+    """A deep copy has the same cache, or each would spend the session's token on its own."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), cache=make())
+    for each in (copy.deepcopy(auth), auth):
+        assert requests.get(f"{kuzzle.url}/_me", auth=each, timeout=10).status_code == 200
