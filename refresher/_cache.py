@@ -164,9 +164,10 @@ class TokenCache:
                 raise _own(outcome)
             has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
+                found: Credential[T] = outcome
                 if newest is not None and not wanted:
                     ledger.keep_hit(call, chain, newest, left.least - window)
-                found: Credential[T] = outcome
+                    found = newest if is_valid else found  # another flight may have been faster
                 return found
             if newest is not None and is_valid and self._runtime.steady() >= soon:
                 return newest

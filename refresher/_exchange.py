@@ -37,7 +37,7 @@ class Observed:
         self._steady = clock or runtime.steady
         self._wall = clock or runtime.now
         self._seen, self._pauses = Memo[float](self._steady), Memo[float](runtime.steady)
-        self._clocks = Memo[tuple[float, float, float]](self._steady)
+        self._clocks = Memo[tuple[float, float, float, bool]](self._steady)
 
     @classmethod
     def of(cls, runtime: Runtime) -> Observed:
@@ -61,30 +61,33 @@ class Observed:
         """
         Remember what time it is at a service: it wrote *date* at some moment of the last *took* seconds.
 
-        It may also be a proxy's `Date`, so it has to agree with when the token was issued that *came* with it, if that
-        was not the answer to an earlier request.
+        That may be a proxy's `Date`. When the token was issued that *came* with it counts instead, which the service
+        itself says, unless that may be the answer to an earlier request.
         """
         issued = None if came is None or came.idempotency_key else claims(came.secret).iat
-        if date is not None and (issued is None or abs(date - issued) <= _rules.CLOCKS_DIFFER):
-            least = date - self._steady()
-            most, known = least + took, self._clocks.get(scope)
-            # Each narrows it down, unless a clock was set meanwhile. A `Date` has whole seconds.
-            if known is not None and max(least, known[0]) <= min(most, known[1]) + 1:
-                least, most = max(least, known[0]), min(most, known[1])
-            self._clocks.put(scope, (least, most, date - self._wall()))
+        date, is_certain = date if issued is None else issued, issued is not None
+        known = self._clocks.get(scope)
+        if date is None or (known is not None and known[3] > is_certain):
+            return
+        least = date - self._steady()
+        most = least + took
+        # Each narrows it down, unless a clock was set meanwhile. They have whole seconds.
+        if known is not None and known[3] == is_certain and max(least, known[0]) <= min(most, known[1]) + 1:
+            least, most = max(least, known[0]), min(most, known[1])
+        self._clocks.put(scope, (least, most, date - self._wall(), is_certain))
 
-    def service_now(self, scope: str) -> tuple[float, float] | None:
+    def service_now(self, scope: str) -> tuple[float, float, bool] | None:
         """
-        Return the time at a service, at the earliest and at the latest. None if it was never heard of.
+        Return the time at a service, at the earliest and at the latest, and whether that is certain. None if unknown.
 
         The latest is by the wall clock, in case it was set, or time was frozen for a test.
         """
         offsets = self._clocks.get(scope)
         if offsets is None:
             return None
-        least, most, wall = offsets
+        least, most, wall, is_certain = offsets
         now = self._steady()
-        return now + least, max(now + least, now + most, self._wall() + wall)
+        return now + least, max(now + least, now + most, self._wall() + wall), is_certain
 
     def leave_alone(self, scope: str, seconds: float) -> None:
         """Remember that a service asked callers to wait."""

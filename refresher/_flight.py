@@ -413,13 +413,15 @@ class Flight(Generic[T]):
         return None if successor.keys[0] in ledger.orphans else successor
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> None:
-        """Write down that this attempt is over. The answer to another, that was made before, may still come."""
-        now = self._ledger.now()
+        """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
+        ledger, now = self._ledger, self._ledger.now()
+        if self._is_alone:
+            return
         done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
-        if attempt is not None and self._is_being_spent(attempt):
-            done = attrs.evolve(attempt, pause=max(attempt.pause, pause + attempt.at.likely_age(now)))
-        if not self._is_alone:
-            self._ledger.note(spend, done)
+        for one in (attempt, ledger.last_attempt(spend)[0]):
+            if one is not None and self._is_being_spent(one):
+                done = attrs.evolve(one, pause=max(one.pause, pause + one.at.likely_age(now)))
+        ledger.note(spend, done)
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
         """Keep what came of a credential."""

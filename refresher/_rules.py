@@ -42,7 +42,7 @@ DAY = 86400.0  # how long spent tokens are remembered
 FOREVER = 3650 * DAY
 ROOM = 8192  # how many bytes a store must have for what is about to come, at least
 REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
-CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be: a proxy's, for one, that dates the answers
+CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
 
 
@@ -268,7 +268,7 @@ def left_elsewhere(
     now: Instant,
     *,
     seen_for: float,
-    service_now: tuple[float, float] | None,
+    service_now: tuple[float, float, bool] | None,
 ) -> Left:
     """
     Return how long a token is still valid that another machine asked for, or the caller. Wall clocks may be hours off.
@@ -279,17 +279,19 @@ def left_elsewhere(
         requested: When it was asked for. None if nobody knows.
         now: The time.
         seen_for: Seconds since this process first saw it.
-        service_now: The earliest and the latest that it may be by the service's clock, if known.
+        service_now: The earliest and the latest that it may be by the service's clock, and whether that is certain.
     """
     if lifetime is None:
         return Left(math.inf, math.inf)
     most = lifetime - seen_for
-    if service_now is not None and expiry is not None:
-        earliest, latest = service_now
+    earliest, latest, is_certain = service_now or (-math.inf, -math.inf, False)
+    if is_certain and expiry is not None:
         most = min(expiry - earliest, most)
         return Left(min(expiry - latest, most) - 1.0, most)  # it may be a second later there
     doubts = [] if requested is None else [lifetime - (now.wall - requested.wall)]
-    doubts += [] if expiry is None else [expiry - now.wall]
+    if expiry is not None:
+        doubts += [expiry - max(now.wall, latest + 1.0)]
+        most = min(most, expiry - min(now.wall, earliest))  # if both clocks say so
     least = min([most, *doubts])
     return Left(least, most if requested is None else least)
 
@@ -316,7 +318,7 @@ def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
     return left.most > 0 and left.least <= last_moments(window) + min(delay, LONGEST_DELAY)
 
 
-def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float] | None) -> float:
+def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool] | None) -> float:
     """
     Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
 
@@ -325,9 +327,10 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
     Args:
         birth: The second by the service's clock in which that is so. None if there is none.
         age: Seconds that somebody is known to have had it, by a clock that nobody sets.
-        service_now: The earliest and the latest that it may be by the service's clock, if known.
+        service_now: The earliest and the latest that it may be by the service's clock, and whether that is certain.
     """
-    if birth is None or (service_now is not None and service_now[0] >= birth + BIRTH_SECOND + CLOCKS_DIFFER):
+    earliest, _, is_certain = service_now or (-math.inf, -math.inf, False)
+    if birth is None or (is_certain and earliest >= birth + BIRTH_SECOND + CLOCKS_DIFFER):
         return 0.0
     return max(0.0, BIRTH_SECOND - age)
 

@@ -959,6 +959,20 @@ def test_dates_of_a_proxy(ahead):
         assert len(kuzzle.requests) == 2
 
 
+@pytest.mark.holds
+@pytest.mark.parametrize("ahead", [10, 7200])
+def test_dates_of_a_proxy_on_ordinary_answers(ahead):
+    """There is no token with them to tell that they are wrong: none is refreshed in its first second for that."""
+    with KuzzleBehindProxy() as kuzzle:
+        kuzzle.ahead = ahead
+        for age in (0, HOUR - 20):
+            jwt = kuzzle.login("foo", ago=age)
+            auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(runtime=SystemRuntime()))
+            for _ in range(2):
+                assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+            assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=auth._cache).jwt)
+
+
 def test_date_of_an_outage(kuzzle, root, cache):
     """A proxy that says that Kuzzle is down, and dates that years ahead, ends no session."""
     kuzzle.next_answers.append(Answer(503, b"", {"Date": "Wed, 01 Jan 2098 00:00:00 GMT"}))
@@ -1156,14 +1170,14 @@ def test_clock_of_a_service(clock):
     observed, start = TokenCache(clock=clock)._ledger.observed, clock()
     clock.advance(60)
     observed.learn("here", 1000.0, 60.0)  # a process that was suspended reads its answer late
-    assert observed.service_now("here") == (1000, 1060)
+    assert observed.service_now("here") == (1000, 1060, False)
     clock.advance(10)
     observed.learn("here", 1065.0, 1.0)
-    assert observed.service_now("here") == (1065, 1066)
+    assert observed.service_now("here") == (1065, 1066, False)
     observed.learn("here", 1050.0, 30.0)
-    assert observed.service_now("here") == (1065, 1066)
+    assert observed.service_now("here") == (1065, 1066, False)
     observed.learn("here", 900.0, 1.0)  # it was set
-    assert observed.service_now("here") == (900, 901)
+    assert observed.service_now("here") == (900, 901, False)
     assert clock() == start + 70
 
 

@@ -461,18 +461,23 @@ def test_left_here(lifetime, wall, age, expected):
         pytest.param({"expiry": 1050}, Left(50, 90), id="it tells, and the local clock may be wrong"),
         pytest.param({"expiry": 500}, Left(-500, 90), id="expired, or the local clock is ahead"),
         pytest.param({"expiry": 9000}, Left(90, 90), id="the local clock is behind"),
-        pytest.param({"expiry": 1050, "service_now": (1020, 1020)}, Left(29, 30), id="by the service's clock"),
-        pytest.param({"expiry": 9000, "service_now": (1020, 1020)}, Left(89, 90), id="no longer than its lifetime"),
+        pytest.param({"expiry": 1050, "service_now": (1020, 1020, True)}, Left(29, 30), id="by the service's clock"),
         pytest.param(
-            {"expiry": 1050, "service_now": (1020, 8000)}, Left(-6951, 30), id="a local clock was set meanwhile"
+            {"expiry": 9000, "service_now": (1020, 1020, True)}, Left(89, 90), id="no longer than its lifetime"
         ),
-        pytest.param({"service_now": (1020, 1020)}, Left(90, 90), id="it does not tell"),
+        pytest.param(
+            {"expiry": 1050, "service_now": (1020, 8000, True)}, Left(-6951, 30), id="a local clock was set meanwhile"
+        ),
+        pytest.param({"expiry": 1050, "service_now": (1020, 1020, False)}, Left(29, 50), id="by a Date of a proxy's"),
+        pytest.param({"expiry": 1050, "service_now": (900, 900, False)}, Left(50, 90), id="by a Date that is behind"),
+        pytest.param({"expiry": 990, "service_now": (1020, 1020, False)}, Left(-31, -10), id="over by both clocks"),
+        pytest.param({"service_now": (1020, 1020, True)}, Left(90, 90), id="it does not tell"),
         pytest.param({"requested": Instant(960, 0, "another")}, Left(60, 60), id="when it was asked for"),
         pytest.param({"requested": Instant(800, 0, "another")}, Left(-100, -100), id="asked for long ago"),
         pytest.param({"requested": Instant(8000, 0, "another")}, Left(90, 90), id="asked for in the future"),
         pytest.param({"requested": Instant(960, 0, "another"), "expiry": 1050}, Left(50, 50), id="the earlier of both"),
         pytest.param(
-            {"requested": Instant(960, 0, "another"), "expiry": 1050, "service_now": (970, 970)},
+            {"requested": Instant(960, 0, "another"), "expiry": 1050, "service_now": (970, 970, True)},
             Left(79, 80),
             id="the service's clock before all others",
         ),
@@ -525,13 +530,16 @@ def test_windows_differ():
         pytest.param({}, 1.0, id="first seen just now"),
         pytest.param({"age": 0.25}, 0.75, id="seen for a while"),
         pytest.param({"age": 5.0}, 0.0, id="seen for long"),
-        pytest.param({"service_now": (100.9, 100.9)}, 1.0, id="the service's clock shows that second"),
+        pytest.param({"service_now": (100.9, 100.9, True)}, 1.0, id="the service's clock shows that second"),
         pytest.param(
-            {"service_now": (101.0, 101.0)}, 1.0, id="the service's clock shows the next second, but may be a proxy's"
+            {"service_now": (101.0, 101.0, True)},
+            1.0,
+            id="the service's clock shows the next second, but not all of its clocks may",
         ),
-        pytest.param({"service_now": (106.0, 106.0)}, 0.0, id="the service's clock shows a later second"),
-        pytest.param({"service_now": (99.0, 99.0)}, 1.0, id="the service's clock is behind"),
-        pytest.param({"service_now": (100.9, 500.0)}, 1.0, id="a local clock was set meanwhile"),
+        pytest.param({"service_now": (106.0, 106.0, True)}, 0.0, id="the service's clock shows a later second"),
+        pytest.param({"service_now": (7200.0, 7200.0, False)}, 1.0, id="a proxy's Date shows a later second"),
+        pytest.param({"service_now": (99.0, 99.0, True)}, 1.0, id="the service's clock is behind"),
+        pytest.param({"service_now": (100.9, 500.0, True)}, 1.0, id="a local clock was set meanwhile"),
     ],
 )
 def test_birth_hold(known, expected):
