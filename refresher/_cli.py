@@ -269,7 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     output: Any = {"default": "json", "help": "what to print (default: json)"}
     for each in (status_kuzzle, status_circle):
         each.add_argument("--output", choices=("json", "table"), **output)
-    print_kuzzle.add_argument("--expires-in", metavar="TIME", help='how long new tokens are valid, such as "2h"')
+    about = "how long new tokens are valid, such as 2h; a bare number is seconds, and -1 means for ever"
+    print_kuzzle.add_argument("--expires-in", metavar="TIME", type=_lifetime, help=about)
     print_kuzzle.add_argument("--strategy", metavar="NAME", help="the authentication strategy that is asked first")
     print_kuzzle.add_argument("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
@@ -291,6 +292,11 @@ def _duration(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError("must be like 30, 30s, 15m or 2h")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def _lifetime(text: str) -> str:
+    """Add the unit to a bare number, which Kuzzle would take for milliseconds. The rest is Kuzzle's to read."""
+    return f"{text}s" if re.fullmatch("[0-9.]+ *", text) else text
 
 
 # The commands. Their docstrings are the help.

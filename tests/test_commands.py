@@ -125,6 +125,17 @@ def test_kuzzle_arguments(kuzzle, jwt, run):
     assert kuzzle.requests[0].query == {"strategy": ["local"], "triggerEvents": [""]}
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [("7200", "7200s"), ("7200 ", "7200 s"), ("1.5", "1.5s"), ("2h", "2h"), ("7200000ms", "7200000ms"), ("-1", "-1")],
+)
+def test_lifetime(kuzzle, jwt, run, given, sent):
+    """A bare number is seconds, as with the other options. Anything else goes to Kuzzle as it is."""
+    status, _, err = run("kuzzle", kuzzle.url, "--expires-in", given)
+    assert (status, err) == (0, "")
+    assert kuzzle.requests[0].query == {"expiresIn": [sent]}
+
+
 def test_circle_json(circle, pair, run):
     """The same of a pair."""
     status, out, err = run("circle", "--base-url", circle.url)
