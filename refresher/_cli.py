@@ -438,6 +438,8 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     """
     run.about = ["circle"]
     api_key = Secret("none") if arguments.forgets else _setting("CIRCLE_WEB3_API_KEY", "API key")
+    if not api_key.reveal():
+        raise InvalidArgumentError("the API key is missing: set CIRCLE_WEB3_API_KEY")
     device_id = arguments.device_id or _setting("CIRCLE_DEVICE_ID", "device id").reveal()
     if not device_id:
         raise InvalidArgumentError("the device id is missing: give --device-id or set CIRCLE_DEVICE_ID")
@@ -479,7 +481,8 @@ def _from_input(*names: str) -> dict[str, Secret[str]]:
     """Read members of a JSON object, or the first on its own."""
     data = Secret(b"")
     with contextlib.suppress(OSError, AttributeError):  # it is closed, or a folder
-        data = Secret(sys.stdin.buffer.read(_LARGEST_INPUT))
+        # A terminal has been asked already, and would show what is typed.
+        data = Secret(b"" if sys.stdin.isatty() else sys.stdin.buffer.read(_LARGEST_INPUT))
     # PowerShell writes UTF-16, and marks it as such.
     text = Secret(data.reveal().decode(json.detect_encoding(data.reveal()), "replace").strip())
     if not text.reveal().startswith(("{", "[")):

@@ -341,6 +341,15 @@ def test_no_pair(run, pair, monkeypatch, name):
     assert name in err
 
 
+def test_no_api_key(run, pair, monkeypatch):
+    """A key that is missing can be set. No option takes it."""
+    monkeypatch.delenv("CIRCLE_WEB3_API_KEY")
+    give_input(monkeypatch, b"")
+    status, _, err = run("circle")
+    assert status == 2
+    assert err.endswith(": the API key is missing: set CIRCLE_WEB3_API_KEY\n")
+
+
 # Where things are kept
 
 
@@ -1164,6 +1173,19 @@ def test_ctrl_c_at_the_prompt(kuzzle, jwt, monkeypatch):
     assert finish(process)[:2] == (75, "")
     assert "ended by SIGINT" in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("key", [b"\n", b"\x04"], ids=["Enter", "Ctrl-D"])
+def test_nothing_at_the_prompt(kuzzle, jwt, monkeypatch, key):
+    """Who gives no token is told so, in one line. The terminal, which would show one now, is read no more."""
+    monkeypatch.delenv("KUZZLE_JWT")
+    process, leader = in_a_terminal("kuzzle", kuzzle.url)
+    read_all(leader, "jwt: ")
+    os.write(leader, key)
+    shown = read_all(leader)
+    os.close(leader)
+    assert finish(process)[:2] == (2, "")
+    assert re.fullmatch(rf"\s*{WHEN}kuzzle: KUZZLE_JWT is not set, and standard input has no jwt\r\n", shown)
 
 
 @pytest.fixture
