@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser("refresher", description=__doc__, **shape)
     # What only some commands have an option for.
-    parser.set_defaults(expires_in=None, strategy=None, trigger_events=False, check=False)
+    parser.set_defaults(expires_in=None, strategy=None, trigger_events=False, check=False, ahead=360.0)
     parser.add_argument("--version", action="version", version=f"refresher {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
         option("--output", choices=("json", "token", "env", "headers"), **output)
         about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
-        option("--ahead", metavar="TIME", type=_duration, default=360.0, help=about)
+        option("--ahead", metavar="TIME", type=_duration, default=argparse.SUPPRESS, help=about)
         option("--timeout", metavar="TIME", type=_duration, default=30.0, help="how long to try (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
@@ -309,8 +309,7 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
         raise InvalidArgumentError("standard output is closed, so no token could be printed")
     if not 0 < arguments.timeout <= threading.TIMEOUT_MAX:
         raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
-    credential = find(arguments, run)
-    cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    cache, credential = _look_up(find, arguments, run)
     run.unsaved = cache._ledger.unsaved
     call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=arguments.timeout)
     before = cache._peek(credential).token
@@ -325,6 +324,14 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     if isinstance(outcome, BaseException):
         raise outcome
     return _written(credential, outcome, arguments.output)
+
+
+def _look_up(
+    find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run
+) -> tuple[TokenCache, Credential]:
+    """Find out which session is meant, and open the store that has it."""
+    credential = find(arguments, run)
+    return TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait), credential
 
 
 def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
@@ -344,12 +351,14 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     Tell how it stands with a session, without refreshing it.
 
     Give any token of the session, as you would to print one. The state is fresh, due
-    (valid, and refreshed by the next run that prints it), expired, refused (the
-    service did, lately) or unknown (it was never refreshed from here). The exit
-    status is 77 if its user has to sign in again.
+    (valid, and refreshed by the next run that prints it with the default --ahead),
+    expired, refused (the service did, lately) or unknown (it was never refreshed
+    from here).
+
+    The exit status is 77 if it is known here that the user has to sign in again.
+    Only the service knows of a sign-out elsewhere, say: --check asks Kuzzle.
     """
-    credential = find(arguments, run)
-    cache = TokenCache(_store(arguments))
+    cache, credential = _look_up(find, arguments, run)
     while True:
         status, newest = cache._status(credential), cache._peek(credential)
         shown = status.to_dict()
@@ -377,8 +386,8 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     Give any token of the session, as you would to print one. The service is not
     told: there, the session stays valid until it expires.
     """
-    credential = find(arguments, run)
-    TokenCache(_store(arguments))._forget(credential)
+    cache, credential = _look_up(find, arguments, run)
+    cache._forget(credential)
 
 
 def _demo(_: argparse.Namespace, __: _Run) -> str:

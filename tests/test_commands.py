@@ -582,6 +582,16 @@ def test_status_of_kuzzle(kuzzle, jwt, run):
     assert run("status", "kuzzle", kuzzle.url)[0] == 0
 
 
+def test_status_of_the_due(kuzzle, jwt, run):
+    """A token is due when the next run refreshes it: by default with less than six minutes left."""
+    run("kuzzle", kuzzle.url)
+    for seconds, state, sent in ((3200, "fresh", 1), (3300, "due", 2)):
+        with time_machine.travel(time.time() + seconds):
+            assert json.loads(run("status", "kuzzle", kuzzle.url)[1])["state"] == state
+            run("kuzzle", kuzzle.url)
+            assert len(kuzzle.requests) == sent
+
+
 def test_status_of_circle(circle, pair, run, monkeypatch):
     """The same of Circle. No API key is needed for it."""
     run("circle", "--base-url", circle.url)
