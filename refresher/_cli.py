@@ -126,8 +126,9 @@ class _Run(logging.Handler):
         return not self.unsaved
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a warning, unless it is about a single attempt: the outcome is printed anyway."""
-        if not self.is_quiet and not self.ended_by and record.name != "refresher.attempts":
+        """Print a warning, unless it is about a single attempt or a wrong key: what comes of it is printed anyway."""
+        is_told = record.name == "refresher.attempts" or record.module == "encrypted"
+        if not self.is_quiet and not self.ended_by and not is_told:
             self.complain(record.getMessage())
 
     def complain(self, complaint: str) -> None:
@@ -329,9 +330,14 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
 def _look_up(
     find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run
 ) -> tuple[TokenCache, Credential]:
-    """Find out which session is meant, and open the store that has it."""
+    """Find out which session is meant, and look it up in the store."""
     credential = find(arguments, run)
-    return TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait), credential
+    cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    cache._peek(credential)
+    if any(cache._ledger.unread.values()):
+        what = "it was written with another key, or without one"
+        raise InvalidArgumentError(f"{_KEY} can't decrypt this session's entry in the store: {what}")
+    return cache, credential
 
 
 def _wait_for_answer(cache: TokenCache, run: _Run) -> None:

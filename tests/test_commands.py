@@ -489,20 +489,37 @@ def test_encrypted(kuzzle, jwt, run, tmp_path, monkeypatch):
     assert len(kuzzle.requests) == 1
 
 
-@pytest.mark.parametrize("later", [None, "B" * 42 + "A="])
-def test_other_key(kuzzle, jwt, run, monkeypatch, later):
-    """Without the right key, nobody is told to sign in: the store may have a newer token, and keeps it."""
+def test_no_key(kuzzle, jwt, run, monkeypatch):
+    """Without the key, nobody is told to sign in: the store may have a newer token, and keeps it."""
     monkeypatch.setenv("REFRESHER_KEY", key := Fernet.generate_key().decode())
     first = run("kuzzle", kuzzle.url, "--output", "token")
     kuzzle.clock.advance(2)
     monkeypatch.delenv("REFRESHER_KEY")
-    if later:
-        monkeypatch.setenv("REFRESHER_KEY", later)
     status, _, err = run("kuzzle", kuzzle.url)
     assert (status, err.count("\n")) == (75, 2), "a warning, and the complaint"
     assert "may have a newer one that cannot be read: check its key" in err
     monkeypatch.setenv("REFRESHER_KEY", key)
     assert run("kuzzle", kuzzle.url, "--output", "token") == first
+
+
+@pytest.mark.parametrize("before", [None, "B" * 42 + "A="], ids=["no key", "another key"])
+def test_other_key(kuzzle, jwt, run, monkeypatch, before):
+    """A key that does not fit is a mistake in the environment. Nothing is sent, and the store keeps what it has."""
+    with monkeypatch.context() as patch:
+        patch.setenv("REFRESHER_KEY", before) if before else None
+        first = run("kuzzle", kuzzle.url, "--output", "token")
+    with monkeypatch.context() as patch:
+        patch.setenv("REFRESHER_KEY", Fernet.generate_key().decode())
+        for command in (["kuzzle"], ["status", "kuzzle"], ["forget", "kuzzle"]):
+            for token in (jwt, first[1].strip()):
+                patch.setenv("KUZZLE_JWT", token)
+                status, out, err = run(*command, kuzzle.url)
+                assert (status, out, err.count("\n")) == (2, "", 1)
+                assert "REFRESHER_KEY can't decrypt this session's entry in the store" in err
+    if before:
+        monkeypatch.setenv("REFRESHER_KEY", before)
+    assert run("kuzzle", kuzzle.url, "--output", "token") == first
+    assert len(kuzzle.requests) == 1
 
 
 @pytest.mark.parametrize(
