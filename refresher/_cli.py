@@ -408,8 +408,9 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
     Print a valid Kuzzle token.
 
     The token of your sign-in is read from the environment variable KUZZLE_JWT. If
-    that is not set, it is read from standard input: bare, or as JSON with a member
-    "jwt". On a terminal, you are asked for it.
+    that is not set, it is read from standard input: bare, as JSON with a member
+    "jwt", or as Kuzzle's whole answer to the sign-in. On a terminal, you are asked
+    for it.
 
     The newest token is kept in the store, so each run may begin with the same one.
     The first run refreshes it. Later runs do when less than six minutes are left:
@@ -440,8 +441,8 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     The API key is read from the environment variable CIRCLE_WEB3_API_KEY, and the
     tokens of your sign-in from CIRCLE_USER_TOKEN and CIRCLE_REFRESH_TOKEN. A token
     that is not set is read from standard input: JSON with members "userToken" and
-    "refreshToken", such as this command prints. One alone may be bare. On a
-    terminal, you are asked for what is missing.
+    "refreshToken", such as this command prints, or Circle's whole answer. One alone
+    may be bare. On a terminal, you are asked for what is missing.
 
     The newest tokens are kept in the store, so each run may begin with the same
     ones. The first run refreshes them. Later runs do when less than six minutes of
@@ -503,6 +504,9 @@ def _from_input(*names: str) -> dict[str, Secret[str]]:
     if not text.reveal().startswith(("{", "[")):
         return {names[0]: text}
     values = Secret(json_object(text.reveal()))
+    for envelope in ("result", "data"):  # of Kuzzle's answer to a sign-in, and of Circle's
+        if isinstance(values.reveal().get(envelope), dict):
+            values = Secret(values.reveal()[envelope])
     return {name: Secret(values.reveal()[name].strip()) for name in names if isinstance(values.reveal().get(name), str)}
 
 

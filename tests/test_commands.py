@@ -212,22 +212,23 @@ def test_user_id(circle, pair, run, monkeypatch):
     assert circle.knows(UserToken.from_dict(json.loads(out)))
 
 
-@pytest.mark.parametrize("form", ["{}\n", '{{"jwt": "{}"}}', "\ufeff{}"])
+@pytest.mark.parametrize("form", ["{}\n", '{{"jwt": "{}"}}', '{{"result": {{"jwt": "{}"}}}}', "\ufeff{}"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_from_standard_input(kuzzle, jwt, run, monkeypatch, form, encoding):
-    """A token bare or as JSON, if the environment has none. PowerShell writes it in UTF-16."""
+    """A token bare, as JSON or in Kuzzle's answer, if the environment has none. PowerShell writes it in UTF-16."""
     monkeypatch.delenv("KUZZLE_JWT")
     give_input(monkeypatch, form.format(jwt).removeprefix("\ufeff" * (encoding == "utf-16")).encode(encoding))
     assert run("kuzzle", kuzzle.url)[0] == 0
     assert kuzzle.requests[0].headers["Authorization"] == f"Bearer {jwt}"
 
 
-def test_pair_from_standard_input(circle, pair, run, monkeypatch):
-    """What was printed can be the input of another day, on another machine."""
+@pytest.mark.parametrize("form", ["{}", '{{"data": {}}}'], ids=["printed", "Circle's answer"])
+def test_pair_from_standard_input(circle, pair, run, monkeypatch, form):
+    """What was printed can be the input of another day, on another machine. What Circle answered can be, too."""
     monkeypatch.delenv("CIRCLE_USER_TOKEN")
     monkeypatch.delenv("CIRCLE_REFRESH_TOKEN")
     token = refresh_user_token(**call_with(circle, pair), cache=None)
-    give_input(monkeypatch, json.dumps(token.to_dict()).encode())
+    give_input(monkeypatch, form.format(json.dumps(token.to_dict())).encode())
     assert run("circle", "--base-url", circle.url)[0] == 0
     assert circle.requests[-1].json()["refreshToken"] == token.refresh_token
 
@@ -300,7 +301,9 @@ def test_a_terminal_says_nothing(run, monkeypatch):
     assert "KUZZLE_JWT is not set" in err
 
 
-@pytest.mark.parametrize("given", [b"", b"{}", b"[]", b"[", b'{"jwt": ""}', b'{"jwt": 5}', b'{"jwt": null}'])
+@pytest.mark.parametrize(
+    "given", [b"", b"{}", b"[]", b"[", b'{"result": null}', b'{"jwt": ""}', b'{"jwt": 5}', b'{"jwt": null}']
+)
 def test_no_token(run, monkeypatch, given):
     """Where no token is, that is said."""
     give_input(monkeypatch, given)
