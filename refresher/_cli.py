@@ -215,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         has_saved = run.has_saved()
         if trouble:
             fate = "Nothing is lost" if has_saved else "Nor could the new token be saved"
-            run.complain(f"standard output: {trouble}. {fate}: run this again")
+            trouble += f". {fate}: run this again" if isinstance(text, Secret) else ""  # a token
+            run.complain(f"standard output: {trouble}")
             return _TRY_LATER if sys.stdout else 2
         if not has_saved:
             run.complain("the new token could not be saved: keep what was printed, or the session may be lost")

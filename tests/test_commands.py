@@ -909,9 +909,9 @@ def test_streams(kuzzle, jwt, streams, variable, status):
     assert err.count("\n") == (status != 0 and "2>" not in streams)
 
 
-@pytest.mark.parametrize("command", ["kuzzle $url", "demo", "--help", "--version"])
+@pytest.mark.parametrize("command", ["kuzzle $url", "status kuzzle $url", "demo", "--help", "--version"])
 def test_output_that_nobody_takes(kuzzle, jwt, command):
-    """A reader that is gone, and a full disk, are told in one line. A token that was obtained is kept."""
+    """A reader that is gone, and a full disk, are told in one line. A token is kept; nothing else could be lost."""
     argv = command.replace("$url", kuzzle.url).split()
     with Path("/dev/full").open("w") as full:
         processes = [start(*argv, stdout=full), start(*argv)]
@@ -921,6 +921,7 @@ def test_output_that_nobody_takes(kuzzle, jwt, command):
         status, _, err = finish(process)
         assert (status, err.count("\n")) == (75, 1)
         assert "standard output: " in err
+        assert ("Nothing is lost: run this again" in err) == command.startswith("kuzzle")
     assert len(kuzzle.requests) <= 1
 
 
@@ -933,6 +934,7 @@ def test_closed_output(kuzzle, jwt, command, status):
     command = command.replace("$url", kuzzle.url)
     got, _, err = shell(f'"$refresher" {command} >&-')
     assert (got, err.count("\n")) == (status, status // 2)
+    assert "run this again" not in err
 
 
 # As cron runs it
