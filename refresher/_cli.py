@@ -336,8 +336,7 @@ def _look_up(
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
     cache._peek(credential)
     if any(cache._ledger.unread.values()):
-        what = "it was written with another key, or without one"
-        raise InvalidArgumentError(f"{_KEY} can't decrypt this session's entry in the store: {what}")
+        raise InvalidArgumentError(f"{_KEY} does not fit: this session was saved with another key, or without one")
     return cache, credential
 
 
