@@ -138,7 +138,8 @@ class _Run(logging.Handler):
 
     def show_wait(self, what: str, seconds: float | None) -> None:
         """Say on one line of a terminal what is waited for, and wipe it out in the end."""
-        if not self.is_quiet and sys.stderr is not None and sys.stderr.isatty():
+        can_wipe = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        if can_wipe and not self.is_quiet:
             line = what if seconds is None else f"Waiting, {seconds:.0f} s left: {what}"
             _write(sys.stderr, f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}")
 
@@ -529,6 +530,8 @@ def _folder() -> Path:
     state = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", ""))
     if state.is_absolute() and sys.platform != "darwin":
         return state / "refresher"
+    if os.environ.get("HOME") == "" and sys.platform != "win32":
+        raise RuntimeError("HOME is empty")  # which Python takes for /
     places = {"win32": "AppData/Local", "darwin": "Library/Application Support"}
     return Path.home() / places.get(sys.platform, ".local/state") / "refresher"
 

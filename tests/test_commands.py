@@ -387,14 +387,14 @@ def test_store(kuzzle, jwt, run, tmp_path):
     assert (tmp_path / STATE).exists()
 
 
-@pytest.fixture
-def homeless(monkeypatch):
+@pytest.fixture(params=[None, ""], ids=["unset", "empty"])
+def homeless(request, monkeypatch):
     """A user who has no home."""
 
     def nobody(_):
         raise KeyError
 
-    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("HOME") if request.param is None else monkeypatch.setenv("HOME", request.param)
     monkeypatch.setattr("pwd.getpwuid", nobody)
 
 
@@ -1161,7 +1161,8 @@ def in_a_terminal(*argv, **options):
     """Start the command with a terminal of its own, which is yielded too."""
     leader, follower = pty.openpty()
     streams = {"stdin": follower, "stderr": follower, "stdout": subprocess.PIPE, **options}
-    process = subprocess.Popen(["setsid", "--ctty", COMMAND, *argv], text=True, **streams)
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(["setsid", "--ctty", COMMAND, *argv], text=True, env=environment, **streams)
     os.close(follower)
     return process, leader
 
@@ -1291,10 +1292,10 @@ def test_without_some_signals(kuzzle, jwt):
 # At a terminal
 
 
-def at_a_terminal(*argv):
+def at_a_terminal(*argv, kind="xterm"):
     """Run the command with its standard error on a terminal; tell what that showed."""
     leader, follower = pty.openpty()
-    process = start(*argv, stderr=follower)
+    process = start(*argv, stderr=follower, env={**os.environ, "TERM": kind})
     os.close(follower)
     shown = read_all(leader)
     os.close(leader)
@@ -1319,7 +1320,9 @@ def test_countdown(kuzzle, jwt):
 
 
 def test_no_countdown(kuzzle, jwt):
-    """None for one that is to be quiet, and none for a run that is quick."""
+    """None for one that is to be quiet, none on a terminal that cannot wipe it out, none for a run that is quick."""
     kuzzle.delay_next(1.5)
     assert at_a_terminal("kuzzle", kuzzle.url, "--quiet")[2] == ""
+    kuzzle.delay_next(1.5)
+    assert at_a_terminal("kuzzle", kuzzle.url, "--ahead", "1d", "--expires-in", "2h", kind="dumb")[2] == ""
     assert at_a_terminal("kuzzle", kuzzle.url)[2] == ""
