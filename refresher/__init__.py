@@ -84,6 +84,8 @@ from .stores import MemoryStore, Store
 from .tokens import KuzzleToken, RefreshEvent, SessionStatus, UserToken
 
 if TYPE_CHECKING:
+    from . import auth as auth
+    from . import testing as testing
     from ._keeper import KeepAliveOutcome, keep_alive
     from .auth import CircleAuth, KuzzleAuth
     from .stores import DjangoStore, EncryptedStore, FileStore, RedisStore
@@ -125,13 +127,14 @@ _LATER = {
     **dict.fromkeys(("DjangoStore", "EncryptedStore", "FileStore", "RedisStore"), "stores"),
 }
 
+if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
-def __getattr__(name: str) -> object:
-    if name in ("auth", "testing"):
-        return importlib.import_module(f".{name}", __name__)
-    if name in _LATER:
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in ("auth", "testing"):
+            return importlib.import_module(f".{name}", __name__)
+        if name in _LATER:
+            return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

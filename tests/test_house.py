@@ -51,7 +51,8 @@ def imports_of(name):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = path.relative_to(PACKAGE).parent.parts
             start = [*folder[: len(folder) - node.level + 1], *([node.module] if node.module else [])]
-            names = [".".join([*start, alias.name]) for alias in node.names]
+            # What is only passed on, for type checkers, is not known.
+            names = [".".join([*start, alias.name]) for alias in node.names if alias.asname != alias.name]
             yield from {
                 name if name in MODULES else ".".join(start) or "__init__" for name in names if name != "__version__"
             }
@@ -260,8 +261,15 @@ def test_typing(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
+            import refresher
             from refresher import KuzzleToken, TokenCache, UserToken, refresh_kuzzle_token, refresh_user_token
+            from refresher import KuzleToken  # bad
+            from refresher.stores import FilStore  # bad
+            from refresher.testing import FakeKuzle  # bad
 
+            refresher.nonsense  # bad
+            refresher.testing.FakeKuzzle().login("foo", 3600)  # bad
+            refresher.auth.KuzzleAuth("u", 3600)  # bad
             pair: UserToken = refresh_user_token(refresh_token="r", device_id="d", user_token="u")
             pair = refresh_user_token(refresh_token="r", device_id="d", user_id="u")
             token: KuzzleToken = refresh_kuzzle_token("u", "j", expires_in="2h", timeout=None)

@@ -106,19 +106,21 @@ def check_store(value: object) -> Store:
     raise InvalidArgumentError(f"store must be a Store: {hint}")
 
 
-def __getattr__(name: str) -> object:
-    # Each store is imported when it's asked for: Django, for one, takes a while.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
+if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise ModuleNotFoundError(f"{name} needs {missing}: pip install 'refresher[{missing}]'", name=missing)
+    def __getattr__(name: str) -> object:
+        # Each store is imported when it's asked for: Django, for one, takes a while.
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            missing = str(error.name).partition(".")[0]
 
-    return fail
+        def fail(*_: object, **__: object) -> NoReturn:
+            raise ModuleNotFoundError(f"{name} needs {missing}: pip install 'refresher[{missing}]'", name=missing)
+
+        return fail
 
 
 def __dir__() -> list[str]:

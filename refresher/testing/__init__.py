@@ -64,14 +64,15 @@ _MODULES = {
     "StoreContract": "contract",
 }
 
+if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
-def __getattr__(name: str) -> object:
-    # pytest imports this package wherever refresher is installed: the rest waits for a test that uses it.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        # pytest imports this package wherever refresher is installed: the rest waits for a test that uses it.
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
