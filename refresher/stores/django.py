@@ -23,6 +23,7 @@ from django.core.signals import request_finished
 from django.db import IntegrityError, connections, router, transaction
 from django.utils import timezone
 
+from ..errors import InvalidArgumentError
 from . import Store
 from .redis import RedisStore
 
@@ -227,18 +228,24 @@ class DjangoStore:
         single_process: Whether one process is all there is. Then a ``LocMemCache`` will do as well.
 
     Raises:
+        InvalidArgumentError: *alias* is no string, or *single_process* is no bool.
         django.core.exceptions.ImproperlyConfigured: The cache keeps nothing, is not shared, has no locks, or
             drops valid sessions. The message says what to set.
     """
 
     def __init__(self, alias: str = "default", *, single_process: bool = False) -> None:
+        is_name = isinstance(alias, str)
+        if not is_name or not isinstance(single_process, bool):
+            del alias, single_process  # an error's traceback shows what a frame has
+            wanted = "single_process must be True or False"
+            raise InvalidArgumentError(wanted if is_name else 'alias must be a name in settings.CACHES, like "default"')
         self._alias = alias
         _used[alias, single_process] = None
         for _, message, hint in _problems(alias, single_process):
             raise ImproperlyConfigured(f"{message} {hint}")
 
     def __repr__(self) -> str:
-        return f"DjangoStore({self._alias!r})"
+        return f"DjangoStore({getattr(self, '_alias', None)!r})"  # also in the middle of a complaint
 
     @property
     def _store(self) -> Store:
