@@ -67,7 +67,7 @@ class KuzzleToken:
     Attributes:
         kuid: The user's id.
         jwt: The token, with its prefix ``kauth-``. None in cookie mode: it is in the session's cookie jar.
-        expires_at: When the token expires, in UTC by Kuzzle's clock. None means never.
+        expires_at: When the token expires by Kuzzle's clock: an aware datetime, in UTC. None means never.
         ttl: How long it is valid, from when it was issued. None means for ever.
 
     Example:
@@ -137,7 +137,7 @@ class UserToken:
         encryption_key: What Circle's client SDKs ask for beside it. None if Circle sent none.
         user_id: The user's id. None if Circle sent none.
         refresh_token: The one to use next: the new one, or the one that was sent if none came.
-        expires_at: When *user_token* expires, in UTC.
+        expires_at: When *user_token* expires: an aware datetime, in UTC.
 
     Example:
         >>> token = UserToken.from_dict({"userToken": "u", "refreshToken": "r", "expiresAt": 1795293527300})
