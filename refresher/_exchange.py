@@ -45,10 +45,12 @@ class Observed:
         found: Observed = vars(runtime).setdefault("observed", cls(runtime))
         return found
 
-    def forget(self) -> None:
-        """Forget clocks and ages. Who asked to be left alone still is."""
+    def forget(self, *, pauses: bool = False) -> None:
+        """Forget clocks and ages. Who asked to be left alone still is, unless *pauses* are to be forgotten too."""
         for memo in (self._seen, self._clocks):
             memo.clear()
+        if pauses:
+            self._pauses.clear()
 
     def seen_for(self, key: str) -> float:
         """Seconds since this was first called for a credential."""

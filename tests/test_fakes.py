@@ -588,7 +588,7 @@ def test_entry_point():
 
 
 def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
-    """A test that uses a fake leaves no token in the shared cache, and the fixtures import nothing early."""
+    """A test that uses a fake leaves no token in the shared cache and no pause; the fixtures import no fake early."""
     (tmp_path / "test_mine.py").write_text(
         textwrap.dedent("""
             import sys
@@ -597,7 +597,8 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
 
             early = {"requests", "http.server"} & set(sys.modules)
 
-            from refresher import SignInRequiredError, refresh_kuzzle_token
+            from refresher import SignInRequiredError, UnavailableError, refresh_kuzzle_token
+            from refresher.testing import Answer
 
             seen = []
 
@@ -610,13 +611,16 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
                     refresh_kuzzle_token(fake_kuzzle.url, jwt)
                 assert len(fake_kuzzle.requests) == 1, "the second call was answered from the cache"
                 seen.extend([fake_kuzzle, jwt])
+                fake_kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "3600"}))
+                with pytest.raises(UnavailableError):
+                    refresh_kuzzle_token(fake_kuzzle.url, fake_kuzzle.login(ago=1800))
 
 
             def test_second():
                 kuzzle, jwt = seen
                 with kuzzle, pytest.raises(SignInRequiredError):
                     refresh_kuzzle_token(kuzzle.url, jwt)
-                assert len(kuzzle.requests) == 2
+                assert len(kuzzle.requests) == 3
         """)
     )
     # Nor do other plugins, which pytest would find.

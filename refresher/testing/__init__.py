@@ -30,7 +30,8 @@ Both do as they are told:
 ===========================================  =========================================================================
 
 pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. After a test that uses one of them,
-`refresher.SHARED_CACHE` is empty again.
+`refresher.SHARED_CACHE` is empty again, and no ``Retry-After`` holds back the next one. For a test that uses no fake,
+``clean_shared_cache`` does the same.
 
 `StoreContract` tests a `refresher.Store` of your own.
 
