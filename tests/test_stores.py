@@ -586,6 +586,24 @@ def test_imports():
     """)
 
 
+def test_stand_in():
+    """Without Django, its store is a class nevertheless, which says what to install."""
+    run("""
+        import sys
+        sys.modules["django"] = None
+        from refresher import DjangoStore, MemoryStore
+        assert not isinstance(MemoryStore(), DjangoStore)
+        assert DjangoStore.__name__ == "DjangoStore"
+        assert DjangoStore.__doc__ == "DjangoStore needs django: pip install 'refresher[django]'"
+        try:
+            DjangoStore("default", single_process=True)
+        except ModuleNotFoundError as error:
+            assert (str(error), error.name) == (DjangoStore.__doc__, "django")
+        else:
+            raise AssertionError
+    """)
+
+
 def run(code, *arguments):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout

@@ -116,11 +116,12 @@ if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
             return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         except ModuleNotFoundError as error:
             missing = str(error.name).partition(".")[0]
+        problem = f"{name} needs {missing}: pip install 'refresher[{missing}]'"
 
         def fail(*_: object, **__: object) -> NoReturn:
-            raise ModuleNotFoundError(f"{name} needs {missing}: pip install 'refresher[{missing}]'", name=missing)
+            raise ModuleNotFoundError(problem, name=missing)
 
-        return fail
+        return type(name, (), {"__doc__": problem, "__module__": __name__, "__init__": fail})
 
 
 def __dir__() -> list[str]:
