@@ -163,6 +163,16 @@ def test_circle_errors(circle, code):
     assert user.refresh().status_code == 200
 
 
+def test_unknown_errors(kuzzle, circle):
+    """An error that doesn't exist can't be ordered, and nothing is. One is told which there are."""
+    with pytest.raises(ValueError, match=r"^no such id: 'no\.such\.error'\. There are: api\.assert\.body_required, "):
+        kuzzle.fail_next("no.such.error")
+    with pytest.raises(ValueError, match=r"^no such code: '155104'\. There are: -1, 2, "):
+        circle.fail_next("155104")
+    assert not kuzzle.next_answers
+    assert not circle.next_answers
+
+
 # Once means once
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -153,10 +154,11 @@ def test_times(user):
     user.fake.assert_spent_once(user.token)
 
 
-def test_unknown_fault(user):
+@pytest.mark.parametrize("fault", ["nope", 3, None, ["lost"]], ids=repr)
+def test_unknown_fault(user, fault):
     """A fault that doesn't exist is refused, with those that do."""
-    with pytest.raises(ValueError, match=r"no such fault: 'nope'\. There are: lost, late"):
-        user.fake.suffer("nope")
+    with pytest.raises(ValueError, match=rf"^no such fault: {re.escape(repr(fault))}\. There are: lost, late, "):
+        user.fake.suffer(fault)
 
 
 def test_own_fault(user):

@@ -14,7 +14,7 @@ import attrs
 
 from .._text import claims, is_uuid
 from ..tokens import UserToken
-from .faults import Fake
+from .faults import Fake, check_known
 from .server import Answer, Clock, Received, sign
 
 ERRORS: Mapping[int, tuple[int, str]] = {
@@ -98,6 +98,7 @@ class FakeCircle(Fake):
 
     def fail_next(self, code: int, times: int = 1) -> None:
         """Refuse the next requests with that *code*, and do nothing else for them."""
+        check_known("code", code, ERRORS)
         self.next_answers.extend([lambda request: self._refusal(request, _RefusalError(code))] * times)
 
     def refuse(self, request: Received, why: str) -> Answer:

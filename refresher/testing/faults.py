@@ -32,7 +32,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import attrs
@@ -40,6 +40,13 @@ import attrs
 from .._text import masked
 from ..tokens import KuzzleToken, UserToken
 from .server import Answer, Clock, Received, Server
+
+
+def check_known(name: str, value: object, known: Iterable[object]) -> None:
+    """Complain about the argument *name*, unless its value is one of those that are known."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"no such {name}: {value!r}. There are: {', '.join(map(str, known))}")
 
 
 class Fake(Server):
@@ -52,9 +59,8 @@ class Fake(Server):
 
     def suffer(self, fault: str | Fault, times: int = 1) -> None:
         """Let the next request, or the next *times*, suffer a fault: one of `FAULTS`, or its name."""
-        if isinstance(fault, str):
-            if fault not in FAULTS:
-                raise ValueError(f"no such fault: {fault!r}. There are: {', '.join(FAULTS)}")
+        if not isinstance(fault, Fault):
+            check_known("fault", fault, FAULTS)
             fault = FAULTS[fault]
         for _ in range(times):
             fault.apply(self)

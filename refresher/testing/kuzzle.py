@@ -21,7 +21,7 @@ import attrs
 
 from .._text import claims
 from ..services.kuzzle import milliseconds
-from .faults import Fake
+from .faults import Fake, check_known
 from .server import Answer, Clock, Received, sign
 
 _INVALID_EXPIRES_IN = 'Invalid argument "expiresIn". Expected: a number of milliseconds, or a parsable timespan string'
@@ -274,6 +274,7 @@ class FakeKuzzle(Fake):
 
     def fail_next(self, id: str, times: int = 1) -> None:
         """Refuse the next requests with the error of that *id*, and do nothing else for them."""
+        check_known("id", id, ERRORS)
         error = _error(id)
         self.next_answers.extend([lambda request: self._refusal(request, error)] * times)
 
