@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -388,6 +389,20 @@ def test_the_sites_own_tests(environment):
     """The tests of the example pass."""
     options = ["-p", "no:cacheprovider", "-W", "error", "-c", os.devnull, "--rootdir", ".", "--confcutdir", "."]
     assert "8 passed" in run(environment, "-m", "pytest", *options, "shop/tests.py")
+
+
+def test_memory_in_tests(environment, tmp_path):
+    """With the cache of many test settings, they pass if the site does what its README says, and only then."""
+    site = shutil.copytree(SITE, tmp_path / "site")
+    kuzzle = (site / "shop" / "kuzzle.py").read_text().replace("DjangoStore,", "DjangoStore, MemoryStore,")
+    with (site / "shop" / "settings.py").open("a") as file:
+        file.write('TESTING = True\nCACHES["default"] = {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}\n')
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "shop/tests.py"]
+    (advice,) = re.findall("`(tokens = .*)`", (SITE / "README.md").read_text())
+    for line, last in (("tokens = TokenCache(DjangoStore(), ahead=900)", "8 failed in"), (advice, "8 passed in")):
+        (site / "shop" / "kuzzle.py").write_text(re.sub("^tokens = .*", line, kuzzle, flags=re.MULTILINE))
+        out = subprocess.run(command, cwd=site, env=environment, check=False, capture_output=True, text=True).stdout
+        assert last in out.splitlines()[-1]
 
 
 def test_settings(environment):
