@@ -127,7 +127,7 @@ class _Run(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning, unless it is about a single attempt or a wrong key: what comes of it is printed anyway."""
-        is_told = record.name == "refresher.attempts" or record.module == "encrypted"
+        is_told = record.name in ("refresher.attempts", "refresher.keys")
         if not self.is_quiet and not self.ended_by and not is_told:
             self.complain(record.getMessage())
 

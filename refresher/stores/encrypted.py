@@ -12,7 +12,7 @@ from ..errors import InvalidArgumentError
 from . import Store, check_store
 
 T = TypeVar("T")
-_log = logging.getLogger("refresher")
+_log = logging.getLogger("refresher.keys")
 # What a store may have beyond the protocol.
 _EXTRAS = ("check", "close")
 

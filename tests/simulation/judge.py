@@ -100,7 +100,7 @@ def retry_after(world: World, process: Process, session: Session) -> None:
 def spending(world: World, process: Process, session: Session, request: Request, began: float) -> None:
     """Nothing is spent that cannot be kept, but in a token's last moments."""
     store = world.store
-    if process.machine.offset and session.server.url not in process.heard:
+    if process.machine.offset and session.server.url not in process.told:
         return  # it cannot know what the last moments are
     is_newest = request.spends and plain(request.secret) == session.newest_secret and not session.is_circle
     if is_newest and store.troubled() and store.trouble_since < began - 0.05:

@@ -349,6 +349,8 @@ class _Mail:
         assert answer is not None
         self.process.heard.add(session.server.url)
         if self.brings_newest():
+            if not session.is_circle:  # whose answer may be an old one
+                self.process.told.add(session.server.url)
             session.receipts.setdefault(self.process, world.time)
             self.process.link(judge.plain(self.request.secret), session.newest)
             session.slept_before.setdefault(self.process, self.process.asleep_for)

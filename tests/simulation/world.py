@@ -236,6 +236,7 @@ class Process:
         self.departures = 0  # how many requests it has sent
         self.gone = Event()
         self.heard: set[str] = set()  # which services it knows the time of
+        self.told: set[str] = set()  # and for certain, by a token of theirs
         self.wrote_at = -math.inf  # when it last wrote something into the store
         self.not_before: dict[Any, float] = {}  # Retry-After, by what it is about
         self.number = len(world.processes)
