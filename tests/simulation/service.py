@@ -265,7 +265,7 @@ class _Mail:
 
     def __init__(self, world: World, process: Process, session: Session, request: Request) -> None:
         self.world, self.process, self.session, self.request = world, process, session, request
-        self.written, self.departed_at = Event(), world.time
+        self.written, self.departed_at, self.slept_before = Event(), world.time, process.asleep_for
         self.answer: Answer | None = None
         self.due = self.lost_at = math.inf
         self.not_before: float | None = None  # what its Retry-After means
@@ -353,7 +353,7 @@ class _Mail:
                 self.process.told.add(session.server.url)
             session.receipts.setdefault(self.process, world.time)
             self.process.link(judge.plain(self.request.secret), session.newest)
-            session.slept_before.setdefault(self.process, self.process.asleep_for)
+            session.slept_before.setdefault(self.process, self.slept_before)
             session.on_the_way = None
         if self.not_before is not None:
             known = self.process.not_before.get(judge.scope(session), 0.0)
