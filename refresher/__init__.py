@@ -41,7 +41,7 @@ Coming from the JavaScript SDKs:
     ``_id``, ``jwt``                     ``kuid``, ``jwt``. ``to_dict()`` has the SDK's names and units.
     ``expiresAt``, ``ttl``               ``expires_at``, ``ttl``: a datetime and a timedelta. ``expires_at`` is when the
                                          token really expires, up to two seconds before ``expiresAt``.
-    ``kuzzle.jwt``                       ``KuzzleAuth.jwt``, which is refreshed before it expires.
+    ``kuzzle.jwt``                       ``KuzzleAuth.jwt``: the newest token. Requests with the auth refresh it.
     two calls at once                    one request.
     a call in the second of the sign-in  waits until that second is over. The SDK gets the old token back, which then
                                          expires.

@@ -341,7 +341,11 @@ class TokenCache:
             )
 
     def clear(self) -> None:
-        """Forget all that this process knows of. Refreshes in progress go on, and their results are not kept."""
+        """
+        Forget all sessions that this process knows of, and remove them from the store: others lose them, too.
+
+        Refreshes in progress go on, and their results are not kept.
+        """
         ledger = self._ledger
         ledger.observed.forget()
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()

@@ -357,10 +357,10 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     """
     Tell how it stands with a session, without refreshing it.
 
-    Give any token of the session, as you would to print one. The state is fresh, due
-    (valid, and refreshed by the next run that prints it with the default --ahead),
-    expired, refused (the service did, lately) or unknown (it was never refreshed
-    from here).
+    Give any token of the session, as you would to print one. The state is fresh,
+    due (valid, and refreshed by the next run that prints it with the default
+    --ahead), expired, refused (the service did, lately) or unknown (it was never
+    refreshed from here).
 
     The exit status is 77 if it is known here that the user has to sign in again.
     Only the service knows of a sign-out elsewhere, say: --check asks Kuzzle.

@@ -88,7 +88,7 @@ class Flight(Generic[T]):
         self._exchange: Exchange | None = None
         self._failure: RefreshError | None = None
         self._gone_at = -math.inf  # when a request left, or a caller who was interrupted
-        self.status = f"{self._service} is slow"
+        self.status = f"{ledger.name} is slow"
         self._alarm: Event | None = None
         self._claim = [True]
         self._has_let_go = False
