@@ -33,6 +33,14 @@ def test_a_seed_means_the_same_schedule():
     assert len(one.splitlines()) > 10
 
 
+def test_faults_can_be_put_into_the_core(tmp_path):
+    """Each known fault is a patch of the code as it is now."""
+    from simulation.mutants import MUTANTS
+
+    for number, mutant in enumerate(MUTANTS):
+        mutant.build(tmp_path / str(number))
+
+
 def test_a_broken_core_is_found_out():
     """The simulation can fail: it finds a fault that was put into the core."""
     from simulation.mutants import MUTANTS

@@ -83,8 +83,8 @@ MUTANTS = [
         "what could not be written at once is not written later",
         (
             _FLIGHT,
-            "ledger.unsaved.get(self.chain)) is not None:",
-            "ledger.unsaved.get(self.chain)) is not None and False:",
+            "        ledger.save_until(self.chain, self._limit)\n",
+            "",
         ),
         (_FLIGHT, "            ledger.save_later()", "            pass"),
     ),
@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant("a lease is not renewed", (_LEDGER, "not runtime.wait(end, _rules.LEASE / 3)", "False")),
     Mutant(
         "a request leaves though the lease has ended",
-        (_FLIGHT, "            raise _LookAgain", "            pass"),
+        (_FLIGHT, "self._lease.is_ours():\n            raise _LookAgain", "self._lease.is_ours():\n            pass"),
     ),
     Mutant(
         "no lock is taken",
@@ -172,13 +172,30 @@ MUTANTS = [
         "nothing is announced",
         (
             _FLIGHT,
-            "        return not self._is_alone and announce()",
+            "        return announce()",
             "        return True",
         ),
     ),
     Mutant(
         "a failed attempt takes the place of another that is open",
-        (_FLIGHT, "                done = attrs.evolve(done, by=attempt.by, is_open=True)", "                pass"),
+        (_FLIGHT, "for one in (attempt, ledger.last_attempt(spend)[0]):", "for one in ():"),
+    ),
+    Mutant(
+        "a failed attempt takes the place of one that was made since",
+        (_FLIGHT, "for one in (attempt, ledger.last_attempt(spend)[0]):", "for one in (attempt,):"),
+    ),
+    Mutant(
+        "a refusal that is no verdict leaves its attempt open",
+        (_FLIGHT, "            self._close(spend, attempt)\n            self._verify", "            self._verify"),
+    ),
+    Mutant(
+        "what was announced long ago is not announced anew",
+        (_FLIGHT, "self._announced_at > _rules.LEASE and", "self._announced_at > 1e9 and"),
+    ),
+    Mutant(
+        "a service's time is what its last answer said, however late",
+        (_REQUESTS, "        if known is not None and known[3] == is_certain and", "        if known is None and"),
+        (_REQUESTS, "        most = least + took\n", "        most = least\n"),
     ),
     Mutant(
         "what cannot be written is left to the next refresh",
@@ -236,7 +253,7 @@ MUTANTS = [
         (
             _LEDGER,
             "            service_now=self.observed.service_now(spend.scope),\n        )\n\n    def pause",
-            "            service_now=(self.now().wall, self.now().wall),\n        )\n\n    def pause",
+            "            service_now=(self.now().wall, self.now().wall, True),\n        )\n\n    def pause",
         ),
     ),
     Mutant(
@@ -254,7 +271,7 @@ MUTANTS = [
     ),
     Mutant(
         "a token of another machine is judged by the local clock",
-        (_RULES, "    if service_now is not None and expiry is not None:", "    if False:"),
+        (_RULES, "    earliest, latest, is_certain = service_now or (", "    earliest, latest, is_certain = ("),
     ),
     Mutant(
         "a longer lifetime is not asked for while a token is fresh",
@@ -305,13 +322,17 @@ MUTANTS = [
             "                    self._observed.leave_alone(self._scope, error.retry_after)",
             "                    pass",
         ),
-        (_FLIGHT, '            pause = getattr(error, "retry_after", None) or 0.0', "            pause = 0.0"),
+        (
+            _FLIGHT,
+            'self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)',
+            "self._close(spend, attempt)",
+        ),
     ),
     Mutant(
         "what was sent is abandoned when nobody waits any more",
         (
             _FLIGHT,
-            "        return max(self.until(), max(self._gone_at, self._left_at) + self._limit)",
+            "        return max(self.until(), self._gone_at + self._limit)",
             "        return self.until()",
         ),
     ),
