@@ -399,7 +399,8 @@ class Flight(Generic[T]):
             is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
-            if spend.idempotency_key is None or getattr(error, "spent", None) is False:
+            is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
+            if spend.idempotency_key is None or not is_lost:
                 ledger.hold_back(chain.key)  # else to ask again brings the answer that was lost
             self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)
             if is_for_nobody:

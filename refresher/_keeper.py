@@ -144,7 +144,7 @@ class _Keeper:
         except UnavailableError as error:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
         finally:
-            if cache._ledger.troubled_at >= began:
+            if cache._ledger.is_failing:
                 self._wasted[cache] = wasted + auth._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")

@@ -120,7 +120,7 @@ class Ledger:
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self.troubled_at = -math.inf
         self._took = 0.0  # by the slowest command that failed lately
-        self._is_failing = False  # whether that was the last of all
+        self.is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
         self._is_saving = False
         # Chains that a thread writes down which the process waits for, and until when it tries.
@@ -253,11 +253,11 @@ class Ledger:
         except Exception as error:  # a store may raise whatever it likes
             now = self.runtime.steady()
             lately = self._took if now - self.troubled_at < _rules.WINDOW else 0.0
-            self.troubled_at, self._took, self._is_failing = now, max(now - began, lately), True
+            self.troubled_at, self._took, self.is_failing = now, max(now - began, lately), True
             self.warn(f"{what} ({type(error).__name__})")
             return None, False
         else:
-            self._is_failing = False
+            self.is_failing = False
             return answer, True
         finally:
             self._asked.pop(mark, None)
@@ -265,7 +265,7 @@ class Ledger:
     def delay(self) -> float:
         """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
         now = self.runtime.steady()
-        took = self._took if self._is_failing and now - self.troubled_at < _rules.WINDOW else 0.0
+        took = self._took if self.is_failing and now - self.troubled_at < _rules.WINDOW else 0.0
         return max(took, *(now - began for began in [now, *self._asked.values()]))
 
     def is_settled(self) -> bool:
@@ -311,7 +311,7 @@ class Ledger:
 
     def forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""
-        self._asked, self._is_failing, self._is_saving, self._saving = {}, False, False, {}
+        self._asked, self.is_failing, self._is_saving, self._saving = {}, False, False, {}
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -468,10 +468,11 @@ class Ledger:
         is_new, pause = key not in self._saving, _rules.POLL
         self._saving[key] = self.runtime.steady() + limit
         while is_new and (chain := self.unsaved.get(key)) is not None:
-            if self.save(chain) or self.runtime.steady() + pause > self._saving.get(key, -math.inf):
-                break
-            self.runtime.sleep(pause)
-            pause = min(2 * pause, _rules.LONGEST_POLL)
+            if not self.save(chain):
+                if self.runtime.steady() + pause > self._saving.get(key, -math.inf):
+                    break
+                self.runtime.sleep(pause)
+                pause = min(2 * pause, _rules.LONGEST_POLL)
         if is_new:
             self._saving.pop(key, None)
 

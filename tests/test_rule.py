@@ -36,7 +36,9 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _keeper,
     _rules,
+    keep_alive,
     refresh_kuzzle_token,
     refresh_user_token,
 )
@@ -1323,6 +1325,49 @@ def test_one_thread_writes_for_another(kuzzle, store, root):
         store.is_down = False
     assert not ledger.unsaved
     assert not ledger._saving
+
+
+def test_what_comes_while_a_chain_is_written_down(kuzzle, root):
+    """A thread that has written a chain down goes on with what another has left to it meanwhile."""
+
+    class Watched(SharedStore):
+        def set(self, key, value, seconds):
+            super().set(key, value, seconds)
+            if json.loads(value).get("generation") == 7:
+                ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=8).with_text()
+
+    ledger, key = (cache := TokenCache(store := Watched()))._ledger, key_of("kuzzle", kuzzle.url, root)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    wait_for_copies(cache)
+    ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=7).with_text()
+    ledger.save_until(key, 1)
+    assert not ledger.unsaved
+    assert json.loads(store.get(key))["generation"] == 8
+
+
+def test_keeper_after_a_flush(kuzzle, clock, monkeypatch):
+    """That a store has lost its entries costs no time, so no session is skipped for it."""
+    monkeypatch.setattr(_keeper, "_WASTE", 0.0)
+    store = SharedStore(clock)
+    cache = TokenCache(store, clock=clock)
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache) for jwt in logins(kuzzle, 3)]
+    assert [each.outcome for each in keep_alive(auths)] == ["fresh"] * 3
+    refresh_each(kuzzle, [auth.jwt for auth in auths], cache)
+    store.memory = MemoryStore(timer=clock)
+    assert [each.outcome for each in keep_alive(auths)] == ["fresh"] * 3
+
+
+def test_circle_has_failed(circle):
+    """Where Circle has answered that it failed, it is left alone for a while, as long as the old pair is valid."""
+    call = {**call_with(circle, circle.sign_in()), "cache": TokenCache(clock=circle.clock), "retry": False}
+    refresh_user_token(**call)
+    circle.clock.advance(HOUR - 20)
+    circle.next_answers.append(Answer(500, b""))
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**call)
+    before = len(circle.requests)
+    assert refresh_user_token(**call)
+    assert len(circle.requests) == before
 
 
 def test_pair_after_a_lost_answer(circle):
