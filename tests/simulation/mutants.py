@@ -194,7 +194,11 @@ MUTANTS = [
     ),
     Mutant(
         "a service's time is what its last answer said, however late",
-        (_REQUESTS, "        if known is not None and known[3] == is_certain and", "        if known is None and"),
+        (
+            _REQUESTS,
+            "        if known is not None and known[3] == is_certain and",
+            "        if False and known is not None and",
+        ),
         (_REQUESTS, "        most = least + took\n", "        most = least\n"),
     ),
     Mutant(
