@@ -68,6 +68,7 @@ _VARIABLES = {
     "encryptionKey": "CIRCLE_ENCRYPTION_KEY",
 }
 _KEY = "REFRESHER_KEY"
+_ENCRYPTED = "gAAAA"  # what Fernet writes begins like this
 # How long to wait for the answer to a check, and for a token to be saved, in seconds.
 _CHECK, _SAVING = 10.0, 60.0
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -335,8 +336,12 @@ def _look_up(
     """Find out which session is meant, and look it up in the store."""
     credential = find(arguments, run)
     cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    ledger = cache._ledger
+    for key in [name for own in credential.keys for name in (own, f"{own}-alias")]:
+        if _ENCRYPTED in str(ledger.ask("cannot be read", ledger.store.get, key)[0])[:8]:
+            raise InvalidArgumentError(f"{_KEY} is not set: this session was saved with a key")
     cache._peek(credential)
-    if any(cache._ledger.unread.values()):
+    if any(ledger.unread.values()):
         raise InvalidArgumentError(f"{_KEY} does not fit: this session was saved with another key, or without one")
     return cache, credential
 

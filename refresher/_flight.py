@@ -381,6 +381,8 @@ class Flight(Generic[T]):
     ) -> Credential[T] | None:
         """Refresh a credential, and keep what comes of it. None if there is something newer already."""
         ledger = self._ledger
+        if spend.idempotency_key and chain.newest is None and ledger.unread.get(chain.key):
+            raise self._unread()  # the answer would be that to an earlier request
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
@@ -412,6 +414,10 @@ class Flight(Generic[T]):
         exchange.learn(successor)
         self._keep(chain, spend, successor)
         return None if successor.keys[0] in ledger.orphans else successor
+
+    def _unread(self) -> RefreshError:
+        what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"
+        return OutcomeUnknownError(what, provider=self.call.credential.service)
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> None:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
@@ -468,8 +474,7 @@ class Flight(Generic[T]):
             if is_newer or ledger.adopt(chain, spend):
                 return
             if ledger.may_have_more(chain, self.call.credential):
-                what = f"{self._service} does not accept the token any more, and {ledger.name} may have a newer one"
-                raise OutcomeUnknownError(f"{what} that cannot be read: check its key", provider=spend.service)
+                raise self._unread()
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             now = self._runtime.steady()
             is_settled = is_readable and ledger.is_settled()
@@ -490,7 +495,7 @@ class Flight(Generic[T]):
         began = self._runtime.steady()
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
         if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was
-            self._ledger.troubled_at = self._runtime.steady()
+            self._ledger.unsettle()
 
     def _let_go(self) -> None:
         """Let go of the lock, if that is not done."""

@@ -118,7 +118,7 @@ class Ledger:
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
-        self.troubled_at = -math.inf
+        self._troubled_at = self._settled_at = -math.inf
         self._took = 0.0  # by the slowest command that failed lately
         self.is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
@@ -252,8 +252,9 @@ class Ledger:
             answer = command(*args)
         except Exception as error:  # a store may raise whatever it likes
             now = self.runtime.steady()
-            lately = self._took if now - self.troubled_at < _rules.WINDOW else 0.0
-            self.troubled_at, self._took, self.is_failing = now, max(now - began, lately), True
+            lately = self._took if now - self._troubled_at < _rules.WINDOW else 0.0
+            self._troubled_at, self._took, self.is_failing = now, max(now - began, lately), True
+            self.unsettle(self._took)
             self.warn(f"{what} ({type(error).__name__})")
             return None, False
         else:
@@ -265,12 +266,16 @@ class Ledger:
     def delay(self) -> float:
         """Seconds that the store keeps everyone waiting, if it does not do what it is told."""
         now = self.runtime.steady()
-        took = self._took if self.is_failing and now - self.troubled_at < _rules.WINDOW else 0.0
+        took = self._took if self.is_failing and now - self._troubled_at < _rules.WINDOW else 0.0
         return max(took, *(now - began for began in [now, *self._asked.values()]))
+
+    def unsettle(self, took: float = 0.0) -> None:
+        """Give others time to write what the store does not have. Their commands may take as long as ours *took*."""
+        self._settled_at = max(self._settled_at, self.runtime.steady() + _rules.SETTLED + took)
 
     def is_settled(self) -> bool:
         """Whether the store has been well for so long that others have had their answers, and could write."""
-        return self.runtime.steady() - self.troubled_at > _rules.SETTLED + self._took
+        return self.runtime.steady() > self._settled_at
 
     def is_in_the_way(self, call: Call[Any]) -> bool:
         """Whether a token is in its last moments, and the store would take too many of them."""
@@ -301,7 +306,7 @@ class Ledger:
                 self.chains.drop(key)
                 return Chain(key=key), is_readable
             if key not in self.unsaved:  # the store has lost it: others may be about to put back what is newer
-                self.troubled_at = self.runtime.steady()
+                self.unsettle()
             self.unsaved[key] = known
         return known or Chain(key=key), is_readable
 

