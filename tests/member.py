@@ -81,7 +81,7 @@ class Stuck:
         if not is_attempt:
             self._reach("answered")
         self.store.set(key, value, seconds)
-        if is_attempt:
+        if is_attempt and json.loads(value)["is_open"]:
             self._reach("announced")
 
     def acquire(self, key, owner, lease):
