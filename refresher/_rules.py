@@ -43,7 +43,6 @@ FOREVER = 3650 * DAY
 ROOM = 8192  # how many bytes a store must have for what is about to come, at least
 REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
 CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be
-SET_BACK = 60.0  # how far a service's clock may have been set back since it was learned
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
 
 
@@ -331,7 +330,7 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
         service_now: The earliest and the latest that it may be by the service's clock, and whether that is certain.
     """
     earliest, _, is_certain = service_now or (-math.inf, -math.inf, False)
-    if birth is None or (is_certain and earliest >= birth + BIRTH_SECOND + SET_BACK):
+    if birth is None or (is_certain and earliest >= birth + BIRTH_SECOND + CLOCKS_DIFFER):
         return 0.0
     return max(0.0, BIRTH_SECOND - age)
 

@@ -232,6 +232,8 @@ class SystemRuntime:
 
     def _wait_for(self, work: Callable[[], None]) -> None:
         """Do something that the process waits for, also if Python has waited for its threads already."""
+        if threading.main_thread().is_alive():
+            return work()
         mark = object()
         try:
             self._running[mark] = os.getpid()
