@@ -264,7 +264,8 @@ class Flight(Generic[T]):
             if step is Step.USE:
                 if call.rejected != spend.headers:
                     return spend
-                if view.readable and not (ledger.adopt(chain, spend) or self._is_being_spent(attempt)):
+                may_come = not view.readable or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
+                if not may_come and self._close(spend, attempt):  # else others could not write a successor down either
                     return spend
             if step is Step.REFUSE and ledger.adopt(chain, spend):
                 continue
@@ -419,16 +420,16 @@ class Flight(Generic[T]):
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"
         return OutcomeUnknownError(what, provider=self.call.credential.service)
 
-    def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> None:
+    def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> bool:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
         ledger, now = self._ledger, self._ledger.now()
         if self._is_alone:
-            return
+            return False
         done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 done = attrs.evolve(one, pause=max(one.pause, pause + one.at.likely_age(now)))
-        ledger.note(spend, done)
+        return ledger.note(spend, done)
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
         """Keep what came of a credential."""
