@@ -246,7 +246,7 @@ class Exchange:
             if error.id or error.code:
                 self.learn()
             raise
-        if not request.spends:  # else the date is compared with the new token first
+        if not request.spends:  # else the new token tells, if it can
             self.learn()
         return token, reply
 

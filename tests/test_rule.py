@@ -1470,3 +1470,59 @@ def test_flush_long_after_an_outage(clock):
     assert not ledger.is_settled()
     clock.advance(3)
     assert ledger.is_settled()
+
+
+def test_refused_while_the_store_cannot_be_written(kuzzle, root):
+    """Then another process could not write down a successor either, so a new token that is refused is no verdict."""
+
+    class Full(SharedStore):
+        is_full = False
+
+        def set(self, key, value, seconds):
+            if self.is_full:
+                raise OSError("no space left on device")
+            super().set(key, value, seconds)
+
+    cache = TokenCache(store := Full())
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=1)
+    for store.is_full, expected in ((True, OutcomeUnknownError), (False, SignInRequiredError)):
+        kuzzle.fail_next("security.token.invalid")
+        with pytest.raises(expected):
+            requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+
+
+def test_newest_of_two_tokens(kuzzle, root, monkeypatch):
+    """A call that waited for one token gets the next, if that has come meanwhile."""
+    cache, newest = TokenCache(), []
+    join = cache._join
+
+    def join_late(*arguments):
+        joined = join(*arguments)
+        monkeypatch.setattr(cache, "_join", join)
+        newest.append(refresh_kuzzle_token(kuzzle.url, root, cache=cache, expires_in="3h"))
+        return joined
+
+    monkeypatch.setattr(cache, "_join", join_late)
+    assert [refresh_kuzzle_token(kuzzle.url, root, cache=cache)] == newest
+
+
+def test_attempt_that_fails_after_another_has_begun(kuzzle, root, monkeypatch):
+    """It leaves that one's announcement in the store: its answer may still come."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    suspended, over = ProcessStore(store := SharedStore()), [threading.Event() for _ in range(2)]
+    suspended.renews = False
+    kuzzle.next_answers.extend([lambda _: (over[0].wait(10), Answer(503))[1], held(kuzzle, over[1])])
+    with ThreadPoolExecutor() as pool:
+        calls = []
+        for own in (suspended, store):
+            options = {"cache": TokenCache(own), "queuable": False}
+            calls.append(pool.submit(refresh_kuzzle_token, kuzzle.url, root, **options))
+            while len(kuzzle.requests) < len(calls):
+                time.sleep(0.01)
+        over[0].set()
+        with pytest.raises(UnavailableError):
+            calls[0].result()
+        assert json.loads(store.get(f"{key_of('kuzzle', kuzzle.url, root)}-attempt"))["is_open"]
+        over[1].set()
+        assert kuzzle.knows(calls[1].result().jwt)
