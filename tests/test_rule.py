@@ -42,9 +42,11 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
-from refresher._runtime import SystemRuntime
+from refresher._exchange import Observed
+from refresher._runtime import REAL, SystemRuntime
 from refresher._text import key_of
 from refresher.services import Reply
+from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
 HOUR = 3600
@@ -1526,3 +1528,35 @@ def test_attempt_that_fails_after_another_has_begun(kuzzle, root, monkeypatch):
         assert json.loads(store.get(f"{key_of('kuzzle', kuzzle.url, root)}-attempt"))["is_open"]
         over[1].set()
         assert kuzzle.knows(calls[1].result().jwt)
+
+
+def test_whole_seconds_of_a_date(clock):
+    """Two dates that seem to contradict each other by less than a second do not: the first may have been late in it."""
+    observed = TokenCache(clock=clock)._ledger.observed
+    observed.learn("here", 1000.0, 0.2)
+    clock.advance(0.3)
+    observed.learn("here", 1001.0, 0.1)
+    earliest, latest, _ = observed.service_now("here")
+    assert (earliest, latest) == (pytest.approx(1001), pytest.approx(1001))
+
+
+def test_time_that_is_certain(kuzzle, root):
+    """What a new token tells of the time at Kuzzle, with a cache or without, no later date changes."""
+    refresh_kuzzle_token(kuzzle.url, root, cache=None)
+    observed, scope = Observed.of(REAL), kuzzle_credential(kuzzle.url, root).scope
+    before = observed.service_now(scope)
+    observed.learn(scope, 9e9, 0.0)
+    after = observed.service_now(scope)
+    assert before[2]
+    assert after == (pytest.approx(before[0], abs=5), pytest.approx(before[1], abs=5), True)
+
+
+def test_date_of_a_slow_answer():
+    """The time that an answer took is how much its date leaves open."""
+    with FakeKuzzle() as kuzzle:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache(runtime=SystemRuntime()))
+        kuzzle.delay_next(0.6)
+        assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+        assert len(kuzzle.requests) == 1
+    earliest, latest, _ = auth._cache._ledger.observed.service_now(auth._scope)
+    assert latest - earliest > 0.5
