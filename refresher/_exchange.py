@@ -78,16 +78,13 @@ class Observed:
             least, most = max(least, known[0]), min(most, known[1])
         self._clocks.put(scope, (least, most, date - self._wall(), is_certain))
 
-    def service_now(self, scope: str) -> tuple[float, float, bool] | None:
+    def service_now(self, scope: str) -> tuple[float, float, bool]:
         """
-        Return the time at a service, at the earliest and at the latest, and whether that is certain. None if unknown.
+        Return the time at a service, at the earliest and at the latest, and whether that is certain. -inf if unknown.
 
         The latest is by the wall clock, in case it was set, or time was frozen for a test.
         """
-        offsets = self._clocks.get(scope)
-        if offsets is None:
-            return None
-        least, most, wall, is_certain = offsets
+        least, most, wall, is_certain = self._clocks.get(scope) or (-math.inf, -math.inf, -math.inf, False)
         now = self._steady()
         return now + least, max(now + least, now + most, self._wall() + wall), is_certain
 

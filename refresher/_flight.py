@@ -264,7 +264,8 @@ class Flight(Generic[T]):
             if step is Step.USE:
                 if call.rejected != spend.headers:
                     return spend
-                may_come = not view.readable or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
+                is_proof = view.readable and ledger.is_settled()
+                may_come = not is_proof or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
                 if not may_come and self._close(spend, attempt):  # else others could not write a successor down either
                     return spend
             if step is Step.REFUSE and ledger.adopt(chain, spend):
@@ -390,11 +391,13 @@ class Flight(Generic[T]):
         # What was refused or forgotten must not come back as the answer to an earlier request.
         anew = (attempt is not None and attempt.refusals > 0) or (chain.generation > 0 and chain.newest is None)
         try:
+            ledger.ask_no_more(spend)
             successor = spend.refresh(exchange, anew=anew)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
             self.has_departed = False
+            ledger.note_refusal(spend, error)
             self._close(spend, attempt)
             self._verify(chain, spend, attempt, announced, error)
             return None
@@ -428,7 +431,7 @@ class Flight(Generic[T]):
         done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
-                done = attrs.evolve(one, pause=max(one.pause, pause + one.at.likely_age(now)))
+                done = attrs.evolve(one, pause=max(one.pause, pause and pause + ledger.age(one)))
         return ledger.note(spend, done)
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
@@ -436,10 +439,9 @@ class Flight(Generic[T]):
         ledger = self._ledger
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
-        service_now = ledger.observed.service_now(spend.scope)
-        if spend.idempotency_key and lifetime is not None and successor.expiry is not None and service_now is not None:
+        if spend.idempotency_key and lifetime is not None and successor.expiry is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
-            left = successor.expiry - service_now[1] + took
+            left = successor.expiry - ledger.observed.service_now(spend.scope)[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
@@ -465,10 +467,10 @@ class Flight(Generic[T]):
             OutcomeUnknownError: That could not be found out.
         """
         ledger, poll = self._ledger, _rules.POLL
-        refused_at = self._runtime.steady()
-        _, left, window, _ = ledger.assess(chain, self.call)
-        # In its last moments, others may have spent the token without saying so, and be about to write that down.
-        wait = self._limit if not announced else _rules.SETTLED if _rules.is_urgent(left, window) else 0.0
+        refused_at, _ = ledger.refused.get(spend.keys[0]) or (self._runtime.steady(), None)
+        _, left, window, _ = ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
+        # Nobody has said that it was spent, but others may have done so while the store was down.
+        wait = self._limit if not announced else _rules.SETTLED if ledger.may_lack_news(left, window) else 0.0
         while True:
             newer, is_readable = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
@@ -484,6 +486,7 @@ class Flight(Generic[T]):
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
                 if ledger.note(spend, verdict):  # else others could not write down a successor either
+                    ledger.refused.drop(spend.keys[0])
                     raise error
             self._wait_for_news(poll)
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)

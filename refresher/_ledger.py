@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -114,11 +115,13 @@ class Ledger:
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
         self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
+        self.refused = Memo[tuple[float, RefreshError]](steady)  # when the service refused a token, and what it said
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self._troubled_at = self._settled_at = -math.inf
+        self._wrote_at = -math.inf, -math.inf  # when something was written down: lately, and some seconds before
         self._took = 0.0  # by the slowest command that failed lately
         self.is_failing = False  # whether that was the last of all
         self._asked: dict[object, float] = {}  # since when commands have been waited for
@@ -438,6 +441,17 @@ class Ledger:
         """Return what the service said when it refused a credential lately."""
         return attempt.refusal(self.now(), self.age(attempt)) if attempt is not None and attempt.refusals else None
 
+    def note_refusal(self, spend: Credential[Any], error: RefreshError) -> None:
+        """Remember what the service said. It may be no verdict yet, and a call with little time leaves it to others."""
+        self.refused.put(spend.keys[0], self.refused.get(spend.keys[0]) or (self.runtime.steady(), copy.copy(error)))
+
+    def ask_no_more(self, spend: Credential[Any]) -> None:
+        """Raise what the service said when it refused a credential in the last minute."""
+        at, error = self.refused.get(spend.keys[0]) or (-math.inf, None)
+        if error is not None and self.runtime.steady() - at < _rules.REFUSALS[0]:
+            raise copy.copy(error)
+        self.refused.drop(spend.keys[0])
+
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt, or since this process first saw it, if another machine made it."""
         age = attempt.at.age(self.now())
@@ -446,7 +460,15 @@ class Ledger:
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Return whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
-        return self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))[1]
+        _, is_noted = self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))
+        if is_noted and self.runtime.steady() - self._wrote_at[0] > _rules.SETTLED:
+            self._wrote_at = self.runtime.steady(), self._wrote_at[0]
+        return is_noted
+
+    def may_lack_news(self, left: Left, window: float) -> bool:
+        """Whether others may have spent a token in its last moments, and have not been able to write that down."""
+        is_late = -math.inf < left.least <= _rules.last_moments(window) + _rules.LONGEST_DELAY
+        return is_late and not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
 
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Remember a spent credential for one more day: its outcome is known now."""
@@ -459,6 +481,8 @@ class Ledger:
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
         generation, has_ended = max(0, chain.generation) + 2, has_ended or chain.has_ended
+        for key in keys:
+            self.refused.drop(key)
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)

@@ -116,7 +116,8 @@ class Chain(Generic[T]):
 
     def with_text(self) -> Chain[T]:
         """Write down what the store has of it."""
-        entry: dict[str, object] = {"generation": self.generation, **({"ended": True} if self.has_ended else {})}
+        # Its key is in there, as nothing else tells that it is not another's.
+        entry: dict[str, object] = {"generation": self.generation, "chain": self.key, "ended": self.has_ended}
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
             entry |= {"token": self.newest.token.to_dict(), "requested": self.requested.to_dict()}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
@@ -137,7 +138,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
     try:
         generation = entry.reveal()["generation"]
         if type(generation) is int and 0 <= generation < 2**53:
-            if "token" not in entry.reveal():
+            if entry.reveal()["chain"] == key and "token" not in entry.reveal():
                 has_ended = entry.reveal().get("ended") is True
                 return Chain(key=key, generation=generation, has_ended=has_ended, text=text)
             names = "took", "asked_for", "lifetime"
@@ -232,7 +233,7 @@ class Attempt:
     def pause_left(self, now: Instant) -> float:
         """Seconds for which the service still asks callers to wait."""
         age = self.at.likely_age(now)
-        return max(0.0, self.pause - age) if age > -CLOCKS_DIFFER else 0.0
+        return max(0.0, self.pause - max(age, 0.0)) if age > -CLOCKS_DIFFER else 0.0
 
     def is_under_way(self, owner: str, limit: float, age: float) -> bool:
         """Whether somebody else may still come back with the answer."""
@@ -268,7 +269,7 @@ def left_elsewhere(
     now: Instant,
     *,
     seen_for: float,
-    service_now: tuple[float, float, bool] | None,
+    service_now: tuple[float, float, bool],
 ) -> Left:
     """
     Return how long a token is still valid that another machine asked for, or the caller. Wall clocks may be hours off.
@@ -284,7 +285,7 @@ def left_elsewhere(
     if lifetime is None:
         return Left(math.inf, math.inf)
     most = lifetime - seen_for
-    earliest, latest, is_certain = service_now or (-math.inf, -math.inf, False)
+    earliest, latest, is_certain = service_now
     if is_certain and expiry is not None:
         most = min(expiry - earliest, most)
         return Left(min(expiry - latest, most) - 1.0, most)  # it may be a second later there
@@ -318,7 +319,7 @@ def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
     return left.most > 0 and left.least <= last_moments(window) + min(delay, LONGEST_DELAY)
 
 
-def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool] | None) -> float:
+def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool]) -> float:
     """
     Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
 
@@ -329,7 +330,7 @@ def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, flo
         age: Seconds that somebody is known to have had it, by a clock that nobody sets.
         service_now: The earliest and the latest that it may be by the service's clock, and whether that is certain.
     """
-    earliest, _, is_certain = service_now or (-math.inf, -math.inf, False)
+    earliest, _, is_certain = service_now
     if birth is None or (is_certain and earliest >= birth + BIRTH_SECOND + CLOCKS_DIFFER):
         return 0.0
     return max(0.0, BIRTH_SECOND - age)

@@ -43,6 +43,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._exchange import Observed
+from refresher._rules import Attempt, Instant
 from refresher._runtime import REAL, SystemRuntime
 from refresher._text import key_of
 from refresher.services import Reply
@@ -1127,7 +1128,7 @@ def test_answers_that_were_kept(age):
         old = {"Date": formatdate(time.time() - 7200, usegmt=True), **age}
         kuzzle.next_answers.append(lambda request: attrs.evolve(kuzzle.truly(request), headers=old))
         requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
-        assert (auth._cache._ledger.observed.service_now(auth._scope) is None) == bool(age)
+        assert math.isinf(auth._cache._ledger.observed.service_now(auth._scope)[0]) == bool(age)
 
 
 def test_other_name_after_days(circle):
@@ -1487,7 +1488,7 @@ def test_refused_while_the_store_cannot_be_written(kuzzle, root):
 
     cache = TokenCache(store := Full())
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=1)
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=4)
     for store.is_full, expected in ((True, OutcomeUnknownError), (False, SignInRequiredError)):
         kuzzle.fail_next("security.token.invalid")
         with pytest.raises(expected):
@@ -1560,3 +1561,94 @@ def test_date_of_a_slow_answer():
         assert len(kuzzle.requests) == 1
     earliest, latest, _ = auth._cache._ledger.observed.service_now(auth._scope)
     assert latest - earliest > 0.5
+
+
+def test_verdict_right_after_an_outage(kuzzle, clock, store, root):
+    """A token that was spent in its last moments, while the store was down, is no verdict as soon as that is back."""
+    busy, other = (TokenCache(store, clock=clock) for _ in range(2))
+
+    def call(cache):
+        return refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+
+    assert call(busy) == call(other)
+    store.is_down = True
+    time.sleep(0.6)
+    clock.advance(HOUR - 4)
+    newest = call(busy)
+    clock.advance(90)
+    time.sleep(0.3)
+    store.is_down = False
+    assert call(other) == newest
+
+
+def test_verdict_of_an_expired_token(kuzzle, clock, store, cache):
+    """It waits for two seconds, and a call that has less leaves it to the next, which does not ask Kuzzle again."""
+    expired, others = kuzzle.login(ago=2 * HOUR), kuzzle.login("bar", ago=1800)
+    with pytest.raises(OutcomeUnknownError, match="call again"):
+        refresh_kuzzle_token(kuzzle.url, expired, cache=cache, timeout=0.5)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, expired, cache=cache, timeout=5)
+    assert len(kuzzle.requests) == 1
+    # Who has written to the store meanwhile knows that it was in order.
+    refresh_kuzzle_token(kuzzle.url, others, cache=cache)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("baz", ago=2 * HOUR), cache=cache, timeout=0.5)
+
+
+def test_refusal_that_is_forgotten(kuzzle, clock, store, cache):
+    """What Kuzzle said, though that was no verdict yet, counts for a minute, or until the session is forgotten."""
+    expired = kuzzle.login(ago=2 * HOUR)
+    for asked in (1, 2):
+        with pytest.raises(OutcomeUnknownError):
+            refresh_kuzzle_token(kuzzle.url, expired, cache=cache, timeout=0.3)
+        cache.forget(kuzzle.url, expired)
+        assert len(kuzzle.requests) == asked
+
+
+def test_attempt_of_a_machine_whose_clock_is_wrong(kuzzle, store, root):
+    """A refusal beside it makes nobody wait for as long as the clocks differ."""
+    at = Instant(time.time() - HOUR, 1.0, "another")
+    name = f"{key_of('kuzzle', kuzzle.url, root)}-attempt"
+    store.set(name, Attempt(by="another", at=at, is_open=True).write(), HOUR)
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=1)
+    found = Attempt.read(store.get(name))
+    assert (found.by, found.pause) == ("another", 0.0)
+
+
+def test_tombstone_of_another_session(kuzzle, store, cache, root):
+    """It is no reason to forget this one."""
+    token, other = (refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in (root, kuzzle.login("bar", ago=1800)))
+    cache.forget(kuzzle.url, other.jwt)
+    (gone,) = (text for key, text in entries(store).items() if json.loads(text).get("generation") == 3)
+    store.set(key_of("kuzzle", kuzzle.url, root), gone, HOUR)
+    time.sleep(0.6)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+
+
+def test_rejected_right_after_an_outage(kuzzle, clock, root):
+    """A token that is rejected though it seems fresh is no verdict as soon as the store can be written again."""
+
+    class Full(SharedStore):
+        is_full = False
+
+        def set(self, key, value, seconds):
+            if self.is_full:
+                raise OSError("no space left on device")
+            super().set(key, value, seconds)
+
+    ours = ProcessStore(store := Full(clock))
+    busy, other = TokenCache(ours, clock=clock, ahead=20), TokenCache(store, clock=clock, ahead=0)
+    auth = KuzzleAuth(kuzzle.url, root, cache=other, expires_in="30s", timeout=8)
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=busy, expires_in="30s").jwt
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=other, expires_in="30s").jwt == first
+    ours.is_gone = True
+    time.sleep(0.6)
+    clock.advance(27.5)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=busy, expires_in="30s").jwt != first
+    clock.advance(1.2)
+    store.is_full = True
+    for seconds, where, name in ((0.5, store, "is_full"), (1.5, ours, "is_gone")):
+        threading.Timer(seconds, setattr, (where, name, False)).start()
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=20).json()["result"]["_id"] == "foo"

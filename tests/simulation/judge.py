@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,7 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
     known = session.kept and world.time - session.kept_at > 3.0 and session.is_alive()
     if known and secret != session.newest_secret and not store.troubled() and store.well_since < world.time - 5.0:
         left = expiry(secret) - world.wall()
-        if not -1.0 < left < 10.0:
+        if not -1.0 < left < _rules.LAST_MOMENTS + _rules.LONGEST_DELAY + 0.5:
             world.violated(
                 "a spent token is spent again", f"{session.user}: {world.time - session.kept_at:.1f} s later"
             )
@@ -194,7 +195,8 @@ def answered(world: World, process: Process, session: Session, request: Request,
     key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
     if not session.signed_out or -1.0 < session.left() < last_moments(session.newest, process.ahead) + 1.5:
         return
-    if any(mail.session is session for mail in world.network.pending):
+    is_waited_for = any(call.process is process and call.ended == math.inf for call in session.calls)
+    if not is_waited_for or any(mail.session is session for mail in world.network.pending):
         return  # it is no verdict yet: there may be a successor
     times = session.refusals.setdefault(key, [])
     times.append(world.time)
@@ -291,6 +293,7 @@ def death(world: World, session: Session) -> None:
             and call.knows_time
             and (call.timeout is None or call.timeout > 1.0)
             and not call.interrupted
+            and (call.retry or not any(kind.startswith("store") for kind in world.faults.happened))
             and max(session.disturbed_at, session.server.disturbed_at) < undisturbed
             and process.ended_at > died
             and process.asleep_for == call.asleep
@@ -384,6 +387,7 @@ def unknown(world: World, call: Any) -> None:
     # Who went ahead without the lock does not know how it stands with the one who had it.
     if not is_sent and locked_until < call.began - 100.0 and not (world.store.lost or call.session.is_leaving):
         world.violated("an outcome is unknown though nothing was sent", call.session.user)
+    call.session.refusals.clear()  # that was no verdict
 
 
 def gave_up(world: World, call: Any, error: Any, took: float) -> None:

@@ -235,6 +235,27 @@ MUTANTS = [
         (_RULES, "SETTLED = 2.0 ", "SETTLED = 0.0 "),
     ),
     Mutant(
+        "a refusal is the verdict though others may write down a successor just now",
+        (_FLIGHT, "_rules.SETTLED if ledger.may_lack_news(left, window) else 0.0", "0.0"),
+    ),
+    Mutant(
+        "a rejection is the verdict right after the store was in trouble",
+        (_FLIGHT, "is_proof = view.readable and ledger.is_settled()", "is_proof = view.readable"),
+    ),
+    Mutant(
+        "a refusal that is no verdict yet is not remembered",
+        (_FLIGHT, "            ledger.ask_no_more(spend)\n", ""),
+    ),
+    Mutant(
+        "a pause is as long as the clocks of two machines differ",
+        (_FLIGHT, "pause and pause + ledger.age(one)", "pause + one.at.likely_age(now)"),
+        (_RULES, "self.pause - max(age, 0.0)", "self.pause - age"),
+    ),
+    Mutant(
+        "the end of another session is the end of this one",
+        (_RULES, 'entry.reveal()["chain"] == key and ', ""),
+    ),
+    Mutant(
         "each refusal is remembered for a minute",
         (_RULES, "REFUSALS = (60.0, 300.0, 3600.0)", "REFUSALS = (60.0, 60.0, 60.0)"),
     ),
@@ -275,7 +296,11 @@ MUTANTS = [
     ),
     Mutant(
         "a token of another machine is judged by the local clock",
-        (_RULES, "    earliest, latest, is_certain = service_now or (", "    earliest, latest, is_certain = ("),
+        (
+            _RULES,
+            "    earliest, latest, is_certain = service_now\n",
+            "    earliest, latest, is_certain = -math.inf, -math.inf, False\n",
+        ),
     ),
     Mutant(
         "a longer lifetime is not asked for while a token is fresh",
