@@ -32,7 +32,6 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from . import __version__
 from ._text import Secret, reveal
-from ._threads import in_thread
 from .services import LOST, UNREACHED, Reply, Request, failure
 
 _T = TypeVar("_T")
@@ -197,7 +196,8 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         done.put(None)
 
     try:
-        in_thread(run, daemon=True)
+        context = contextvars.copy_context()  # traces and request ids flow along
+        threading.Thread(target=context.run, args=(run,), name="refresher", daemon=True).start()
     except RuntimeError:  # too many threads, or the interpreter is shutting down
         run()
     while not outcome.done():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import functools
 import os
 import random
@@ -17,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
-
-from ._threads import in_thread
 
 if TYPE_CHECKING:
     import requests
@@ -224,8 +223,10 @@ class SystemRuntime:
             if threading.current_thread().daemon:
                 threading.Event().wait()  # it ends with the process, as whatever it began now would
             return work()
+        task = work if daemon else functools.partial(self._wait_for, work)
+        context = contextvars.copy_context()  # traces and request ids flow along
         try:
-            in_thread(work if daemon else functools.partial(self._wait_for, work), daemon=daemon)
+            threading.Thread(target=context.run, args=(task,), name="refresher", daemon=daemon).start()
         except RuntimeError:  # too many threads, or the interpreter is shutting down
             if not daemon:
                 work()

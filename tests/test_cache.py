@@ -6,6 +6,9 @@ import functools
 import gc
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -31,7 +34,6 @@ from refresher import (
     TokenCache,
     UnavailableError,
     _runtime,
-    _threads,
     refresh_kuzzle_token,
     refresh_user_token,
 )
@@ -325,7 +327,6 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(_threads, "_CREWS", {daemon: _threads._Crew(daemon) for daemon in (False, True)})
     monkeypatch.setattr(threading.Thread, "start", start_no_flight)
     with requests.Session() as session:
         assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session).kuid == "foo"
@@ -1006,18 +1007,36 @@ def test_same_call_after_half_a_day(kuzzle, root, monkeypatch):
     assert sizes == [1, 2, 1]
 
 
-def test_threads_are_used_again(kuzzle, clock, root):
-    """Refreshes in a row need two threads, which end when there is nothing to do; many at once need more."""
+def test_threads_end(kuzzle, clock, root):
+    """When a refresh is over, so are its threads."""
     before = threading.active_count()
     for _ in range(20):
-        cache = TokenCache()
-        root = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+        root = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache()).jwt
         clock.advance(2)
-    assert threading.active_count() <= before + 4
+    assert threading.active_count() <= before + 3
     deadline = time.monotonic() + 5
     while any(thread.name == "refresher" and not thread.daemon for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("daemon", [False, True])
+def test_end_of_a_process(daemon):
+    """A process that ends, a forked one too, waits for what was started, but not for a daemon."""
+    program = f"""
+        import os, time
+        from refresher._runtime import REAL
+        REAL.start(lambda: None, daemon={daemon})
+        if os.fork() == 0:
+            REAL.start(lambda: (time.sleep(0.5), print("done", flush=True)), daemon={daemon})
+        else:
+            os.wait()
+    """
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # that this process has threads, and forks
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=20).stdout
+    assert out == ("" if daemon else "done\n")
 
 
 @pytest.mark.parametrize("name", ["lease", "ahead"])
