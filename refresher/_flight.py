@@ -391,13 +391,11 @@ class Flight(Generic[T]):
         # What was refused or forgotten must not come back as the answer to an earlier request.
         anew = (attempt is not None and attempt.refusals > 0) or (chain.generation > 0 and chain.newest is None)
         try:
-            ledger.ask_no_more(spend)
             successor = spend.refresh(exchange, anew=anew)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
             self.has_departed = False
-            ledger.note_refusal(spend, error)
             self._close(spend, attempt)
             self._verify(chain, spend, attempt, announced, error)
             return None
@@ -431,7 +429,9 @@ class Flight(Generic[T]):
         done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
-                done = attrs.evolve(one, pause=max(one.pause, pause and pause + ledger.age(one)))
+                # So that the next process knows for how long it has been there.
+                seen = now if one.seen is None or one.seen.age(now) is None else one.seen
+                done = attrs.evolve(one, pause=max(one.pause, pause and pause + ledger.age(one)), seen=seen)
         return ledger.note(spend, done)
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
@@ -467,10 +467,11 @@ class Flight(Generic[T]):
             OutcomeUnknownError: That could not be found out.
         """
         ledger, poll = self._ledger, _rules.POLL
-        refused_at, _ = ledger.refused.get(spend.keys[0]) or (self._runtime.steady(), None)
+        refused_at = self._runtime.steady()
         _, left, window, _ = ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
-        # Nobody has said that it was spent, but others may have done so while the store was down.
-        wait = self._limit if not announced else _rules.SETTLED if ledger.may_lack_news(left, window) else 0.0
+        wait = 0.0 if announced else self._limit
+        if announced and ledger.may_lack_news(left, window):  # a job with little time has to be told, too
+            wait = max(0.0, min(_rules.SETTLED, self._time_left() - 2 * _rules.LAST_CALL))
         while True:
             newer, is_readable = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
@@ -486,16 +487,17 @@ class Flight(Generic[T]):
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
                 if ledger.note(spend, verdict):  # else others could not write down a successor either
-                    ledger.refused.drop(spend.keys[0])
                     raise error
-            self._wait_for_news(poll)
+            self._wait_for_news(poll, error.status)
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
 
-    def _wait_for_news(self, seconds: float) -> None:
+    def _wait_for_news(self, seconds: float, status: int | None = None) -> None:
         """Wait for another process to save the successor of a token that the service refused."""
         self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise OutcomeUnknownError(f"{self.status}: call again", provider=self.call.credential.service)
+            raise OutcomeUnknownError(
+                f"{self.status}: call again", provider=self.call.credential.service, status=status
+            )
         began = self._runtime.steady()
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
         if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was

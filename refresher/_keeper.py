@@ -12,7 +12,14 @@ import attrs
 from ._cache import TokenCache
 from ._text import hide, hide_all, number, reveal
 from .auth import Auth
-from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
+from .errors import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    RefreshError,
+    RequestRefusedError,
+    SignInRequiredError,
+    UnavailableError,
+)
 
 # How many requests a second a service takes from one who asks, where it tells.
 _PER_SECOND = {"circle": 5.0}
@@ -183,7 +190,11 @@ class _Keeper:
             outcome, failure = "ended", error
         except RefreshError as error:
             failure = error
-            if not isinstance(error, RequestRefusedError) and not auth._is_young:
+            was_refused = isinstance(error, OutcomeUnknownError) and error.status in (
+                401,
+                404,
+            )  # the service is in order
+            if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
                 self._outages.setdefault(auth._scope, error)
         else:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -115,7 +114,6 @@ class Ledger:
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
         self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
-        self.refused = Memo[tuple[float, RefreshError]](steady)  # when the service refused a token, and what it said
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
@@ -441,21 +439,10 @@ class Ledger:
         """Return what the service said when it refused a credential lately."""
         return attempt.refusal(self.now(), self.age(attempt)) if attempt is not None and attempt.refusals else None
 
-    def note_refusal(self, spend: Credential[Any], error: RefreshError) -> None:
-        """Remember what the service said. It may be no verdict yet, and a call with little time leaves it to others."""
-        self.refused.put(spend.keys[0], self.refused.get(spend.keys[0]) or (self.runtime.steady(), copy.copy(error)))
-
-    def ask_no_more(self, spend: Credential[Any]) -> None:
-        """Raise what the service said when it refused a credential in the last minute."""
-        at, error = self.refused.get(spend.keys[0]) or (-math.inf, None)
-        if error is not None and self.runtime.steady() - at < _rules.REFUSALS[0]:
-            raise copy.copy(error)
-        self.refused.drop(spend.keys[0])
-
     def age(self, attempt: Attempt) -> float:
-        """Seconds since an attempt, or since this process first saw it, if another machine made it."""
-        age = attempt.at.age(self.now())
-        return self.observed.seen_for(f"{attempt.by} {attempt.at.steady}") if age is None else age
+        """Seconds since an attempt, or since this machine saw it, if another made it."""
+        age, seen = attempt.at.age(self.now()), attempt.seen.age(self.now()) if attempt.seen else None
+        return max(self.observed.seen_for(f"{attempt.by} {attempt.at.steady}"), seen or 0.0) if age is None else age
 
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Return whether that is done."""
@@ -481,8 +468,6 @@ class Ledger:
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
         generation, has_ended = max(0, chain.generation) + 2, has_ended or chain.has_ended
-        for key in keys:
-            self.refused.drop(key)
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)

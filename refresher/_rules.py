@@ -188,6 +188,7 @@ class Attempt:
         refusals: How often the service has refused the credential in a row.
         error: What it said, as arguments of `SignInRequiredError`.
         pause: Seconds from *at* for which the service asked callers to wait.
+        seen: When another machine saw it, whose clock tells nothing of *at*.
     """
 
     by: str
@@ -196,11 +197,13 @@ class Attempt:
     refusals: int = 0
     error: Mapping[str, Any] = attrs.field(factory=dict)
     pause: float = 0.0
+    seen: Instant | None = None
 
     def write(self) -> str:
         """Write it down."""
         entry = {"by": self.by, "at": self.at.to_dict(), "is_open": self.is_open, "refusals": self.refusals}
-        return json.dumps({**entry, "error": self.error, "pause": self.pause})
+        seen = self.seen.to_dict() if self.seen else None
+        return json.dumps({**entry, "error": self.error, "pause": self.pause, "seen": seen})
 
     @classmethod
     def read(cls, text: str | None) -> Attempt | None:
@@ -217,13 +220,15 @@ class Attempt:
                 refusals=int(min(max(refusals, 0), 1000)),
                 error=dict(entry["error"]),
                 pause=min(max(pause, 0.0), DAY),
+                seen=Instant.read(entry["seen"]) if entry.get("seen") else None,
             )
         except (KeyError, TypeError, ValueError):
             return None
 
     def refusal(self, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        if not self.refusals or max(age, self.at.likely_age(now)) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
+        likely, limit = self.at.likely_age(now), REFUSALS[max(0, min(self.refusals, len(REFUSALS)) - 1)]
+        if not self.refusals or likely < -CLOCKS_DIFFER or max(age, likely) >= limit:
             return None
         try:
             return SignInRequiredError(**self.error)

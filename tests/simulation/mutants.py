@@ -236,15 +236,11 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though others may write down a successor just now",
-        (_FLIGHT, "_rules.SETTLED if ledger.may_lack_news(left, window) else 0.0", "0.0"),
+        (_FLIGHT, "if announced and ledger.may_lack_news(left, window):", "if False:"),
     ),
     Mutant(
         "a rejection is the verdict right after the store was in trouble",
         (_FLIGHT, "is_proof = view.readable and ledger.is_settled()", "is_proof = view.readable"),
-    ),
-    Mutant(
-        "a refusal that is no verdict yet is not remembered",
-        (_FLIGHT, "            ledger.ask_no_more(spend)\n", ""),
     ),
     Mutant(
         "a pause is as long as the clocks of two machines differ",
