@@ -174,38 +174,23 @@ class Ledger:
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
         """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
-        now = self.now()
-        newest, requested = chain.newest, chain.requested
-        if newest is not None and requested is not None:
-            age = requested.age(now)
-            if age is not None:
-                left = _rules.left_here(chain.lifetime, requested, now, age)
-            else:
-                left = self._left_elsewhere(newest, requested, now, chain.lifetime)
-            wanted = not chain.covers(call.credential.requested)
-            is_rejected = call.rejected is not None and call.rejected == newest.headers
-            if is_rejected and self._is_to_blame(chain.key, newest, requested):
-                left, wanted = _rules.NOTHING_LEFT, True
-        elif call.own_will_do and (newest := call.credential.unspent()) is not None:
-            left = self._left_elsewhere(newest, None, now)
-            wanted = call.rejected == newest.headers
-            left = _rules.NOTHING_LEFT if wanted else left
-        else:
+        now, newest, requested, lifetime = self.now(), chain.newest, chain.requested, chain.lifetime
+        if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
+            lifetime = newest.lifetime
+        if newest is None:
             return None, _rules.NOTHING_LEFT, 0.0, True
-        window = _rules.window(newest.lifetime if chain.newest is None else chain.lifetime, newest.keys[0], self._ahead)
-        return newest, left, window, wanted
-
-    def _left_elsewhere(
-        self, newest: Credential[Any], requested: Instant | None, now: Instant, lifetime: float | None = None
-    ) -> Left:
-        return _rules.left_elsewhere(
-            newest.lifetime if requested is None else lifetime,
-            newest.expiry,
-            requested,
-            now,
-            seen_for=self.observed.seen_for(newest.keys[0]),
-            service_now=self.observed.service_now(newest.scope),
-        )
+        if requested is not None and (age := requested.age(now)) is not None:
+            left = _rules.left_here(lifetime, requested, now, age)
+        else:
+            seen_for = self.observed.seen_for(newest.keys[0])
+            service_now = self.observed.service_now(newest.scope)
+            left = _rules.left_elsewhere(
+                lifetime, newest.expiry, requested, now, seen_for=seen_for, service_now=service_now
+            )
+        wanted = requested is not None and not chain.covers(call.credential.requested)
+        if call.rejected == newest.headers and (requested is None or self._is_to_blame(chain.key, newest, requested)):
+            left, wanted = _rules.NOTHING_LEFT, True
+        return newest, left, _rules.window(lifetime, newest.keys[0], self._ahead), wanted
 
     def _is_to_blame(self, key: str, newest: Credential[Any], requested: Instant) -> bool:
         """Whether a refresh may help if a token was rejected: none of Kuzzle's that is new, and not again and again."""
