@@ -360,12 +360,11 @@ def pause_after(error: RefreshError, attempts: int, time_left: float, drawn: flo
         time_left: Seconds until the deadline. The last attempt comes just before it.
         drawn: A number between 0 and 1.
     """
-    if not error.retryable or time_left <= LAST_CALL:
-        return None
-    if error.retry_after is not None and error.retry_after >= time_left - LAST_CALL:
+    asked, most = error.retry_after or 0.0, time_left - LAST_CALL
+    if not error.retryable or asked >= most:
         return None
     longest = min(_LONGEST_PAUSE, _SHORTEST_PAUSE * 2.0 ** min(attempts, 10))
-    return max(error.retry_after or 0.0, min(drawn * longest, time_left - LAST_CALL))
+    return max(asked, min(drawn * longest, most))
 
 
 def state_of(left: Left, window: float, *, is_known: bool, is_refused: bool) -> State:

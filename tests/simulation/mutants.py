@@ -320,8 +320,8 @@ MUTANTS = [
         "a call gives up when its pause would end too late",
         (
             _RULES,
-            "    return max(error.retry_after or 0.0, min(drawn * longest, time_left - LAST_CALL))",
-            "    return drawn * longest if drawn * longest < time_left - LAST_CALL else None",
+            "    return max(asked, min(drawn * longest, most))",
+            "    return drawn * longest if drawn * longest < most else None",
         ),
     ),
     Mutant(
