@@ -54,14 +54,10 @@ class Instant:
     steady: float
     boot: str
 
-    def to_dict(self) -> dict[str, object]:
-        """Write it down."""
-        return {"wall": self.wall, "steady": self.steady, "boot": self.boot}
-
     @classmethod
     def read(cls, values: Any) -> Instant:
         """
-        Read what `to_dict` wrote.
+        Read what `attrs.asdict` made of one.
 
         Raises:
             ValueError: It is malformed.
@@ -119,7 +115,7 @@ class Chain(Generic[T]):
         # Its key is in there, as nothing else tells that it is not another's.
         entry: dict[str, object] = {"generation": self.generation, "chain": self.key, "ended": self.has_ended}
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
-            entry |= {"token": self.newest.token.to_dict(), "requested": self.requested.to_dict()}
+            entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
             entry |= {"lifetime": self.lifetime}
         return attrs.evolve(self, text=json.dumps(entry))
@@ -201,9 +197,7 @@ class Attempt:
 
     def write(self) -> str:
         """Write it down."""
-        entry = {"by": self.by, "at": self.at.to_dict(), "is_open": self.is_open, "refusals": self.refusals}
-        seen = self.seen.to_dict() if self.seen else None
-        return json.dumps({**entry, "error": self.error, "pause": self.pause, "seen": seen})
+        return json.dumps(attrs.asdict(self))
 
     @classmethod
     def read(cls, text: str | None) -> Attempt | None:
