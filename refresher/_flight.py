@@ -89,7 +89,7 @@ class Flight(Generic[T]):
         self._failure: RefreshError | None = None
         self._gone_at = -math.inf  # when a request left, or a caller who was interrupted
         self.status = f"{ledger.name} is slow"
-        self._alarm: Event | None = None
+        self._alarm = self._runtime.event()  # ends the pause that the flight makes
         self._claim = [True]
         self._has_let_go = False
         self.is_for_all = True  # what comes of it is not about its first caller alone
@@ -161,7 +161,7 @@ class Flight(Generic[T]):
     def join(self, waiter: Waiter) -> None:
         """Wait for this flight too. It goes on for as long as its most patient caller waits."""
         self.waiters.append(waiter)
-        self._wake()
+        self._alarm.set()
         if self._done:
             waiter.tell(None)
 
@@ -171,11 +171,7 @@ class Flight(Generic[T]):
             self.waiters.remove(waiter)
             if (now := self._runtime.steady()) < waiter.until:  # it was interrupted
                 self._gone_at = now
-            self._wake()
-
-    def _wake(self) -> None:
-        if (alarm := self._alarm) is not None:
-            alarm.set()
+            self._alarm.set()
 
     # Patience
 
