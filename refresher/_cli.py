@@ -41,7 +41,7 @@ from urllib.parse import urlsplit
 
 from . import __version__, errors
 from ._cache import TokenCache, current
-from ._exchange import Exchange, FixedPatience, Observed
+from ._exchange import Exchange, Observed, Patience
 from ._ledger import Call
 from ._runtime import REAL
 from ._text import Secret, fingerprint, json_object, reveal
@@ -387,7 +387,7 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
 
 
 def _is_valid(newest: Any, run: _Run) -> bool:
-    patience = FixedPatience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
+    patience = Patience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
     return bool(newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None)))
 
 

@@ -1,13 +1,10 @@
 """One refresh: sent, and sent again until it succeeds or time is up."""
 
-# What a Protocol asks for has no body.
-# pyright: reportReturnType=false
-
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from . import _rules
 from ._runtime import Memo
@@ -97,17 +94,24 @@ class Observed:
         return max(0.0, (self._pauses.get(scope) or 0.0) - self._runtime.steady())
 
 
-class Patience(Protocol):
-    """Who waits for a refresh, and for how long."""
+class Patience:
+    """Who waits for a refresh, and for how long. This one is of a single call: it ends when time is up."""
+
+    def __init__(self, runtime: Runtime, timeout: float | None, retry: bool, tell: Callable[[str], object]) -> None:
+        self._runtime, self._retry, self._tell = runtime, retry, tell
+        self._until = math.inf if timeout is None else runtime.steady() + timeout
 
     def until(self) -> float:
         """Until when an attempt may begin, by the steady clock. It may change."""
+        return self._until
 
     def answer_by(self) -> float:
         """Until when to wait for an answer. It may change."""
+        return self._until
 
     def retry(self) -> bool:
         """Whether there may be another attempt."""
+        return self._retry
 
     def begin(self) -> None:
         """Begin an attempt. What this raises ends the refresh."""
@@ -117,35 +121,10 @@ class Patience(Protocol):
 
     def failed(self, error: RefreshError) -> None:
         """Take note that an attempt has failed, and there may be another."""
-
-    def pause(self, seconds: float) -> None:
-        """Let time pass before that."""
-
-
-class FixedPatience:
-    """The patience of one call that does its refresh itself: it ends when time is up."""
-
-    def __init__(self, runtime: Runtime, timeout: float | None, retry: bool, tell: Callable[[str], object]) -> None:
-        self._runtime, self._retry, self._tell = runtime, retry, tell
-        self._until = math.inf if timeout is None else runtime.steady() + timeout
-
-    def until(self) -> float:
-        return self._until
-
-    answer_by = until
-
-    def retry(self) -> bool:
-        return self._retry
-
-    def begin(self) -> None:
-        pass
-
-    depart = begin
-
-    def failed(self, error: RefreshError) -> None:
         self._tell(str(error))
 
     def pause(self, seconds: float) -> None:
+        """Let time pass before that."""
         self._runtime.sleep(seconds)
 
 
@@ -287,7 +266,7 @@ def spend(
     Raises:
         RefreshError: There was no answer in time, or it was a refusal.
     """
-    patience = FixedPatience(runtime, timeout, retry, tell)
+    patience = Patience(runtime, timeout, retry, tell)
     exchange = Exchange(runtime, observed, patience, credential.scope, session)
     hold = _rules.birth_hold(
         credential.birth,

@@ -11,7 +11,7 @@ from typing import Any, Generic
 import attrs
 
 from . import _rules
-from ._exchange import Exchange, FixedPatience, not_yet
+from ._exchange import Exchange, Patience, not_yet
 from ._ledger import Call, Lease, Ledger
 from ._rules import Attempt, Chain, Instant, Lock, Step, View
 from ._runtime import Event
@@ -52,7 +52,7 @@ class Waiter:
         self.event.set()
 
 
-class Flight(Generic[T]):
+class Flight(Patience, Generic[T]):
     """
     A refresh in progress, and those who wait for it. It is the `Patience` of its exchange.
 
@@ -518,7 +518,7 @@ class Flight(Generic[T]):
         if ledger.unsaved:
             ledger.save_later()
         for key, orphan in list(ledger.orphans.items()):
-            patience = FixedPatience(self._runtime, self._limit, True, _log.debug)
+            patience = Patience(self._runtime, self._limit, True, _log.debug)
             with contextlib.suppress(UnavailableError, RequestRefusedError, ReplyError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
