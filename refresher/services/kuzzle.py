@@ -15,9 +15,9 @@ import attrs
 
 from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, reveal
-from ..errors import InvalidArgumentError, SignInRequiredError
+from ..errors import InvalidArgumentError
 from ..tokens import KuzzleToken, duration, instant
-from . import BUSY, REFUSED, SIGN_IN, Done, Meaning, Reply, Request, Send, failure, meaning, quotes
+from . import BUSY, REFUSED, SIGN_IN, Done, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
 check: Checks = Checks("kuzzle")
@@ -340,14 +340,8 @@ def _token(result: Secret[dict[str, Any]], reply: Reply, request: Request) -> Ku
         raise failure("answered without a token or its lifetime: check the URL and any proxy", request, reply)
     if _is_of_another(token, request.secret):
         raise failure("answered with a token of another user: check the URL and any proxy", request, reply)
-    if Secret(token.jwt) == request.secret:
-        raise failure(
-            Meaning(SignInRequiredError, True, what="returned the old token, which now expires: sign in again"),
-            request,
-            reply,
-        )
-    if token.ttl is not None and token.ttl <= timedelta(0):
-        raise failure(
-            Meaning(SignInRequiredError, True, what="returned an expired token: sign in again"), request, reply
-        )
+    is_old = Secret(token.jwt) == request.secret
+    if is_old or (token.ttl is not None and token.ttl <= timedelta(0)):
+        what = "returned the old token, which now expires" if is_old else "returned an expired token"
+        raise failure(attrs.evolve(SIGN_IN, spent=True, what=f"{what}: sign in again"), request, reply)
     return token
