@@ -1045,3 +1045,17 @@ def test_bad_settings(name, value):
     """What is no number of seconds is named when the cache is made."""
     with pytest.raises(InvalidArgumentError, match=f"^{name} must be a number of seconds"):
         TokenCache(**{name: value})
+
+
+@pytest.mark.parametrize("cache", [pytest.param(None, id="none"), pytest.param(TokenCache(), id="its own")])
+def test_time_is_up_while_connecting(kuzzle, root, monkeypatch, cache):
+    """A call whose time ended while it was connecting says that the service could not be reached."""
+
+    def send(*_, **__):
+        time.sleep(0.2)
+        raise UnavailableError("Kuzzle could not be reached", provider="kuzzle", spent=False, retryable=True)
+
+    monkeypatch.setattr(SystemRuntime, "send", send)
+    monkeypatch.setattr("refresher._cache._GRACE", 5.0)
+    with pytest.raises(UnavailableError, match="could not be reached"):
+        refresh_kuzzle_token(kuzzle.url, root, timeout=0.1, cache=cache)
