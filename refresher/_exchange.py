@@ -137,12 +137,7 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        observed: Observed,
-        patience: Patience,
-        scope: str,
-        session: requests.Session | None,
+        self, runtime: Runtime, observed: Observed, patience: Patience, scope: str, session: requests.Session | None
     ) -> None:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session

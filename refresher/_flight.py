@@ -451,12 +451,7 @@ class Flight(Patience, Generic[T]):
         )
 
     def _verify(
-        self,
-        chain: Chain[T],
-        spend: Credential[T],
-        before: Attempt | None,
-        announced: bool,
-        error: SignInRequiredError,
+        self, chain: Chain[T], spend: Credential[T], before: Attempt | None, announced: bool, error: SignInRequiredError
     ) -> None:
         """
         Return if there is a newer token than the one that was refused.
