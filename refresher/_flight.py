@@ -34,7 +34,7 @@ OnEvent = Callable[[RefreshEvent], object]
 
 
 class _Abandoned(Exception):  # noqa: N818
-    """Nobody waits for this flight any more, and nothing was sent."""
+    """Nobody waits for this flight any more, and nothing was spent."""
 
 
 class _LookAgain(Exception):  # noqa: N818
@@ -42,7 +42,7 @@ class _LookAgain(Exception):  # noqa: N818
 
 
 class Waiter:
-    """A call that waits for a flight, until then by the steady clock. *outcome*: None is to ask again."""
+    """A call that waits for a flight. *until*: for how long, by the steady clock. *outcome*: None is to ask again."""
 
     def __init__(self, event: Event, until: float, retry: bool) -> None:
         self.event, self.until, self.retry = event, until, retry

@@ -86,11 +86,11 @@ class Chain(Generic[T]):
         key: What the store knows it by: the key of the credential it began with.
         generation: Counts its tokens. If two copies of a chain differ, the higher generation wins.
         newest: Its newest credential. None if none is known: it was forgotten, or the caller's own is the newest.
-        has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
-        requested: When that was asked for.
+        requested: When the newest token was asked for.
         took: Seconds until it arrived.
         asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
         lifetime: Seconds it is valid for, from when it was asked for. None means for ever.
+        has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
         text: The store's entry.
     """
 
@@ -174,8 +174,8 @@ class Attempt:
     """
     What was last tried with a credential.
 
-    *age* is how many seconds ago that was, or when this process first saw it, by a steady clock: wall clocks of other
-    machines may be hours off.
+    Its methods are given an *age*: how many seconds ago that was, or since this process first saw it, by a steady
+    clock. Wall clocks of other machines may be hours off.
 
     Args:
         by: The flight that did.

@@ -107,7 +107,7 @@ class Reply:
 
 
 class Send(Protocol):
-    """Sends a request, again if need be, and reads the reply. *retry*: whether more than once."""
+    """Sends a request, again if need be, and reads the reply."""
 
     @property
     def retry(self) -> bool:
