@@ -148,8 +148,7 @@ class TokenCache:
         get_ready()
         end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
         while True:
-            is_valid = newest is not None and left.most > 0 and call.rejected != newest.headers
-            can_go_on = is_valid and left.least > 0 and not call.patient
+            can_go_on = newest is not None and left.least > 0 and call.rejected != newest.headers and not call.patient
             soon = min(end, self._runtime.steady() + _rules.BRIEFLY) if can_go_on else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
