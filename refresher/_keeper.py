@@ -190,10 +190,8 @@ class _Keeper:
             outcome, failure = "ended", error
         except RefreshError as error:
             failure = error
-            was_refused = isinstance(error, OutcomeUnknownError) and error.status in (
-                401,
-                404,
-            )  # the service is in order
+            # The service is in order if it has refused a token, though that is no verdict yet.
+            was_refused = isinstance(error, OutcomeUnknownError) and error.status in (401, 404)
             if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
                 self._outages.setdefault(auth._scope, error)
         else:
