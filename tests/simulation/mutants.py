@@ -228,7 +228,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
-        (_FLIGHT, "wait = self._limit if not announced else", "wait ="),
+        (_FLIGHT, "wait = 0.0 if announced else self._limit", "wait = 0.0"),
     ),
     Mutant(
         "a refusal is the verdict right after the store was in trouble",
