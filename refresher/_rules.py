@@ -221,8 +221,7 @@ class Attempt:
 
     def refusal(self, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        likely, limit = self.at.likely_age(now), REFUSALS[max(0, min(self.refusals, len(REFUSALS)) - 1)]
-        if not self.refusals or likely < -CLOCKS_DIFFER or max(age, likely) >= limit:
+        if not self.refusals or max(age, self.at.likely_age(now)) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
             return None
         try:
             return SignInRequiredError(**self.error)
