@@ -171,7 +171,7 @@ class TokenCache:
             if newest is not None and is_valid and self._runtime.steady() >= soon:
                 return newest
             if self._runtime.steady() >= end:
-                raise flight.too_late()
+                raise _own(flight.too_late())
 
     def _join(
         self, key: str, call: Call[T], end: float, until: float, kind: type[Flight[T]] = Flight
@@ -238,7 +238,7 @@ class TokenCache:
             if isinstance(flight, SignOut) and flight.error is not None:
                 raise _own(flight.error)
             if self._runtime.steady() >= end:
-                raise flight.too_late()
+                raise _own(flight.too_late())
 
     # What is known, and can be forgotten
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import Callable
@@ -231,7 +230,7 @@ class Flight(Patience, Generic[T]):
         """Make the error of a call whose time is up."""
         credential = self.call.credential
         if self._failure is not None:
-            return copy.copy(self._failure)  # each caller has an error of its own
+            return self._failure
         if self.has_departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
             key = credential.idempotency_key
             what = f"{self._service} did not answer in time, and the {self.kind} goes on: call again"

@@ -191,7 +191,7 @@ class _Keeper:
         except RefreshError as error:
             failure = error
             # The service is in order if it has refused a token, though that is no verdict yet.
-            was_refused = isinstance(error, OutcomeUnknownError) and error.status in (401, 404)
+            was_refused = isinstance(error, OutcomeUnknownError) and (error.status or 500) < 500
             if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
                 self._outages.setdefault(auth._scope, error)
         else:

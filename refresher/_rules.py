@@ -174,7 +174,7 @@ class Attempt:
     """
     What was last tried with a credential.
 
-    Its methods are given an *age*: how many seconds ago that was, or since this process first saw it, by a steady
+    Its methods are given an *age*: how many seconds ago that was, or since this machine first saw it, by a steady
     clock. Wall clocks of other machines may be hours off.
 
     Args:

@@ -26,6 +26,7 @@ import requests
 from helpers import call_with, jwt_with
 
 from refresher import (
+    CircleAuth,
     FileStore,
     InvalidArgumentError,
     KuzzleAuth,
@@ -1475,18 +1476,20 @@ def test_flush_long_after_an_outage(clock):
     assert ledger.is_settled()
 
 
+class FullStore(SharedStore):
+    """It can be read, and not be written while it is full."""
+
+    is_full = False
+
+    def set(self, key, value, seconds):
+        if self.is_full:
+            raise OSError("no space left on device")
+        super().set(key, value, seconds)
+
+
 def test_refused_while_the_store_cannot_be_written(kuzzle, root):
     """Then another process could not write down a successor either, so a new token that is refused is no verdict."""
-
-    class Full(SharedStore):
-        is_full = False
-
-        def set(self, key, value, seconds):
-            if self.is_full:
-                raise OSError("no space left on device")
-            super().set(key, value, seconds)
-
-    cache = TokenCache(store := Full())
+    cache = TokenCache(store := FullStore())
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=4)
     for store.is_full, expected in ((True, OutcomeUnknownError), (False, SignInRequiredError)):
@@ -1596,15 +1599,20 @@ def test_verdict_of_a_process_that_writes(kuzzle, cache, monkeypatch):
         refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=2 * HOUR), cache=cache, timeout=20)
 
 
+def put_open_attempt(store, *keys):
+    """Write down that another machine began to refresh a token, hours ago by this one's clock."""
+    attempt = Attempt(by="another", at=Instant(time.time() - 5 * HOUR, 1.0, "another"), is_open=True)
+    for key in keys:
+        store.set(f"{key}-attempt", attempt.write(), HOUR)
+
+
 def test_attempt_of_a_machine_whose_clock_is_wrong(kuzzle, store, root):
     """A refusal beside it makes nobody wait for as long as the clocks differ."""
-    at = Instant(time.time() - HOUR, 1.0, "another")
-    name = f"{key_of('kuzzle', kuzzle.url, root)}-attempt"
-    store.set(name, Attempt(by="another", at=at, is_open=True).write(), HOUR)
+    put_open_attempt(store, key := key_of("kuzzle", kuzzle.url, root))
     kuzzle.fail_next("security.token.invalid")
     with pytest.raises(OutcomeUnknownError):
         refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=1)
-    found = Attempt.read(store.get(name))
+    found = Attempt.read(store.get(f"{key}-attempt"))
     assert (found.by, found.pause) == ("another", 0.0)
 
 
@@ -1620,16 +1628,7 @@ def test_tombstone_of_another_session(kuzzle, store, cache, root):
 
 def test_rejected_right_after_an_outage(kuzzle, clock, root):
     """A token that is rejected though it seems fresh is no verdict as soon as the store can be written again."""
-
-    class Full(SharedStore):
-        is_full = False
-
-        def set(self, key, value, seconds):
-            if self.is_full:
-                raise OSError("no space left on device")
-            super().set(key, value, seconds)
-
-    ours = ProcessStore(store := Full(clock))
+    ours = ProcessStore(store := FullStore(clock))
     busy, other = TokenCache(ours, clock=clock, ahead=20), TokenCache(store, clock=clock, ahead=0)
     auth = KuzzleAuth(kuzzle.url, root, cache=other, expires_in="30s", timeout=8)
     first = refresh_kuzzle_token(kuzzle.url, root, cache=busy, expires_in="30s").jwt
@@ -1645,17 +1644,11 @@ def test_rejected_right_after_an_outage(kuzzle, clock, root):
     assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=20).json()["result"]["_id"] == "foo"
 
 
-def put_open_attempt(store, url, jwt):
-    """Write down that another machine began to refresh a token, hours ago by this one's clock."""
-    attempt = Attempt(by="another", at=Instant(time.time() - 5 * HOUR, 1.0, "another"), is_open=True)
-    store.set(f"{key_of('kuzzle', url, jwt)}-attempt", attempt.write(), HOUR)
-
-
 def test_attempt_that_another_machine_never_ended(kuzzle, store, monkeypatch):
     """For how long it has been there is known to all processes of a machine: short ones get a verdict, too."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     boot, dead = SystemRuntime().boot, kuzzle.login(ago=2 * HOUR)
-    put_open_attempt(store, kuzzle.url, dead)
+    put_open_attempt(store, key_of("kuzzle", kuzzle.url, dead))
     for expected in (OutcomeUnknownError, SignInRequiredError):
         runtime = SystemRuntime()
         runtime.boot = boot
@@ -1668,7 +1661,20 @@ def test_attempt_that_another_machine_never_ended(kuzzle, store, monkeypatch):
 def test_keeper_of_a_dead_session(kuzzle, store):
     """That it cannot be known yet whether a session is dead is no outage of its service: others are refreshed."""
     dead, alive = kuzzle.login(ago=2 * HOUR), kuzzle.login("bar", ago=3590)
-    put_open_attempt(store, kuzzle.url, dead)
+    put_open_attempt(store, key_of("kuzzle", kuzzle.url, dead))
     cache = TokenCache(store)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (dead, alive)]
     assert [outcome.outcome for outcome in keep_alive(auths, at_once=1)] == ["skipped", "refreshed"]
+
+
+@pytest.mark.parametrize("code", [155102, 155103, 155104])
+def test_keeper_of_a_refused_pair(circle, clock, store, code):
+    """Circle refuses tokens with 404, 401 and 403. None of them is an outage."""
+    calls = [call_with(circle, circle.sign_in(user)) for user in ("user-1", "user-2")]
+    clock.advance(HOUR)
+    cache = TokenCache(store, clock=clock)
+    auths = [CircleAuth(**call, cache=cache, timeout=0.5) for call in calls]
+    put_open_attempt(store, *auths[0]._credential.keys)
+    circle.fail_next(code)
+    outcomes = list(keep_alive(auths, at_once=1))
+    assert [outcome.outcome for outcome in outcomes] == ["skipped", "refreshed"]
