@@ -439,7 +439,7 @@ class Ledger:
 
     def may_lack_news(self, left: Left, window: float) -> bool:
         """Whether others may have spent a token in its last moments, and have not been able to write that down."""
-        is_late = -math.inf < left.least <= _rules.last_moments(window) + _rules.LONGEST_DELAY
+        is_late = left.least <= _rules.last_moments(window) + _rules.LONGEST_DELAY
         return is_late and not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
 
     def retire(self, spent: Credential[Any], chain: str) -> None:

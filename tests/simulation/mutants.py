@@ -239,6 +239,10 @@ MUTANTS = [
         (_FLIGHT, "if announced and ledger.may_lack_news(left, window):", "if False:"),
     ),
     Mutant(
+        "a refusal is the verdict though a token that has no successor yet may have one just now",
+        (_FLIGHT, "attrs.evolve(self.call, own_will_do=True, rejected=None)", "self.call"),
+    ),
+    Mutant(
         "a rejection is the verdict right after the store was in trouble",
         (_FLIGHT, "is_proof = view.readable and ledger.is_settled()", "is_proof = view.readable"),
     ),
