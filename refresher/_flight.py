@@ -61,6 +61,10 @@ class Flight(Patience, Generic[T]):
     """
 
     kind = "refresh"
+    is_for_all = True  # what comes of it is not about its first caller alone
+    has_departed = False  # something is on the wire
+    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
+    _done = _is_alone = _is_in_doubt = _has_let_go = False
 
     def __init__(
         self,
@@ -78,10 +82,6 @@ class Flight(Patience, Generic[T]):
         self._service = call.credential.service.title()
         self._lease = Lease(ledger, chain, self._name)
         self.waiters: list[Waiter] = []
-        self._done = False
-        self._is_alone = False  # the store is passed by
-        self.has_departed = False  # something is on the wire
-        self._is_in_doubt = False  # an answer was lost
         self._departed_at: Instant | None = None
         self._announced_at = math.inf
         self._spent: Credential[T] | None = None
@@ -91,8 +91,6 @@ class Flight(Patience, Generic[T]):
         self.status = f"{ledger.name} is slow"
         self._alarm = self._runtime.event()  # ends the pause that the flight makes
         self._claim = [True]
-        self._has_let_go = False
-        self.is_for_all = True  # what comes of it is not about its first caller alone
 
     def run(self) -> None:
         """Refresh, once, in whichever thread is first."""
@@ -232,10 +230,12 @@ class Flight(Patience, Generic[T]):
         if self._failure is not None:
             return self._failure
         if self.has_departed or self._is_in_doubt or self._lease.lock is Lock.HELD:
-            key = credential.idempotency_key
-            what = f"{self._service} did not answer in time, and the {self.kind} goes on: call again"
-            return OutcomeUnknownError(what, provider=credential.service, idempotency_key=key)
+            what = f"{self._service} did not answer in time, and the {self.kind} goes on"
+            return self._unknown(what, idempotency_key=credential.idempotency_key)
         return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
+
+    def _unknown(self, what: str, **details: Any) -> OutcomeUnknownError:
+        return OutcomeUnknownError(f"{what}: call again", provider=self.call.credential.service, **details)
 
     # What it does
 
@@ -328,9 +328,7 @@ class Flight(Patience, Generic[T]):
         end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
         while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
             if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-                raise OutcomeUnknownError(
-                    f"Time is up, and {self.status}: call again", provider=self.call.credential.service
-                )
+                raise self._unknown(f"Time is up, and {self.status}")
             self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
             poll = min(1.2 * poll, _rules.LONGEST_POLL)
             self._lease.take()
@@ -421,7 +419,7 @@ class Flight(Patience, Generic[T]):
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> bool:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
-        ledger, now = self._ledger, self._ledger.now()
+        ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
         done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
@@ -430,7 +428,17 @@ class Flight(Patience, Generic[T]):
                 # So that the next process knows for how long it has been there.
                 seen = now if one.seen is None or one.seen.age(now) is None else one.seen
                 done = attrs.evolve(one, pause=max(one.pause, pause and pause + ledger.age(one)), seen=seen)
-        return ledger.note(spend, done)
+        return self._note(spend, done, looked_at)
+
+    def _note(self, spend: Credential[T], done: Attempt, looked_at: float) -> bool:
+        """Write down an attempt that is over. Return whether that is done, and took no other's place."""
+        ledger = self._ledger
+        is_noted = ledger.note(spend, done)
+        if not is_noted or self._lease.is_ours() or self._runtime.steady() - looked_at <= _rules.TRUSTED:
+            return is_noted
+        # It was suspended, and another process may have announced one meanwhile.
+        ledger.note(spend, attrs.evolve(done, by="", at=ledger.now(), is_open=True, error={}, seen=None))
+        return False
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
         """Keep what came of a credential."""
@@ -472,14 +480,14 @@ class Flight(Patience, Generic[T]):
                 return
             if ledger.may_have_more(chain, self.call.credential):
                 raise self._unread()
-            tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             now = self._runtime.steady()
+            tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
-                if ledger.note(spend, verdict):  # else others could not write down a successor either
+                if self._note(spend, verdict, now):  # else others could not write down a successor either
                     raise error
             self._wait_for_news(poll, error.status)
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
@@ -488,9 +496,7 @@ class Flight(Patience, Generic[T]):
         """Wait for another process to save the successor of a token that the service refused."""
         self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise OutcomeUnknownError(
-                f"{self.status}: call again", provider=self.call.credential.service, status=status
-            )
+            raise self._unknown(self.status, status=status)
         began = self._runtime.steady()
         self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
         if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was

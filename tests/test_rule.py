@@ -1690,3 +1690,51 @@ def test_keeper_of_a_refused_pair(circle, clock, store, code):
     circle.fail_next(code)
     outcomes = list(keep_alive(auths, at_once=1))
     assert [outcome.outcome for outcome in outcomes] == ["skipped", "refreshed"]
+
+
+class LateStore(SharedStore):
+    """An attempt is written late in it, as by a process that was suspended: when *meanwhile* is over."""
+
+    def __init__(self, number, meanwhile):
+        super().__init__()
+        self.number, self.meanwhile = number, meanwhile
+
+    def set(self, key, value, seconds):
+        self.number -= key.endswith("-attempt")
+        if key.endswith("-attempt") and self.number == 0:
+            self.meanwhile(self)
+        super().set(key, value, seconds)
+
+
+@pytest.mark.holds
+@pytest.mark.parametrize(
+    ("number", "ago"), [(1, 0), (2, 2 * HOUR), (3, 2 * HOUR)], ids=["too young", "refused", "verdict"]
+)
+def test_suspended_before_an_attempt_is_written(kuzzle, clock, monkeypatch, number, ago):
+    """What it writes then may take the place of another's announcement, so no refusal is a verdict for a while."""
+    monkeypatch.setattr(_rules, "TRUSTED", 0.0)
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    jwt, has_arrived, is_over = kuzzle.login(ago=ago), threading.Event(), threading.Event()
+
+    def answer(request):
+        given = kuzzle.truly(request)
+        has_arrived.set()
+        is_over.wait(10)
+        return given
+
+    def refresh_elsewhere(store):
+        clock.advance(2)
+        kuzzle.next_answers.append(answer)
+        calls.append(pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=TokenCache(store), timeout=6))
+        assert has_arrived.wait(10)
+
+    calls, store = [], LateStore(number, refresh_elsewhere)
+    suspended = ProcessStore(store)
+    suspended.renews = False
+    with ThreadPoolExecutor() as pool:
+        with pytest.raises(OutcomeUnknownError):
+            refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(suspended), timeout=4)
+        assert Attempt.read(store.get(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt")).is_open
+        is_over.set()
+        if not ago:
+            assert kuzzle.knows(calls[0].result().jwt)

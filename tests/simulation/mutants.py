@@ -263,7 +263,7 @@ MUTANTS = [
         "a refusal is the verdict though it cannot be written down",
         (
             _FLIGHT,
-            "                if ledger.note(spend, verdict):",
+            "                if self._note(spend, verdict, now):",
             "                if ledger.note(spend, verdict) or True:",
         ),
     ),
