@@ -85,6 +85,11 @@ class Observed:
         now = self._steady()
         return now + least, max(now + least, now + most, self._wall() + wall), is_certain
 
+    def hold(self, credential: Credential[Any], *ages: float) -> float:
+        """Seconds until a credential may be refreshed. *ages*: for how long it is known to have been there."""
+        age = max((self.seen_for(credential.keys[0]), *ages))
+        return _rules.birth_hold(credential.birth, age=age, service_now=self.service_now(credential.scope))
+
     def leave_alone(self, scope: str, seconds: float) -> None:
         """Remember that a service asked callers to wait."""
         self._pauses.put(scope, max(self._pauses.get(scope) or 0.0, self._runtime.steady() + seconds))
@@ -263,11 +268,7 @@ def spend(
     """
     patience = Patience(runtime, timeout, retry, tell)
     exchange = Exchange(runtime, observed, patience, credential.scope, session)
-    hold = _rules.birth_hold(
-        credential.birth,
-        age=observed.seen_for(credential.keys[0]),
-        service_now=observed.service_now(credential.scope),
-    )
+    hold = observed.hold(credential)
     if hold >= patience.until() - runtime.steady():
         raise not_yet(credential.service, "may have issued this token just now", hold)
     if hold > 0:

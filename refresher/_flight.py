@@ -273,7 +273,7 @@ class Flight(Patience, Generic[T]):
             if step is Step.LOCK:
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
-                self._wait_for_lock(_rules.patience(view))
+                self._wait_for_lock(view.patience)
                 waited = True
             elif step is not Step.SEND:
                 self._wait_or_fail(step, view, attempt, poll)
@@ -302,6 +302,7 @@ class Flight(Patience, Generic[T]):
         attempt = None
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
+        lasting = ledger.assess(chain, attrs.evolve(call, own_will_do=True))[1:3] if newest is None else (left, window)
         view = View(
             left=left,
             window=window,
@@ -309,6 +310,7 @@ class Flight(Patience, Generic[T]):
             readable=is_readable,
             lock=self._lease.lock,
             waited=waited,
+            patience=_rules.patience(*lasting),
             is_refused=ledger.refusal(attempt) is not None,
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),

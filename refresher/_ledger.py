@@ -218,11 +218,7 @@ class Ledger:
         now = self.now()
         age = None if chain.requested is None else chain.requested.age(now)
         known = None if attempt is None else attempt.at.age(now)
-        return _rules.birth_hold(
-            spend.birth,
-            age=max(self.observed.seen_for(spend.keys[0]), -1.0 if age is None else age - chain.took, known or 0.0),
-            service_now=self.observed.service_now(spend.scope),
-        )
+        return self.observed.hold(spend, 0.0 if age is None else age - chain.took, known or 0.0)
 
     def pause(self, spend: Credential[T], attempt: Attempt | None) -> float:
         """Seconds for which the service asked callers to wait."""

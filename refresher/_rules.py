@@ -308,13 +308,18 @@ def last_moments(window: float) -> float:
     return max(0.25, min(LAST_MOMENTS, window / 8))
 
 
+def patience(left: Left, window: float) -> float:
+    """Return how long to wait for a lock that another holds: until a valid token is in its last moments."""
+    return left.least - last_moments(window) if left.most > 0 else math.inf
+
+
 def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
     """
     Whether a token is in its last moments. A certain loss is worse than a possible one.
 
     *delay* is how many seconds the store keeps everyone waiting, if it does not do what it is told.
     """
-    return left.most > 0 and left.least <= last_moments(window) + min(delay, LONGEST_DELAY)
+    return patience(left, window) <= min(delay, LONGEST_DELAY)
 
 
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool]) -> float:
@@ -403,6 +408,7 @@ class View:
         readable: Whether the store could be read.
         lock: Whether the lock is ours.
         waited: Whether it was waited for.
+        patience: Seconds to wait for it. Also a token that is not known here, but brought by the caller, has an end.
         announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
         is_refused: Whether the service has refused the token lately.
         hold: Seconds until it may be refreshed.
@@ -416,6 +422,7 @@ class View:
     readable: bool
     lock: Lock
     waited: bool
+    patience: float
     is_refused: bool
     hold: float
     pause: float
@@ -423,16 +430,10 @@ class View:
     delay: float = 0.0
 
 
-def patience(view: View) -> float:
-    """Return how long to wait for a lock that another holds: until a valid token is in its last moments."""
-    return view.left.least - last_moments(view.window) if view.left.most > 0 else math.inf
-
-
 def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    # If so, it waits neither for the store nor, for long, for the lock.
     urgent = is_urgent(view.left, view.window, view.delay)
     without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
@@ -445,7 +446,7 @@ def next_step(view: View) -> Step:
         return Step.WAIT_FOR_BIRTH
     if view.lock is Lock.UNTRIED:
         return Step.LOCK
-    if view.lock is Lock.HELD and not (urgent and view.waited):
+    if view.lock is Lock.HELD and not (view.patience <= 0 and view.waited):
         return Step.WAIT_FOR_LOCK
     if view.lock is Lock.LOST and not urgent:
         return without_store

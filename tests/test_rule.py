@@ -1738,3 +1738,10 @@ def test_suspended_before_an_attempt_is_written(kuzzle, clock, monkeypatch, numb
         is_over.set()
         if not ago:
             assert kuzzle.knows(calls[0].result().jwt)
+
+
+def test_first_token_in_its_last_moments(kuzzle, store, cache):
+    """What the caller brings is not left to die either, while a process that is gone has the lock."""
+    jwt = kuzzle.login(ago=HOUR - 2)
+    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "killed", HOUR)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=3).jwt)

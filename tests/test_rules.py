@@ -35,6 +35,7 @@ from refresher._rules import (
     left_elsewhere,
     left_here,
     next_step,
+    patience,
     pause_after,
     read,
     read_alias,
@@ -606,6 +607,7 @@ def view(left=DUE, **changes):
         "readable": True,
         "lock": Lock.OURS,
         "waited": True,
+        "patience": patience(left, 60.0),
         "announced": True,
         "is_refused": False,
         "hold": 0.0,
@@ -642,6 +644,11 @@ FRESH = Left(1000.0, 1000.0)
             view(LAST_MOMENTS, lock=Lock.HELD, waited=False),
             Step.WAIT_FOR_LOCK,
             id="another may be done in a moment",
+        ),
+        pytest.param(
+            view(NOTHING_LEFT, lock=Lock.HELD, patience=-0.5),
+            Step.SEND,
+            id="another is at it in the last moments of the caller's own",
         ),
         pytest.param(view(pause=3.0, lock=Lock.UNTRIED), Step.WAIT_FOR_SERVICE, id="no lock for a pause"),
         pytest.param(view(hold=1.0, lock=Lock.UNTRIED), Step.WAIT_FOR_BIRTH, id="no lock while it is too young"),
@@ -681,10 +688,10 @@ def test_next_step(known, expected):
 def test_last_moments(window, moments):
     """Last moments are an eighth of the window, a quarter of a second at least and three seconds at most."""
     assert last_moments(window) == moments
-    held = view(Left(moments, moments), window=window, wanted=True, lock=Lock.HELD)
-    assert next_step(held) is Step.SEND
-    before = attrs.evolve(held, left=Left(moments + 0.01, moments + 0.01))
-    assert next_step(before) is Step.WAIT_FOR_LOCK
+    for seconds, step in ((moments, Step.SEND), (moments + 0.01, Step.WAIT_FOR_LOCK)):
+        left = Left(seconds, seconds)
+        held = view(left, window=window, wanted=True, lock=Lock.HELD, patience=patience(left, window))
+        assert next_step(held) is step
 
 
 @given(
@@ -696,6 +703,7 @@ def test_last_moments(window, moments):
         readable=st.booleans(),
         lock=st.sampled_from(Lock),
         waited=st.booleans(),
+        patience=st.sampled_from([-1.0, 0.0, 1.0, INF]),
         announced=st.sampled_from([None, True, False]),
         is_refused=st.booleans(),
         hold=st.sampled_from([0.0, 1.0]),
@@ -709,7 +717,8 @@ def test_what_is_spent_is_kept(known):
     if step is Step.SEND:
         assert not known.is_refused
         assert known.pause == known.hold == 0
-        assert is_certain_loss or (known.readable and known.announced and known.lock is Lock.OURS)
+        has_lock = known.lock is Lock.OURS or (known.lock is Lock.HELD and known.patience <= 0)
+        assert is_certain_loss or (known.readable and known.announced and has_lock)
     if step is Step.GO_ON:
         assert known.left.most > 0
     if step is Step.WAIT_FOR_STORE:

@@ -161,7 +161,7 @@ MUTANTS = [
     ),
     Mutant(
         "in a token's last moments the lock is still waited for",
-        (_RULES, "view.lock is Lock.HELD and not (urgent and view.waited):", "view.lock is Lock.HELD:"),
+        (_RULES, "view.lock is Lock.HELD and not (view.patience <= 0 and view.waited):", "view.lock is Lock.HELD:"),
     ),
     # What is written down before
     Mutant(
@@ -276,9 +276,9 @@ MUTANTS = [
     Mutant(
         "the hold-back goes by the local clock",
         (
-            _LEDGER,
-            "            service_now=self.observed.service_now(spend.scope),\n        )\n\n    def pause",
-            "            service_now=(self.now().wall, self.now().wall, True),\n        )\n\n    def pause",
+            "_exchange.py",
+            "service_now=self.service_now(credential.scope))",
+            "service_now=(self._wall(), self._wall(), True))",
         ),
     ),
     Mutant(
