@@ -294,6 +294,20 @@ class TestDjangoPostgres(TestDjangoRedis):
         for name in ("postgres", "absent"):
             connections[name].close()
 
+    def test_rows_that_the_site_has_locked(self):
+        """A transaction of the site that has looked at an expired row keeps nobody from writing."""
+        from django.core.cache import caches
+
+        store = self.make()
+        caches["postgres"].set("page", "old", -1)
+        with transaction.atomic(using="postgres"):
+            assert caches["postgres"].get("page") is None  # which removes it
+            writer = threading.Thread(target=lambda: (store.set(KEY, "value", 60), DjangoStore.close()), daemon=True)
+            writer.start()
+            writer.join(10)
+            assert not writer.is_alive()
+        assert store.get(KEY) == b"value"
+
 
 class TestDjangoLocal(TestDjangoRedis):
     one_process = True
@@ -1597,6 +1611,24 @@ ALL_SHARE = "Use a cache that all processes share: Redis, Memcached or a databas
             "Set its OPTIONS: {'MAX_ENTRIES': 100000} or more.",
             id="small database",
         ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "KEY_PREFIX": "my site"},
+            "E007",
+            "settings.CACHES['bad'] makes keys that it cannot store. Give it a short KEY_PREFIX without spaces.",
+            id="keys with a space",
+        ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "db.DatabaseCache", "LOCATION": "default_keys", "KEY_PREFIX": 200 * "x", **ROOM},
+            "E007",
+            "settings.CACHES['bad'] makes keys that it cannot store. Give it a short KEY_PREFIX without spaces.",
+            id="long keys",
+        ),
+        pytest.param(
+            {"BACKEND": BACKENDS + "redis.RedisCache", "LOCATION": "no-url"},
+            "E007",
+            "settings.CACHES['bad'] cannot be used (ValueError). See its LOCATION and OPTIONS.",
+            id="no URL",
+        ),
     ],
 )
 def test_bad_caches(configured, cache, id, message):
@@ -1789,6 +1821,27 @@ def test_expired_rows_go():
         keys = "".join(key for (key,) in cursor.fetchall())
     assert (old in keys, new in keys) == (False, True)
     DjangoStore.close()
+
+
+def test_connections_of_a_thread_that_ends(valkey_url):
+    """Nothing is left of them until the garbage is collected."""
+    redis_ = redis.Redis.from_url(valkey_url)
+
+    def use():
+        DjangoStore("default").get(KEY)
+        in_use.append(len(redis_.client_list()))
+        DjangoStore.close()
+
+    in_use = []
+    before = len(redis_.client_list())
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert in_use == [before + 1]
+    deadline = time.monotonic() + 10
+    while len(redis_.client_list()) > before:  # the server takes a moment
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_close_within_a_transaction():

@@ -17,7 +17,8 @@ from django.core.cache.backends.db import BaseDatabaseCache
 from django.core.cache.backends.dummy import DummyCache
 from django.core.cache.backends.filebased import FileBasedCache
 from django.core.cache.backends.locmem import LocMemCache
-from django.core.cache.backends.memcached import PyMemcacheCache
+from django.core.cache.backends.memcached import BaseMemcachedCache, PyMemcacheCache
+from django.core.cache.backends.redis import RedisCache
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import request_finished
 from django.db import IntegrityError, connections, router, transaction
@@ -32,11 +33,19 @@ _LONGEST_LEASE = 86_400.0
 # The last second that Memcached can count.
 _LAST = 2**31 - 1
 # A cache that drops entries by their number has to have room for all sessions.
+_LONGEST_KEY = 250
 _LEAST_MAX_ENTRIES = 100_000
 _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
+_SWEEP = "DELETE FROM {table} WHERE {expires} < %s"
+# What a transaction of the site has locked, by looking at it, would be waited for until that ends.
+_SWEEP_UNLOCKED = (
+    "DELETE FROM {table} WHERE {cache_key} IN "
+    "(SELECT {cache_key} FROM {table} WHERE {expires} < %s FOR UPDATE SKIP LOCKED)"
+)
 _INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
 # Without replies, anybody could take a lock. For a second after an error, or with ignore_exc, all entries would seem to
 # be gone.
+_PATIENT_MEMCACHE = {"timeout": 5.0, "connect_timeout": 5.0}  # or a process would not end while its cache hangs
 _PLAIN_MEMCACHE = {"default_noreply": False, "ignore_exc": False, "retry_attempts": 0, "dead_timeout": 0}
 # Which caches the site uses, and whether by one process: what `manage.py check` looks at.
 _used: dict[tuple[str, bool], None] = {}
@@ -61,6 +70,15 @@ def _problems(alias: str, single_process: bool) -> Iterator[tuple[str, str, str]
         culprit = setting if name == alias else f"settings.CACHES[{name!r}], in the same place as {setting},"
         message = f"{culprit} keeps {caches[name]._max_entries} entries, and drops valid sessions beyond that."
         yield "E004", message, f"Set its OPTIONS: {{'MAX_ENTRIES': {_LEAST_MAX_ENTRIES}}} or more."
+    if isinstance(cache, BaseDatabaseCache | BaseMemcachedCache):
+        key = cache.make_key(f"{_PREFIX}{64 * '0'}-attempt")
+        if len(key) > _LONGEST_KEY or not key.isprintable() or " " in key:
+            yield "E007", f"{setting} makes keys that it cannot store.", "Give it a short KEY_PREFIX without spaces."
+    if isinstance(cache, RedisCache):
+        try:
+            cache._cache.get_client(write=True)  # which does not connect
+        except Exception as error:  # redis-py may raise whatever it likes
+            yield "E007", f"{setting} cannot be used ({type(error).__name__}).", "See its LOCATION and OPTIONS."
     if isinstance(cache, BaseDatabaseCache):
         connection = connections[_database(cache)]
         if not connection.settings_dict["AUTOCOMMIT"]:
@@ -165,7 +183,8 @@ class _DatabaseStore:
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
         now = timezone.now()
-        self._run("DELETE FROM {table} WHERE {expires} < %s", now)
+        can_skip = connections[_database(self._cache)].vendor == "postgresql"
+        self._run(_SWEEP_UNLOCKED if can_skip else _SWEEP, now)
         row = base64.b64encode(value.encode()).decode(), now + timedelta(seconds=seconds), self._name(key)
         if not self._run(_UPDATE, *row)[0]:
             try:
@@ -221,7 +240,7 @@ class DjangoStore:
 
     Settings under which sessions would be lost are refused. If your module has ``tokens = TokenCache(DjangoStore())``,
     its import fails, and so does ``manage.py check``. Where the error is caught, ``manage.py check`` reports it with an
-    id, ``refresher.E001`` to ``refresher.E006``.
+    id, ``refresher.E001`` to ``refresher.E007``.
 
     Args:
         alias: Which of ``settings.CACHES``.
@@ -301,7 +320,7 @@ def _cache(alias: str) -> Any:
     if key not in mine or mine[key][0] is not caches.settings:  # which are replaced if a test overrides them
         cache: Any = caches.create_connection(alias)
         if isinstance(cache, PyMemcacheCache):
-            vars(cache)["_options"].update(_PLAIN_MEMCACHE)
+            vars(cache)["_options"] = {**_PATIENT_MEMCACHE, **vars(cache)["_options"], **_PLAIN_MEMCACHE}
         mine[key] = caches.settings, cache
     return mine[key][1]
 
@@ -311,6 +330,10 @@ def _close_caches(**_: object) -> None:
     for (process, _), (_, cache) in list(mine.items()):
         if process == os.getpid():
             cache.close()
+            for pool in getattr(
+                getattr(cache, "_cache", None), "_pools", {}
+            ).values():  # Django's RedisCache closes none
+                pool.disconnect()
 
 
 request_finished.connect(_close_caches)
