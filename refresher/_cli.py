@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
 import inspect
@@ -71,6 +72,8 @@ _KEY = "REFRESHER_KEY"
 _ENCRYPTED = "gAAAA"  # what Fernet writes begins like this
 # How long to wait for the answer to a check, and for a token to be saved, in seconds.
 _CHECK, _SAVING = 10.0, 60.0
+# A disk that is full now. What is there can be read, and to refresh it can wait.
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -94,6 +97,7 @@ class _Run(logging.Handler):
         self.status, self.ended_by = 0, ""
         self.about: list[str] = []  # the service, its host, the session
         self.unsaved: Mapping[str, object] = {}
+        self.full: UnavailableError | None = None  # nothing can be written down now
 
     def end(self, number: int, _: FrameType | None) -> None:
         """Handle a signal."""
@@ -279,7 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     print_kuzzle.add_argument("--trigger-events", action="store_true", help="sent as the JavaScript SDK does")
     for option in (print_kuzzle.add_argument, print_circle.add_argument):
         option("--output", choices=("json", "token", "env", "headers"), **output)
-        about = "refresh a token with less time left (default: 6m); make it longer than the time between two runs"
+        about = (
+            "refresh a token with less left (default: 6m, at most half its life); make it longer than between two runs"
+        )
         option("--ahead", metavar="TIME", type=_duration, default=argparse.SUPPRESS, help=about)
         option("--timeout", metavar="TIME", type=_duration, default=30.0, help="how long to try (default: 30s)")
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
@@ -315,9 +321,12 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
         raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
     cache, credential = _look_up(find, arguments, run)
     run.unsaved = cache._ledger.unsaved
-    call: Call[Any] = Call(credential=credential, retry=not arguments.no_retry, timeout=arguments.timeout)
+    options: Any = {"retry": not arguments.no_retry, "timeout": arguments.timeout, "patient": True}
+    call: Call[Any] = Call(credential=credential, **options)
     before = cache._peek(credential).token
     try:
+        if run.full and cache._status(credential).state != "fresh":
+            raise run.full
         outcome: Token | BaseException = current(call, cache)
     except (RefreshError, _EndedError) as error:
         outcome = error
@@ -325,6 +334,11 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     _wait_for_answer(cache, run)
     newest = cache._peek(credential).token
     outcome = outcome if newest in (None, before) else newest
+    is_kept = isinstance(outcome, RefreshError) and outcome.spent is False
+    if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):
+        if not run.is_quiet:
+            run.complain(f"{outcome}, going on with the old token")
+        outcome = newest
     if isinstance(outcome, BaseException):
         raise outcome
     return _written(credential, outcome, arguments.output)
@@ -335,7 +349,7 @@ def _look_up(
 ) -> tuple[TokenCache, Credential]:
     """Find out which session is meant, and look it up in the store."""
     credential = find(arguments, run)
-    cache = TokenCache(_store(arguments), ahead=arguments.ahead, on_wait=run.show_wait)
+    cache = TokenCache(_store(arguments, run), ahead=arguments.ahead, on_wait=run.show_wait)
     ledger = cache._ledger
     for key in [name for own in credential.keys for name in (own, f"{own}-alias")]:
         if _ENCRYPTED in str(ledger.ask("cannot be read", ledger.store.get, key)[0])[:8]:
@@ -388,7 +402,10 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
 
 def _is_valid(newest: Any, run: _Run) -> bool:
     patience = Patience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
-    return bool(newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None)))
+    try:
+        return bool(newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None)))
+    finally:
+        run.show_wait("", None)
 
 
 def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> None:
@@ -516,12 +533,17 @@ def _from_input(*names: str) -> dict[str, Secret[str]]:
     return {name: Secret(values.reveal()[name].strip()) for name in names if isinstance(values.reveal().get(name), str)}
 
 
-def _store(arguments: argparse.Namespace) -> Store:
+def _store(arguments: argparse.Namespace, run: _Run) -> Store:
     """Return the store. A token that can't be saved had better not be refreshed, so it is tried out."""
     failure: RefreshError
     try:
         store = FileStore(_folder() if arguments.store is None else arguments.store)
-        store.check()
+        try:
+            store.check()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            run.full = UnavailableError(f"the store (--store) can't be written: {error}", spent=False)
         return EncryptedStore(store, Secret(os.environ[_KEY]).reveal().split()) if _KEY in os.environ else store
     except (BlockingIOError, TimeoutError):
         failure = UnavailableError("another process has locked the store: try again later")

@@ -164,7 +164,7 @@ class _Event:
 
 def _read_boot() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return str(uuid.uuid4())
 

@@ -140,6 +140,9 @@ class Auth(AuthBase, Generic[_Token]):
             sign_in.credential = sign_in.unsaved = None
 
     def __getstate__(self) -> dict[str, object]:
+        first = self._credential
+        if first is not None:  # else a copy in another process might begin with a token that is spent
+            self._follow(self._sign_in, first, self._cache._ledger.recall(first)[0].newest or first)
         return {**vars(self), "_ready": None}
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -217,11 +220,16 @@ class Auth(AuthBase, Generic[_Token]):
         if first is None or not first.can_expire:
             return first
         call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
-        newest = self._cache._get(call)
+        last = self._follow(sign_in, first, self._cache._get(call))
+        self._ready = _Ready(call, last, last.headers)
+        return last
+
+    @staticmethod
+    def _follow(sign_in: _SignIn[_Token], first: Credential[_Token], newest: Credential[_Token]) -> Credential[_Token]:
+        """Go on with the newest token of a sign-in."""
         last = first if newest.secret == first.secret else first.following(newest.token)
         if last is not first and sign_in.credential is first:
             sign_in.credential, sign_in.unsaved = last, last.token
-        self._ready = _Ready(call, last, last.headers)
         return last
 
     def _hand_over(self) -> None:

@@ -790,6 +790,15 @@ def test_circle_opaque_token(circle):
 # As an object
 
 
+def test_pickled_before_it_was_used(kuzzle, root):
+    """A copy for another process begins with the newest token that this one knows, as the first may be spent."""
+    cache = TokenCache()
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    auth = pickle.loads(pickle.dumps(KuzzleAuth(kuzzle.url, root, cache=cache)))
+    assert auth.jwt == token.jwt
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=5).json()["result"]["_id"] == "foo"
+
+
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda auth: pickle.loads(pickle.dumps(auth))])
 @pytest.mark.parametrize("own", ["shared", "none", "file", "memory"])
 def test_pickled(kuzzle, circle, pair, root, own, again, tmp_path):

@@ -619,7 +619,7 @@ def test_entry_of_another_boot(kuzzle, clock, root, store, monkeypatch):
 
 def test_no_boot_id(monkeypatch):
     """Where the system has no name for a boot, each process is one of its own."""
-    monkeypatch.setattr(refresher._runtime.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError))
+    monkeypatch.setattr(refresher._runtime.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
     assert refresher._runtime._read_boot() != refresher._runtime._read_boot()
 
 
