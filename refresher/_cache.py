@@ -208,6 +208,8 @@ class TokenCache:
                     break
                 if call.is_left is not None and call.is_left() and not flight.has_departed:
                     raise CancelledError
+                if flight.is_stuck():  # so that another goes
+                    break
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
                 elif was_running and remaining > 1:
@@ -281,7 +283,7 @@ class TokenCache:
         ledger = self._ledger
         chain, newest, left, window, _ = self._assess(Call(credential=credential))
         last = newest or credential.unspent() or credential
-        is_refused = ledger.refusal(ledger.last_attempt(last)[0]) is not None
+        is_refused = ledger.refusal(ledger.last_attempt(last)[0], last) is not None
         return SessionStatus(
             provider=credential.service,
             user=last.user,

@@ -13,7 +13,7 @@ import attrs
 from . import _rules
 from ._exchange import Exchange, Patience, not_yet
 from ._ledger import Call, Lease, Ledger
-from ._rules import Attempt, Chain, Instant, Lock, Step, View
+from ._rules import Attempt, Chain, Instant, Left, Lock, Step, View
 from ._runtime import Event
 from ._text import fingerprint
 from .errors import (
@@ -276,7 +276,7 @@ class Flight(Patience, Generic[T]):
                 self._wait_for_lock(view.patience)
                 waited = True
             elif step is not Step.SEND:
-                self._wait_or_fail(step, view, attempt, poll)
+                self._wait_or_fail(step, view, spend, attempt, poll)
                 poll = min(1.5 * poll, 2 * _rules.LONGEST_POLL)
                 if lease.lock is not Lock.OURS:
                     lease.lock = Lock.UNTRIED
@@ -302,7 +302,10 @@ class Flight(Patience, Generic[T]):
         attempt = None
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
-        lasting = ledger.assess(chain, attrs.evolve(call, own_will_do=True))[1:3] if newest is None else (left, window)
+        patience = _rules.patience(left, window)
+        if newest is None:  # unless the caller's own is about to expire for sure
+            _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
+            patience = _rules.patience(Left(own.least, own.least), its_window)
         view = View(
             left=left,
             window=window,
@@ -310,8 +313,8 @@ class Flight(Patience, Generic[T]):
             readable=is_readable,
             lock=self._lease.lock,
             waited=waited,
-            patience=_rules.patience(*lasting),
-            is_refused=ledger.refusal(attempt) is not None,
+            patience=patience,
+            is_refused=ledger.refusal(attempt, spend) is not None,
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,
@@ -324,8 +327,9 @@ class Flight(Patience, Generic[T]):
         return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
     def _wait_for_lock(self, seconds: float = math.inf) -> None:
-        """Wait until nobody else has the lock, for some seconds at most."""
-        runtime, poll = self._runtime, _rules.POLL
+        """Wait until nobody else has the lock, or there is a newer token, for some seconds at most."""
+        runtime, poll, credential = self._runtime, _rules.POLL, self.call.credential
+        generation = self._ledger.recall(credential)[0].generation
         self.status = f"another process is refreshing the {self._service} token"
         end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
         while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
@@ -334,12 +338,14 @@ class Flight(Patience, Generic[T]):
             self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
             poll = min(1.2 * poll, _rules.LONGEST_POLL)
             self._lease.take()
+            if self._ledger.look(credential)[0].generation > generation:
+                break  # whoever has the lock may have ended since
 
-    def _wait_or_fail(self, step: Step, view: View, attempt: Attempt | None, poll: float) -> None:
+    def _wait_or_fail(self, step: Step, view: View, spend: Credential[T], attempt: Attempt | None, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
         service, time_left = self.call.credential.service, self._time_left()
         can_wait = time_left > _rules.LAST_CALL and self.retry()
-        if step is Step.REFUSE and (refusal := self._ledger.refusal(attempt)) is not None:
+        if step is Step.REFUSE and (refusal := self._ledger.refusal(attempt, spend)) is not None:
             raise refusal
         if step is Step.USE:
             return self._wait_for_news(poll)
@@ -363,10 +369,12 @@ class Flight(Patience, Generic[T]):
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
         ledger, before = self._ledger, attempt or Attempt(by="", at=self._ledger.now())
+        key = None if _anew(attempt, chain) else _lost(attempt) or spend.idempotency_key
+        known: Any = {"about": spend.keys[-1], "idempotency_key": key, "is_open": True}
         room = max(_rules.ROOM, len(chain.text or "")) * " "
 
         def announce() -> bool:
-            begun = attrs.evolve(before, by=self._name, at=ledger.now(), is_open=True, error={}, pause=0.0)
+            begun = attrs.evolve(before, by=self._name, at=ledger.now(), error={}, pause=0.0, **known)
             self._announced_at = self._runtime.steady()
             return ledger.note(spend, begun, room)
 
@@ -386,10 +394,9 @@ class Flight(Patience, Generic[T]):
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
-        # What was refused or forgotten must not come back as the answer to an earlier request.
-        anew = (attempt is not None and attempt.refusals > 0) or (chain.generation > 0 and chain.newest is None)
+        anew = _anew(attempt, chain)
         try:
-            successor = spend.refresh(exchange, anew=anew)
+            successor = spend.refresh(exchange, anew=anew, lost=None if anew else _lost(attempt))
         except _LookAgain:
             return None
         except SignInRequiredError as error:
@@ -488,7 +495,9 @@ class Flight(Patience, Generic[T]):
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
                 details = {"message": str(error), **vars(error)}
-                verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, error=details)
+                verdict = Attempt(
+                    by=self._name, at=ledger.now(), refusals=refusals, error=details, about=spend.keys[-1]
+                )
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
                     raise error
             self._wait_for_news(poll, error.status)
@@ -529,6 +538,17 @@ class Flight(Patience, Generic[T]):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
                 ledger.orphans.pop(key, None)
         ledger.close()
+
+
+def _anew(attempt: Attempt | None, chain: Chain[Any]) -> str:
+    """Tell this from requests that were refused, or whose session was forgotten."""
+    refusals, forgotten = attempt.refusals if attempt else 0, chain.generation if chain.newest is None else 0
+    return f"{refusals} {forgotten}" if refusals or forgotten else ""
+
+
+def _lost(attempt: Attempt | None) -> str | None:
+    """Return the idempotency key of a request whose answer may have been lost: it may be called by another name."""
+    return attempt.idempotency_key if attempt is not None and attempt.is_open else None
 
 
 class SignOut(Flight[T]):

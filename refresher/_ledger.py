@@ -178,6 +178,7 @@ class Ledger:
         if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
             lifetime = newest.lifetime
         if newest is None:
+            self.observed.seen_for(call.credential.keys[0])  # from now on
             return None, _rules.NOTHING_LEFT, 0.0, True
         if requested is not None and (age := requested.age(now)) is not None:
             left = _rules.left_here(lifetime, requested, now, age)
@@ -414,11 +415,15 @@ class Ledger:
     def last_attempt(self, spend: Credential[Any]) -> tuple[Attempt | None, bool]:
         """Return what was last tried with a credential, and whether the store could be asked."""
         text, is_readable = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
-        return Attempt.read(text), is_readable
+        if (attempt := Attempt.read(text)) is not None:
+            self.age(attempt)  # of another machine's, this counts from the first look
+        return attempt, is_readable
 
-    def refusal(self, attempt: Attempt | None) -> RefreshError | None:
+    def refusal(self, attempt: Attempt | None, spend: Credential[Any]) -> RefreshError | None:
         """Return what the service said when it refused a credential lately."""
-        return attempt.refusal(self.now(), self.age(attempt)) if attempt is not None and attempt.refusals else None
+        if attempt is None or not attempt.refusals or attempt.about != spend.keys[-1]:
+            return None
+        return attempt.refusal(self.now(), self.age(attempt))
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt, or since this machine saw it, if another made it."""

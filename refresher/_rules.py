@@ -19,7 +19,7 @@ from typing import Any, Generic
 
 import attrs
 
-from ._text import Secret, json_object, key_of, number
+from ._text import Secret, is_uuid, json_object, key_of, number
 from .errors import RefreshError, RequestRefusedError, SignInRequiredError
 from .services import Credential, T
 from .tokens import Outcome, State
@@ -185,6 +185,8 @@ class Attempt:
         error: What it said, as arguments of `SignInRequiredError`.
         pause: Seconds from *at* for which the service asked callers to wait.
         seen: When another machine saw it, whose clock tells nothing of *at*.
+        about: What stores know the credential by that was sent: a session may have several.
+        idempotency_key: With which it was, so that others get the same answer.
     """
 
     by: str
@@ -194,6 +196,8 @@ class Attempt:
     error: Mapping[str, Any] = attrs.field(factory=dict)
     pause: float = 0.0
     seen: Instant | None = None
+    about: str = ""
+    idempotency_key: str | None = None
 
     def write(self) -> str:
         """Write it down."""
@@ -215,6 +219,8 @@ class Attempt:
                 error=dict(entry["error"]),
                 pause=min(max(pause, 0.0), DAY),
                 seen=Instant.read(entry["seen"]) if entry.get("seen") else None,
+                about=str(entry.get("about")),
+                idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
             )
         except (KeyError, TypeError, ValueError):
             return None

@@ -228,7 +228,7 @@ MEANINGS = {
     "security.cookie.unsupported": (RequestRefusedError, False),
     "security.credentials.unknown_strategy": (RequestRefusedError, False),
     "security.rights.forbidden": (RequestRefusedError, False),
-    "security.rights.unauthorized": (SignInRequiredError, False),
+    "security.rights.unauthorized": (ReplyError, False),  # a proxy took the token off
     "security.token.expired": (SignInRequiredError, False),
     "security.token.invalid": (SignInRequiredError, None),
     "security.token.refresh_forbidden": (RequestRefusedError, False),

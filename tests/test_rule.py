@@ -1745,3 +1745,117 @@ def test_first_token_in_its_last_moments(kuzzle, store, cache):
     jwt = kuzzle.login(ago=HOUR - 2)
     store.acquire(key_of("kuzzle", kuzzle.url, jwt), "killed", HOUR)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=3).jwt)
+
+
+def test_store_that_begins_to_hang_in_the_last_moments(kuzzle, clock, root):
+    """The first who notices is the last who could refresh the token, and passes the store by."""
+    store = SlowStore(clock)
+    cache = TokenCache(store, clock=clock)
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    time.sleep(0.6)
+    clock.advance(HOUR - 2)
+    store.silence = 60.0
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    assert token != first
+    assert kuzzle.knows(token.jwt)
+    store.silence = None
+    store.over.set()
+    wait_for_copies(cache)
+
+
+def test_attempt_of_another_machine_counts_from_the_first_look(kuzzle, store, monkeypatch):
+    """Whoever was long about its own attempt has waited for the other's meanwhile."""
+    put_open_attempt(store, key_of("kuzzle", kuzzle.url, jwt := kuzzle.login(ago=2 * HOUR)))
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    kuzzle.next_answers.append(lambda request: (time.sleep(1.5), kuzzle.truly(request))[1])
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store, lease=3), timeout=3.9)
+
+
+def test_holder_that_ends_right_after_its_answer(kuzzle, clock, store, cache, root):
+    """Who waits for its lock sees the successor that it has written down, and waits no more."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    copied = SharedStore(clock)
+    copied.acquire(key_of("kuzzle", kuzzle.url, root), "gone", HOUR)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(copied, clock=clock), timeout=5)
+        while copied.commands < 8:
+            time.sleep(0.01)
+        for key, text in entries(store).items():
+            copied.set(key, text, HOUR)
+        assert waiting.result() == token
+
+
+@pytest.mark.parametrize("why", ["refused", "key refused"])
+def test_lost_answer_to_a_request_with_a_new_key(circle, clock, store, why):
+    """The next call, by any process, has the same key and gets the same answer."""
+    call = call_with(circle, circle.sign_in())
+
+    def refresh(**options):
+        return refresh_user_token(**call, cache=TokenCache(store, clock=clock), **options)
+
+    circle.fail_next(155109 if why == "refused" else 156020)
+    circle.next_answers.extend([lambda request: (circle.truly(request), b"")[1]] * 40)
+    if why == "refused":
+        with pytest.raises(SignInRequiredError):
+            refresh()
+        clock.advance(HOUR)
+    with pytest.raises(OutcomeUnknownError):
+        refresh(timeout=0.5)
+    circle.next_answers.clear()
+    if why == "key refused":  # so it is, each time
+        circle.fail_next(156020)
+    assert circle.knows(refresh())
+    keys = [request.json()["idempotencyKey"] for request in circle.requests]
+    assert keys[-1] == keys[1] != keys[0]
+
+
+@pytest.mark.parametrize("first", ["user_id", "user_token"])
+def test_killed_then_called_by_the_other_name(circle, clock, monkeypatch, first):
+    """What was lost by one name is found by the other: the store knows with which key it was asked for."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    pair = circle.sign_in()
+    names = {"user_id": {"user_id": "user-1", "user_token": None}, "user_token": {}}
+    killed = ProcessStore(store := SharedStore(clock))
+
+    def kill(request):
+        killed.is_gone = True
+        return (circle.truly(request), b"")[1]
+
+    circle.next_answers.extend([circle.truly, kill] if first == "user_id" else [kill])
+    lost = call_with(circle, pair, **names.pop(first))
+    with pytest.raises(RefreshError):
+        refresh_user_token(**lost, cache=TokenCache(killed, clock=clock, lease=0.1), timeout=0.5, retry=False)
+    clock.advance(10)
+    (other,) = names.values()
+    cache = TokenCache(store, clock=clock)
+    assert circle.knows(refresh_user_token(**call_with(circle, pair, **other), cache=cache, timeout=5))
+
+
+def test_refused_by_one_name(circle, store):
+    """It says nothing of the other: Circle refuses a user's id to those who have signed in by a social account."""
+    pair = circle.sign_in()
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call_with(circle, pair, user_id="user-1", user_token=None), cache=TokenCache(store))
+    assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=TokenCache(store)))
+
+
+@pytest.mark.parametrize("apart", [0.5, 5, 30])
+def test_replayed_pairs_of_one_minute(circle, clock, apart):
+    """They show no wrong clock of the service, however close to each other they were issued."""
+    clock.advance(-48 * HOUR)
+    pair = first = circle.sign_in()
+    for _ in range(4):
+        clock.advance(apart)
+        pair = refresh_user_token(**call_with(circle, pair), cache=None)
+    clock.advance(48 * HOUR)
+    assert circle.knows(refresh_user_token(**call_with(circle, first), cache=TokenCache(clock=clock)))
+
+
+def test_replayed_at_its_end(circle, clock):
+    """A pair that is about to expire is no more than one that has expired."""
+    first = circle.sign_in()
+    token = refresh_user_token(**call_with(circle, first), cache=None)
+    clock.advance(HOUR)
+    assert refresh_user_token(**call_with(circle, first), cache=TokenCache(clock=clock)) != token

@@ -119,7 +119,7 @@ class HarborCredential:
         """When its ticket expires, by Harbor's clock."""
         return self.token.expires_at.timestamp() if self.token else None
 
-    def refresh(self, send: Send, /, *, anew: bool) -> Self:
+    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
         """Spend it."""
         request = Request(
             service="harbor",

@@ -178,8 +178,14 @@ class Credential(Protocol[T_co]):
     def refreshable_for(self) -> float | None:
         """For how many seconds it can be refreshed, from when it was asked for. None means for ever."""
 
-    def refresh(self, send: Send, /, *, anew: bool) -> Self:
-        """Spend it, and return its successor. *anew*: it was refused before, and that answer must not come back."""
+    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
+        """
+        Spend it, and return its successor.
+
+        Args:
+            anew: Tells this from requests that were refused, whose answers must not come back. Empty if none was.
+            lost: The idempotency key of an earlier request, whose answer may have been lost.
+        """
 
     def sign_out(self, send: Send, /) -> None:
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -24,8 +25,8 @@ _LIFETIME = 60 * 60.0
 # Undocumented: an assumption.
 _REFRESH_LIFETIME = 30 * 86400.0
 
-# How far apart two answers to earlier runs are at least, in seconds.
-_JUST_NOW = 60.0
+# How far apart two times may be that count as one, in seconds: some are whole seconds.
+_MOMENT = 2.0
 # How many requests one refresh may take: a month of pairs, refreshed every hour, that have all expired.
 _MOST_STEPS = 1000
 
@@ -46,6 +47,10 @@ _MEANINGS = {
 }
 # Any other of these is about the user or the user's tokens.
 _SIGN_IN = range(155000, 156000)
+
+
+def _as_uuid(digest: str) -> str:
+    return str(uuid.UUID(bytes=bytes.fromhex(digest)[:16], version=4))
 
 
 @attrs.frozen(kw_only=True)
@@ -112,14 +117,13 @@ class CircleCredential:
         """
         if self.given_key is not None:
             return self.given_key
-        digest = bytes.fromhex(key_of(self.user_token or self.user_id or "", self.refresh_token, self.device_id))
-        return str(uuid.UUID(bytes=digest[:16], version=4))
+        return _as_uuid(key_of(self.user_token or self.user_id or "", self.refresh_token, self.device_id))
 
-    def with_new_key(self) -> Self:
-        """Draw an idempotency key, unless there is one already that is not derived."""
-        return attrs.evolve(self, given_key=self.given_key or str(uuid.uuid4()))
+    def with_new_key(self, why: str) -> Self:
+        """Derive another idempotency key. After a crash it is the same."""
+        return attrs.evolve(self, given_key=_as_uuid(key_of(self.idempotency_key, why)))
 
-    def refresh(self, send: Send, /, *, anew: bool) -> Self:
+    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
         """
         Spend it.
 
@@ -127,23 +131,25 @@ class CircleCredential:
         call, and nobody received it. That pair is refreshed in turn, until there is a valid one or time is up.
         """
         request_id = self.request_id or str(uuid.uuid4())
-        step = self.with_new_key() if anew else self
+        step = self.with_new_key(anew) if anew and not self.given_key else self
+        step = attrs.evolve(step, given_key=lost or step.given_key)
         user_token = step.user_token or Secret(send(step.exchange_request(request_id), parse)[0].user_token)
-        last: UserToken | None = None
+        last, is_again = math.nan, False
         for _ in range(_MOST_STEPS):
             try:
                 pair, reply = send(step.request(user_token, request_id), step.parse)
             except RequestRefusedError as error:
-                if error.code != _NEW_KEY or step.given_key is not None or not send.retry:
+                if error.code != _NEW_KEY or self.given_key or is_again or not send.retry:
                     raise
-                step = step.with_new_key()
+                step, is_again = step.with_new_key("refused"), True
             else:
-                step, user_token = step.following(pair), Secret(pair.user_token)
-                # If two were issued just now, it is the `Date` that is wrong.
-                is_new = last is not None and abs((pair.expires_at - last.expires_at).total_seconds()) < _JUST_NOW
+                step, user_token, is_again = step.following(pair), Secret(pair.user_token), False
+                # If two were issued when they were asked for, and are valid by the local clock, the `Date` is wrong.
+                left = pair.expires_at.timestamp() - reply.sent_at
+                is_new = left > 0 and abs(left - last) < _MOMENT
                 if is_new or not _has_expired(pair, reply):
                     return step
-                last = pair
+                last = left
         raise failure("keeps returning expired tokens: try again later", step.request(user_token, request_id))
 
     def sign_out(self, send: Send, /) -> None:
@@ -303,6 +309,6 @@ def parse(reply: Reply, request: Request) -> UserToken:
 
 
 def _has_expired(token: UserToken, reply: Reply) -> bool:
-    """Whether a user token had expired when the service sent it, by the service's own clock."""
+    """Whether a user token had expired when the service sent it, or just about, by the service's own clock."""
     exp = claims(Secret(token.user_token)).exp
-    return reply.date is not None and exp is not None and exp < reply.date
+    return reply.date is not None and exp is not None and exp < reply.date + _MOMENT

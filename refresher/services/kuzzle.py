@@ -17,7 +17,7 @@ from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, reveal
 from ..errors import InvalidArgumentError
 from ..tokens import KuzzleToken, duration, instant
-from . import BUSY, REFUSED, SIGN_IN, Done, Reply, Request, Send, failure, meaning, quotes
+from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Done, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
 check: Checks = Checks("kuzzle")
@@ -35,11 +35,12 @@ _LONGEST = 9.2e18
 _LONGEST_IN_COOKIE = 8.6e15
 
 _ENDED = attrs.evolve(SIGN_IN, spent=False)
+_UNSEEN = attrs.evolve(FOREIGN, what="did not see the token: check the URL and any proxy")
 # What an error means, where its status alone says something else.
 _MEANINGS = {
     "plugin.strategy.missing_user": _ENDED,
     "security.cookie.unsupported": REFUSED,  # 500
-    "security.rights.unauthorized": _ENDED,
+    "security.rights.unauthorized": _UNSEEN,
     "security.token.expired": _ENDED,
     "security.token.invalid": SIGN_IN,  # expired, logged out, refreshed already: Kuzzle does not say which
     # Redis is down. (Token and cookie together have this id too, but are never sent together.) 500.
@@ -152,7 +153,7 @@ class KuzzleCredential:
         is_other = self.strategy is None and self.requested not in (None, math.inf)
         return None if is_other and math.floor(self.requested or 0) != known.exp - known.iat else known.iat
 
-    def refresh(self, send: Send, /, *, anew: bool) -> Self:  # noqa: ARG002
+    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:  # noqa: ARG002
         """Spend it."""
         return self.following(send(self.request(), parse)[0])
 
