@@ -73,12 +73,14 @@ class Call:
         self.timeout, self.retry, self.asked = timeout, retry, asked
         self.began, self.asleep = self.world.time, process.asleep_for
         self.interrupted, self.ended = False, math.inf
+        self.offset = process.machine.offset
         # Whether whoever calls can know of the newest token, and since when.
         self.knows = token == session.newest or process in session.receipts
         self.knows_since = process.first_use.setdefault(session.newest_secret, self.began)
         # Whether it can know a token's age: the clock is right, or it has heard what time it is at the service.
         off = any(one.machine.offset for one in self.world.processes) or "clock is set" in self.world.faults.happened
-        self.knows_time = not off or session.server.url in process.heard
+        # What was heard just now does not change an answer that is remembered for half a second.
+        self.knows_time = not off or process.heard.get(session.server.url, math.inf) < self.began - 0.6
         session.calls.append(self)
 
     def slept(self) -> bool:
@@ -103,6 +105,7 @@ class Call:
             world.violated("an exception that is none of ours", f"{type(raised).__name__}: {raised}")
         finally:
             task.in_call, task.pending, self.ended = None, None, world.time
+            self.knows_time = self.knows_time and process.machine.offset == self.offset
         took = world.time - self.began - (process.asleep_for - self.asleep)
         if self.timeout is not None and took > self.timeout + judge.SLACK:
             world.violated("outlasts its timeout", f"timeout={self.timeout:.2f}, took {took:.2f} s")
@@ -207,7 +210,7 @@ class ByAuth:
         if response.status_code == 401 and call.timeout is not None:
             call.timeout += call.world.time - call.began  # it refreshes once more
         if request.hook is not None:
-            call.process.heard.add(call.session.server.url)
+            call.process.heard.setdefault(call.session.server.url, call.world.time)
             response = request.hook(response)
         return response.request.token()
 
@@ -274,7 +277,7 @@ def serve(process: Process, sessions: list[Session], until: float, how: str) -> 
         due = judge.window(session.newest)
         left = session.left()
         skip = left - due * 1.1 if rng.random() < 0.8 and left > due * 1.1 else 0.0
-        if rng.random() < 0.2:
+        if rng.random() < (0.8 if world.faults.are_late else 0.2):
             skip, due = left - rng.uniform(0.46, max(0.6, min(3.0, due / 8))), 0.0
         world.park(max(0.0, skip) + rng.uniform(0.0, 0.25) * due, process.leaving)
         if world.time >= until or process.leaving.happened:

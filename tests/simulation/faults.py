@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from .world import InterruptError, Process, Task, World
@@ -53,9 +54,21 @@ class Faults:
             ]
         self.left = rng.randint(1, 4) if self.kinds else 0
         self.rate = rng.choice((0.003, 0.01, 0.03))
+        # Half of all seeds aim: at one effect, at the end of a token's life, and then at whatever comes right after.
+        self.aim, self.before, self.crowd, self.crowd_until = "", math.inf, 0.0, 0.0
+        if self.kinds and rng.random() < 0.5:
+            kind = self.kinds[0]
+            self.aim = "send" if kind in _AT_SEND else "depart" if kind in _AT_DEPARTURE else rng.choice([*_WEIGHTS])
+            self.before = rng.choice((math.inf, 60.0, 6.0, 3.0))
+            self.rate, self.crowd = rng.choice((0.02, 0.1, 0.4)), rng.choice((0.0, 0.5, 5.0, 30.0))
         self.happened: list[str] = []
         self.healed = False
         self._commands: dict[Process, str] = {}
+
+    @property
+    def are_late(self) -> bool:
+        """Whether they strike in a token's last moments."""
+        return self.before <= 6.0
 
     def heal(self) -> None:
         """Let nothing go wrong any more."""
@@ -74,7 +87,14 @@ class Faults:
 
     def strike(self, task: Task, effect: str, detail: str) -> None:
         """Maybe let something go wrong before an effect."""
-        if task.process is None or self.random.random() >= self.rate * _WEIGHTS.get(effect, 2):
+        rate = self.rate if self.aim else self.rate * _WEIGHTS.get(effect, 2)
+        if self.world.time < self.crowd_until:
+            rate = 0.01 * _WEIGHTS.get(effect, 2)
+        elif self.aim and self.aim != effect:
+            return
+        if task.process is None or self.random.random() >= rate:
+            return
+        if self.before < math.inf and not any(-1.0 < one.left() < self.before for one in self.world.sessions):
             return
         kind = self.random.choice(self.kinds)
         if (kind in _AT_SEND and effect != "send") or (kind in _AT_DEPARTURE and effect != "depart"):
@@ -91,6 +111,7 @@ class Faults:
             if not callers:
                 return
         self.left -= 1
+        self.crowd_until = self.world.time + self.crowd
         self.happened.append(kind)
         self.world.say(f"*** {kind}, before: {effect} {detail[:8]}")
         self._blow(kind, task, callers)

@@ -103,6 +103,8 @@ def spending(world: World, process: Process, session: Session, request: Request,
     store = world.store
     if process.machine.offset and session.server.url not in process.told:
         return  # it cannot know what the last moments are
+    if "clock is set" in world.faults.happened:
+        return  # one of its two clocks must be wrong, and it cannot know which
     is_newest = request.spends and plain(request.secret) == session.newest_secret and not session.is_circle
     if is_newest and store.troubled() and store.trouble_since < began - 0.05:
         limit = last_moments(session.newest, process.ahead) + 1.5  # clocks are not known better than that
@@ -299,6 +301,7 @@ def death(world: World, session: Session) -> None:
             and process.asleep_for == call.asleep
             and (process in session.receipts or world.store.disturbed_at < undisturbed)
             and (process in session.receipts or world.store.hung_until < undisturbed - 30.0)
+            and (world.store.hung_until < call.began or call.began <= died - 2.5)  # after a second, it is passed by
             and (not world.store.lost or process.links(call.token, session.newest))
         ):
             early = f"{process.name} called {died - call.began:.2f} s before its end"

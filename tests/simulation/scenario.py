@@ -10,6 +10,9 @@ from .service import CIRCLE, KUZZLES, Network, Server
 from .store import SharedStore
 from .world import Machine, Process, World
 
+# For how many seconds tokens live.
+_LIVES = {"": (2, 4, 8, 8, 16, 30, 60, 120, 3600), "late": (30, 120, 300, 3600), "scripts": (300, 3600)}
+
 
 def play(seed: int, *, keep_trace: bool = False) -> World:
     """Play one schedule. What was found is in the world's *violation*."""
@@ -42,7 +45,7 @@ def _sign_in(world: World, scripts: bool) -> None:
         ttl = (
             3600
             if server.url == CIRCLE
-            else rng.choice((300, 3600) if scripts else (2, 4, 8, 8, 16, 30, 60, 120, 3600))
+            else rng.choice(_LIVES["scripts" if scripts else "late" if world.faults.are_late else ""])
         )
         ago = rng.uniform(0, ttl / 2) if ttl < 3600 else rng.uniform(3480, 3590)
         session = server.sign_in(f"user-{number}", ttl, rng.choice((ago, ago, 0.0)))

@@ -347,7 +347,7 @@ class _Mail:
         """Read the answer."""
         world, session, answer = self.world, self.session, self.answer
         assert answer is not None
-        self.process.heard.add(session.server.url)
+        self.process.heard.setdefault(session.server.url, self.process.world.time)
         if self.brings_newest():
             if not session.is_circle:  # whose answer may be an old one
                 self.process.told.add(session.server.url)

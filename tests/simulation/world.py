@@ -235,7 +235,7 @@ class Process:
         self.first_use: dict[str, float] = {}  # when each token was the newest for the first time in a call of it
         self.departures = 0  # how many requests it has sent
         self.gone = Event()
-        self.heard: set[str] = set()  # which services it knows the time of
+        self.heard: dict[str, float] = {}  # since when it knows the time of which services
         self.told: set[str] = set()  # and for certain, by a token of theirs
         self.wrote_at = -math.inf  # when it last wrote something into the store
         self.not_before: dict[Any, float] = {}  # Retry-After, by what it is about
