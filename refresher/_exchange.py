@@ -33,7 +33,7 @@ class Observed:
         self._runtime = runtime
         self._steady = clock or runtime.steady
         self._wall = clock or runtime.now
-        self._seen, self._pauses = Memo[float](self._steady), Memo[float](runtime.steady)
+        self._seen, self._pauses = Memo[tuple[float, float]](self._steady), Memo[float](runtime.steady)
         self._clocks = Memo[tuple[float, float, float, bool]](self._steady)
 
     @classmethod
@@ -51,10 +51,13 @@ class Observed:
 
     def seen_for(self, key: str) -> float:
         """Seconds since this was first called for a credential."""
-        now = self._steady()
+        since, _ = self._since(key)
+        return self._steady() - since
+
+    def _since(self, key: str) -> tuple[float, float]:
         if (since := self._seen.get(key)) is None:
-            self._seen.put(key, since := now)
-        return now - since
+            self._seen.put(key, since := (self._steady(), self._runtime.steady()))
+        return since
 
     def learn(self, scope: str, date: float | None, took: float, came: Credential[Any] | None = None) -> None:
         """
@@ -87,7 +90,8 @@ class Observed:
 
     def hold(self, credential: Credential[Any], *ages: float) -> float:
         """Seconds until a credential may be refreshed. *ages*: for how long it is known to have been there."""
-        age = max((self.seen_for(credential.keys[0]), *ages))
+        since, truly = self._since(credential.keys[0])
+        age = max(self._steady() - since, self._runtime.steady() - truly, *ages)  # a caller's clock may stand still
         return _rules.birth_hold(credential.birth, age=age, service_now=self.service_now(credential.scope))
 
     def leave_alone(self, scope: str, seconds: float) -> None:

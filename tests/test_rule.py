@@ -1859,3 +1859,11 @@ def test_replayed_at_its_end(circle, clock):
     token = refresh_user_token(**call_with(circle, first), cache=None)
     clock.advance(HOUR)
     assert refresh_user_token(**call_with(circle, first), cache=TokenCache(clock=clock)) != token
+
+
+@pytest.mark.holds
+def test_young_token_by_a_clock_that_stands_still(kuzzle, clock):
+    """It is held for a second of real time."""
+    jwt = kuzzle.login()
+    clock.advance(1)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(clock=clock), timeout=3).jwt)
