@@ -289,7 +289,7 @@ def death(world: World, session: Session) -> None:
         undisturbed = died - due - 1
         knows_for = call.began - min(call.knows_since, session.receipts.get(process, call.began))
         if (
-            call.began <= died - (1.5 if knows_for <= 1.2 else 0.45 if world.store.disturbed_at < undisturbed else 1.05)
+            call.began <= died - (1.5 if knows_for <= 1.2 else 1.05 if world.faults.happened else 0.45)
             and (call.began >= died - last or (call.ended > died - 0.1 and last > 0.5))
             and call.knows
             and call.knows_time
