@@ -84,6 +84,7 @@ class Flight(Patience, Generic[T]):
         self.waiters: list[Waiter] = []
         self._departed_at: Instant | None = None
         self._announced_at = math.inf
+        self._key: str | None = None  # with which the answer can be asked for again
         self._spent: Credential[T] | None = None
         self._exchange: Exchange | None = None
         self._failure: RefreshError | None = None
@@ -369,8 +370,8 @@ class Flight(Patience, Generic[T]):
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
         ledger, before = self._ledger, attempt or Attempt(by="", at=self._ledger.now())
-        key = None if _anew(attempt, chain) else _lost(attempt) or spend.idempotency_key
-        known: Any = {"about": spend.keys[-1], "idempotency_key": key, "is_open": True}
+        self._key = None if _anew(attempt, chain) else before.idempotency_key or spend.idempotency_key
+        known: Any = {"about": spend.keys[-1], "idempotency_key": self._key, "is_open": True}
         room = max(_rules.ROOM, len(chain.text or "")) * " "
 
         def announce() -> bool:
@@ -394,9 +395,8 @@ class Flight(Patience, Generic[T]):
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
-        anew = _anew(attempt, chain)
         try:
-            successor = spend.refresh(exchange, anew=anew, lost=None if anew else _lost(attempt))
+            successor = spend.refresh(exchange, anew=_anew(attempt, chain), lost=self._key)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
@@ -431,7 +431,9 @@ class Flight(Patience, Generic[T]):
         ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
-        done = Attempt(by=self._name, at=now, refusals=attempt.refusals if attempt else 0, pause=pause)
+        before = attempt or Attempt(by="", at=now)
+        key = self._key or before.idempotency_key
+        done = Attempt(by=self._name, at=now, refusals=before.refusals, pause=pause, idempotency_key=key)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 # So that the next process knows for how long it has been there.
@@ -544,11 +546,6 @@ def _anew(attempt: Attempt | None, chain: Chain[Any]) -> str:
     """Tell this from requests that were refused, or whose session was forgotten."""
     refusals, forgotten = attempt.refusals if attempt else 0, chain.generation if chain.newest is None else 0
     return f"{refusals} {forgotten}" if refusals or forgotten else ""
-
-
-def _lost(attempt: Attempt | None) -> str | None:
-    """Return the idempotency key of a request whose answer may have been lost: it may be called by another name."""
-    return attempt.idempotency_key if attempt is not None and attempt.is_open else None
 
 
 class SignOut(Flight[T]):

@@ -1810,26 +1810,31 @@ def test_lost_answer_to_a_request_with_a_new_key(circle, clock, store, why):
     assert keys[-1] == keys[1] != keys[0]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("first", ["user_id", "user_token"])
-def test_killed_then_called_by_the_other_name(circle, clock, monkeypatch, first):
+def test_lost_answer_by_the_other_name(circle, clock, monkeypatch, first, is_killed):
     """What was lost by one name is found by the other: the store knows with which key it was asked for."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     pair = circle.sign_in()
     names = {"user_id": {"user_id": "user-1", "user_token": None}, "user_token": {}}
-    killed = ProcessStore(store := SharedStore(clock))
+    caller = ProcessStore(store := SharedStore(clock))
 
-    def kill(request):
-        killed.is_gone = True
+    def lose(request):
+        caller.is_gone = is_killed
         return (circle.truly(request), b"")[1]
 
-    circle.next_answers.extend([circle.truly, kill] if first == "user_id" else [kill])
+    circle.next_answers.extend([circle.truly, lose] if first == "user_id" else [lose])
     lost = call_with(circle, pair, **names.pop(first))
-    with pytest.raises(RefreshError):
-        refresh_user_token(**lost, cache=TokenCache(killed, clock=clock, lease=0.1), timeout=0.5, retry=False)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**lost, cache=TokenCache(caller, clock=clock, lease=0.1), timeout=0.5, retry=False)
     clock.advance(10)
     (other,) = names.values()
-    cache = TokenCache(store, clock=clock)
-    assert circle.knows(refresh_user_token(**call_with(circle, pair, **other), cache=cache, timeout=5))
+    for failure in (True, False):  # which tells nothing, and forgets nothing
+        if failure:
+            circle.next_answers.append(Answer(503))
+        with pytest.raises(UnavailableError) if failure else contextlib.nullcontext():
+            options = {"cache": TokenCache(store, clock=clock), "timeout": 5, "retry": not failure}
+            assert circle.knows(refresh_user_token(**call_with(circle, pair, **other), **options))
 
 
 def test_refused_by_one_name(circle, store):

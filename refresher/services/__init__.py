@@ -184,7 +184,7 @@ class Credential(Protocol[T_co]):
 
         Args:
             anew: Tells this from requests that were refused, whose answers must not come back. Empty if none was.
-            lost: The idempotency key of an earlier request, whose answer may have been lost.
+            lost: An idempotency key whose answer may have been lost, as of a call by another name. None: its own.
         """
 
     def sign_out(self, send: Send, /) -> None:
