@@ -416,6 +416,8 @@ def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     told: there, the session stays valid until it expires.
     """
     cache, credential = _look_up(find, arguments, run)
+    if run.full:
+        raise run.full
     cache._forget(credential)
 
 

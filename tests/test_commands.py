@@ -460,9 +460,10 @@ def test_disk_that_is_full(kuzzle, jwt, run, monkeypatch):
     told = "the store (--store) can't be written: [Errno 28] No space left on device"
     assert re.fullmatch(f"{WHEN}kuzzle .*: {re.escape(told)}, going on with the old token\n", err)
     monkeypatch.setenv("KUZZLE_JWT", kuzzle.login("bar", ago=1800))
-    status, out, err = run("kuzzle", kuzzle.url)
-    assert (status, out, err.count("\n")) == (75, "", 1)
-    assert told in err
+    for command in (["kuzzle"], ["forget", "kuzzle"]):
+        status, out, err = run(*command, kuzzle.url)
+        assert (status, out, err.count("\n")) == (75, "", 1)
+        assert told in err
     assert len(kuzzle.requests) == 1
 
 
