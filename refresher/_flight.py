@@ -405,7 +405,9 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            is_for_nobody = getattr(error, "spent", None) is False and self._time_left() <= 0
+            is_kept = getattr(error, "spent", None) is False
+            is_for_nobody = is_kept and self._time_left() <= 0
+            self._key = None if is_kept else self._key
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 
@@ -1872,3 +1873,15 @@ def test_young_token_by_a_clock_that_stands_still(kuzzle, clock):
     jwt = kuzzle.login()
     clock.advance(1)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(clock=clock), timeout=3).jwt)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_own_idempotency_keys(circle, clock, store, is_lost):
+    """The caller's key is sent, unless an answer to another was lost: only that brings the pair."""
+    call, keys = call_with(circle, circle.sign_in()), [str(uuid.uuid4()) for _ in range(2)]
+    circle.next_answers.append((lambda request: (circle.truly(request), b"")[1]) if is_lost else Answer(503))
+    for key in keys:
+        with pytest.raises(RefreshError) if key == keys[0] else contextlib.nullcontext():
+            cache = TokenCache(store, clock=clock)
+            assert circle.knows(refresh_user_token(**call, cache=cache, idempotency_key=key, retry=False))
+    assert [request.json()["idempotencyKey"] for request in circle.requests] == [keys[0], keys[not is_lost]]
