@@ -405,7 +405,7 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            is_kept = getattr(error, "spent", None) is False
+            is_kept, until = getattr(error, "spent", None) is False, self.until()
             is_for_nobody = is_kept and self._time_left() <= 0
             self._key = None if is_kept else self._key
             self.has_departed = False
@@ -414,7 +414,7 @@ class Flight(Patience, Generic[T]):
             if spend.idempotency_key is None or not is_lost:
                 ledger.hold_back(chain.key)  # else to ask again brings the answer that was lost
             self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)
-            if is_for_nobody:
+            if is_for_nobody or (getattr(error, "retryable", False) and self.until() > until):
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None

@@ -1885,3 +1885,24 @@ def test_own_idempotency_keys(circle, clock, store, is_lost):
             cache = TokenCache(store, clock=clock)
             assert circle.knows(refresh_user_token(**call, cache=cache, idempotency_key=key, retry=False))
     assert [request.json()["idempotencyKey"] for request in circle.requests] == [keys[0], keys[not is_lost]]
+
+
+def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch):
+    """Who has more time than the call that has failed gets an attempt of their own."""
+    cache, calls = TokenCache(store), []
+    note = cache._ledger.note
+
+    def note_late(spend, attempt, room=""):
+        if not attempt.is_open and not calls:
+            (flight,) = cache._flights.values()
+            calls.append(pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=5))
+            while len(flight.waiters) < 2:
+                time.sleep(0.01)
+        return note(spend, attempt, room)
+
+    monkeypatch.setattr(cache._ledger, "note", note_late)
+    kuzzle.fail_next("api.process.overloaded")
+    with ThreadPoolExecutor() as pool:
+        with contextlib.suppress(UnavailableError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1, queuable=False)
+        assert kuzzle.knows(calls[0].result().jwt)

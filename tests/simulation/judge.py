@@ -128,8 +128,10 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
         is_awake = holder.alive and holder.asleep_for == 0.0 == process.asleep_for
         was_well = not any(kind.startswith("store") for kind in world.faults.happened)
         is_later = secret == session.newest_secret and world.time - other.departed_at > 1.0
-        is_certain = session.left() > last_moments(session.newest, process.ahead) + 1.5 or session.left() < -1.0
-        if is_awake and was_well and is_later and is_certain:
+        left, urgent = session.left(), last_moments(session.newest, process.ahead) + 1.5
+        # Neither may have passed the other's lock by.
+        times = left, left + world.time - other.departed_at
+        if is_awake and was_well and is_later and not any(-1.0 <= one <= urgent for one in times):
             world.violated("two exchanges of one token", f"{session.user}: at once")
     known = session.kept and world.time - session.kept_at > 3.0 and session.is_alive()
     if known and secret != session.newest_secret and not store.troubled() and store.well_since < world.time - 5.0:
