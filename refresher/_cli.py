@@ -49,6 +49,7 @@ from ._text import Secret, fingerprint, json_object, reveal
 from .errors import InvalidArgumentError, RefreshError, UnavailableError
 from .services import Token, circle, kuzzle
 from .stores import EncryptedStore, FileStore, Store
+from .tokens import RefreshEvent
 
 Credential = kuzzle.KuzzleCredential | circle.CircleCredential
 
@@ -98,6 +99,7 @@ class _Run(logging.Handler):
         self.about: list[str] = []  # the service, its host, the session
         self.unsaved: Mapping[str, object] = {}
         self.full: UnavailableError | None = None  # nothing can be written down now
+        self.sent = 0  # how many requests
 
     def end(self, number: int, _: FrameType | None) -> None:
         """Handle a signal."""
@@ -122,6 +124,10 @@ class _Run(logging.Handler):
                 signal.signal(each, signal.SIG_IGN if for_good else handler)
             if not for_good:
                 log.removeHandler(self)
+
+    def count(self, event: RefreshEvent) -> None:
+        """Count what was sent."""
+        self.sent += event.attempts
 
     def has_saved(self) -> bool:
         """Whether the store has the new token. While that is tried, Python would not end anyway."""
@@ -331,10 +337,11 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     except (RefreshError, _EndedError) as error:
         outcome = error
     run.is_over = True
+    run.sent += any(flight.has_departed for flight in list(cache._flights.values()))
     _wait_for_answer(cache, run)
     newest = cache._peek(credential).token
     outcome = outcome if newest in (None, before) else newest
-    is_kept = isinstance(outcome, RefreshError) and outcome.spent is False
+    is_kept = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):
         if not run.is_quiet:
             run.complain(f"{outcome}, going on with the old token")
@@ -349,7 +356,7 @@ def _look_up(
 ) -> tuple[TokenCache, Credential]:
     """Find out which session is meant, and look it up in the store."""
     credential = find(arguments, run)
-    cache = TokenCache(_store(arguments, run), ahead=arguments.ahead, on_wait=run.show_wait)
+    cache = TokenCache(_store(arguments, run), ahead=arguments.ahead, on_wait=run.show_wait, on_event=run.count)
     ledger = cache._ledger
     for key in [name for own in credential.keys for name in (own, f"{own}-alias")]:
         if _ENCRYPTED in str(ledger.ask("cannot be read", ledger.store.get, key)[0])[:8]:

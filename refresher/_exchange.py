@@ -278,7 +278,7 @@ def spend(
     if hold > 0:
         tell(f"{credential.service.title()} may have issued this token just now")
         runtime.sleep(hold)
-    successor = credential.refresh(exchange, anew="", lost=None)
+    successor = credential.refresh(exchange, key=None)
     observed.seen_for(successor.keys[0])
     exchange.learn(successor)
     token: T = successor.token  # type: ignore[assignment]  # a successor has one

@@ -370,12 +370,12 @@ class Flight(Patience, Generic[T]):
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
         ledger, before = self._ledger, attempt or Attempt(by="", at=self._ledger.now())
-        self._key = None if _anew(attempt, chain) else before.idempotency_key or spend.idempotency_key
-        known: Any = {"about": spend.keys[-1], "idempotency_key": self._key, "is_open": True}
+        self._key = before.idempotency_key or spend.key_for(_anew(attempt, chain))
+        known: Any = {"errors": before.others(spend.keys[-1]), "idempotency_key": self._key, "is_open": True}
         room = max(_rules.ROOM, len(chain.text or "")) * " "
 
         def announce() -> bool:
-            begun = attrs.evolve(before, by=self._name, at=ledger.now(), error={}, pause=0.0, **known)
+            begun = attrs.evolve(before, by=self._name, at=ledger.now(), pause=0.0, **known)
             self._announced_at = self._runtime.steady()
             return ledger.note(spend, begun, room)
 
@@ -396,7 +396,7 @@ class Flight(Patience, Generic[T]):
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
         try:
-            successor = spend.refresh(exchange, anew=_anew(attempt, chain), lost=self._key)
+            successor = spend.refresh(exchange, key=self._key)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
@@ -407,7 +407,7 @@ class Flight(Patience, Generic[T]):
         except (RefreshError, _Abandoned) as error:
             is_kept, until = getattr(error, "spent", None) is False, self.until()
             is_for_nobody = is_kept and self._time_left() <= 0
-            self._key = None if is_kept else self._key
+            self._key = None if is_kept else getattr(error, "idempotency_key", None) or self._key
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
@@ -434,8 +434,8 @@ class Flight(Patience, Generic[T]):
         if self._is_alone:
             return False
         before = attempt or Attempt(by="", at=now)
-        key = self._key or before.idempotency_key
-        done = Attempt(by=self._name, at=now, refusals=before.refusals, pause=pause, idempotency_key=key)
+        known: Any = {"idempotency_key": self._key or before.idempotency_key, "errors": before.others(spend.keys[-1])}
+        done = Attempt(by=self._name, at=now, refusals=before.refusals, pause=pause, **known)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 # So that the next process knows for how long it has been there.
@@ -450,7 +450,7 @@ class Flight(Patience, Generic[T]):
         if not is_noted or self._lease.is_ours() or self._runtime.steady() - looked_at <= _rules.TRUSTED:
             return is_noted
         # It was suspended, and another process may have announced one meanwhile.
-        ledger.note(spend, attrs.evolve(done, by="", at=ledger.now(), is_open=True, error={}, seen=None))
+        ledger.note(spend, attrs.evolve(done, by="", at=ledger.now(), is_open=True, errors={}, seen=None))
         return False
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
@@ -498,10 +498,10 @@ class Flight(Patience, Generic[T]):
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
-                details = {"message": str(error), **vars(error)}
-                verdict = Attempt(
-                    by=self._name, at=ledger.now(), refusals=refusals, error=details, about=spend.keys[-1]
-                )
+                errors = {**(tried.errors if tried else {}), spend.keys[-1]: {"message": str(error), **vars(error)}}
+                # If it was not the credential that was refused, its answer may still be lost.
+                key = self._key if error.idempotency_key is None else None
+                verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, errors=errors, idempotency_key=key)
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
                     raise error
             self._wait_for_news(poll, error.status)

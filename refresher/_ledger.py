@@ -421,9 +421,9 @@ class Ledger:
 
     def refusal(self, attempt: Attempt | None, spend: Credential[Any]) -> RefreshError | None:
         """Return what the service said when it refused a credential lately."""
-        if attempt is None or not attempt.refusals or attempt.about != spend.keys[-1]:
+        if attempt is None or not attempt.refusals:
             return None
-        return attempt.refusal(self.now(), self.age(attempt))
+        return attempt.refusal(spend.keys[-1], self.now(), self.age(attempt))
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt, or since this machine saw it, if another made it."""

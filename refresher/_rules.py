@@ -182,21 +182,20 @@ class Attempt:
         at: When it began, or ended.
         is_open: Whether its outcome is not known to anybody else.
         refusals: How often the service has refused the credential in a row.
-        error: What it said, as arguments of `SignInRequiredError`.
+        errors: What it said of each key by which stores know the credential: a session may have several names. As
+            arguments of `SignInRequiredError`.
         pause: Seconds from *at* for which the service asked callers to wait.
         seen: When another machine saw it, whose clock tells nothing of *at*.
-        about: What stores know the credential by that was sent: a session may have several.
-        idempotency_key: With which it was, so that others get the same answer.
+        idempotency_key: With which the credential was sent, so that others get the same answer.
     """
 
     by: str
     at: Instant
     is_open: bool = False
     refusals: int = 0
-    error: Mapping[str, Any] = attrs.field(factory=dict)
+    errors: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     pause: float = 0.0
     seen: Instant | None = None
-    about: str = ""
     idempotency_key: str | None = None
 
     def write(self) -> str:
@@ -216,23 +215,27 @@ class Attempt:
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
                 refusals=int(min(max(refusals, 0), 1000)),
-                error=dict(entry["error"]),
+                errors={key: dict(error) for key, error in entry["errors"].items()},
                 pause=min(max(pause, 0.0), DAY),
                 seen=Instant.read(entry["seen"]) if entry.get("seen") else None,
-                about=str(entry.get("about")),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def refusal(self, now: Instant, age: float) -> RefreshError | None:
+    def refusal(self, key: str, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        if not self.refusals or max(age, self.at.likely_age(now)) >= REFUSALS[min(self.refusals, len(REFUSALS)) - 1]:
+        longest = REFUSALS[min(self.refusals, len(REFUSALS)) - 1] if self.refusals and not self.is_open else 0.0
+        if max(age, self.at.likely_age(now)) >= longest:
             return None
         try:
-            return SignInRequiredError(**self.error)
-        except TypeError:
+            return SignInRequiredError(**self.errors[key])
+        except (KeyError, TypeError):
             return None
+
+    def others(self, key: str) -> dict[str, Mapping[str, Any]]:
+        """Return what it said of other keys."""
+        return {other: error for other, error in self.errors.items() if other != key}
 
     def pause_left(self, now: Instant) -> float:
         """Seconds for which the service still asks callers to wait."""

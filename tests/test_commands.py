@@ -31,7 +31,7 @@ from helpers import call_with
 
 from refresher import FileStore, KuzzleToken, TokenCache, UserToken, _cli, refresh_kuzzle_token, refresh_user_token
 from refresher._cli import main
-from refresher._text import fingerprint
+from refresher._text import fingerprint, key_of
 from refresher.services import kuzzle as kuzzle_service
 from refresher.testing import Answer, Clock
 
@@ -835,6 +835,29 @@ def test_warnings(kuzzle, jwt, run, quiet, monkeypatch):
     assert err.count("\n") == (0 if quiet else 1)
     assert quiet or "going on with the old token" in err
     assert quiet or re.match(f"{WHEN}kuzzle ", err)
+
+
+def test_another_run_has_the_lock(kuzzle, jwt, run, tmp_path):
+    """A run that has sent nothing itself goes on with a valid token."""
+    first = run("kuzzle", kuzzle.url, "--store", tmp_path / "store")
+    FileStore(tmp_path / "store").acquire(key_of("kuzzle", kuzzle.url, jwt), "another", 60)
+    kuzzle.clock.advance(3300)
+    with time_machine.travel(time.time() + 3300):
+        status, out, err = run("kuzzle", kuzzle.url, "--store", tmp_path / "store", "--timeout", "0.5")
+    assert (status, out) == first[:2]
+    told = "Time is up, and another process is refreshing the Kuzzle token: call again, going on with the old token"
+    assert err.endswith(f": {told}\n")
+    assert len(kuzzle.requests) == 1
+
+
+def test_no_answer_to_a_run_with_a_valid_token(kuzzle, jwt, run):
+    """It is not printed: it may have been spent."""
+    run("kuzzle", kuzzle.url)
+    kuzzle.clock.advance(3300)
+    kuzzle.lose_next()
+    with time_machine.travel(time.time() + 3300):
+        status, out, _ = run("kuzzle", kuzzle.url, "--timeout", "0.5", "--no-retry")
+    assert (status, out) == (75, "")
 
 
 def test_bug(kuzzle, jwt, run, monkeypatch):

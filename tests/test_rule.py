@@ -35,6 +35,7 @@ from refresher import (
     OutcomeUnknownError,
     RedisStore,
     RefreshError,
+    RequestRefusedError,
     SignInRequiredError,
     TokenCache,
     UnavailableError,
@@ -1804,8 +1805,6 @@ def test_lost_answer_to_a_request_with_a_new_key(circle, clock, store, why):
     with pytest.raises(OutcomeUnknownError):
         refresh(timeout=0.5)
     circle.next_answers.clear()
-    if why == "key refused":  # so it is, each time
-        circle.fail_next(156020)
     assert circle.knows(refresh())
     keys = [request.json()["idempotencyKey"] for request in circle.requests]
     assert keys[-1] == keys[1] != keys[0]
@@ -1906,3 +1905,56 @@ def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch
         with contextlib.suppress(UnavailableError):
             refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1, queuable=False)
         assert kuzzle.knows(calls[0].result().jwt)
+
+
+def test_callers_own_key_after_another_was_refused(circle, clock, store):
+    """Circle asks for a new idempotency key, and the caller gives one."""
+    call = call_with(circle, circle.sign_in())
+    circle.fail_next(156020)
+    with pytest.raises(RequestRefusedError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), idempotency_key=str(uuid.uuid4()))
+    own = {"idempotency_key": str(uuid.uuid4()), "retry": False}
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), **own))
+
+
+@pytest.mark.parametrize("before", ["refused before", "refused since", "forgotten"])
+def test_lost_answer_beside_a_refusal(circle, clock, store, before):
+    """That of a user's id says nothing of a request by a user token whose answer was lost, nor does a sign-out."""
+    pair = circle.sign_in()
+    by_id = {"user_id": "user-1", "user_token": None}
+
+    def refresh(**options):
+        return refresh_user_token(**call_with(circle, pair, **options), cache=TokenCache(store, clock=clock))
+
+    def be_refused():
+        circle.fail_next(155109)
+        with pytest.raises(SignInRequiredError):
+            refresh(**by_id)
+
+    if before == "refused before":
+        be_refused()
+    if before == "forgotten":
+        names = {"refresh_token": pair.refresh_token, "device_id": "device-1", "user_token": pair.user_token}
+        TokenCache(store, clock=clock).forget(**names, base_url=circle.url)
+    circle.next_answers.append(lambda request: (circle.truly(request), b"")[1])
+    with pytest.raises(OutcomeUnknownError):
+        refresh(retry=False)
+    if before == "refused since":
+        be_refused()
+    clock.advance(HOUR / 2)
+    assert circle.knows(refresh(**({} if before == "refused since" else by_id)))
+
+
+def test_refusals_by_two_names(circle, clock, store):
+    """Each is remembered, so that calls by both ask no more often than calls by one."""
+    pair, asked = circle.sign_in(), []
+    for minute in range(16):
+        for name in ({"user_id": "user-1", "user_token": None}, {}):
+            circle.next_answers.clear()
+            circle.fail_next(155103)
+            sent = len(circle.requests)
+            with pytest.raises(SignInRequiredError):
+                refresh_user_token(**call_with(circle, pair, **name), cache=TokenCache(store, clock=clock))
+            asked += [minute] * (len(circle.requests) > sent)
+        clock.advance(60)
+    assert len(asked) <= 6

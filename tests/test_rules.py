@@ -274,7 +274,7 @@ def test_any_entry(value):
     else:
         assert chain.newest is None or chain.newest.token.kuid == "foo"
     attempt = Attempt.read(text)
-    assert attempt is None or isinstance(attempt.refusal(NOW, 0.0), SignInRequiredError | None)
+    assert attempt is None or isinstance(attempt.refusal("key", NOW, 0.0), SignInRequiredError | None)
     assert read_alias(text, credential()) is None
 
 
@@ -317,7 +317,7 @@ def test_alias_tells_no_secret():
 
 # Attempts
 
-REFUSED = Attempt(by="one", at=NOW, refusals=1, error={"message": "no", "provider": "kuzzle", "spent": None})
+REFUSED = Attempt(by="one", at=NOW, refusals=1, errors={"key": {"message": "no", "provider": "kuzzle", "spent": None}})
 
 
 def later(seconds):
@@ -350,8 +350,8 @@ def attempt_text(**changes):
         pytest.param("{}", id="no members"),
         pytest.param(attempt_text(at=None), id="no time"),
         pytest.param(attempt_text(at={"wall": 1, "steady": 10**400, "boot": ""}), id="400 digits"),
-        pytest.param(attempt_text(error=5), id="a number for an error"),
-        pytest.param(attempt_text(error="no"), id="a text for an error"),
+        pytest.param(attempt_text(errors=5), id="a number for an error"),
+        pytest.param(attempt_text(errors={"key": "no"}), id="a text for an error"),
     ],
 )
 def test_no_attempt(text):
@@ -397,7 +397,7 @@ def test_only_true_is_open(truth):
 )
 def test_refusal_is_remembered(refusals, age, expected):
     """A refusal is remembered for longer each time, with all that it said."""
-    error = attrs.evolve(REFUSED, refusals=refusals).refusal(later(age), 0.0)
+    error = attrs.evolve(REFUSED, refusals=refusals).refusal("key", later(age), 0.0)
     assert (error is not None) is expected
     if expected:
         assert type(error) is SignInRequiredError
@@ -407,8 +407,8 @@ def test_refusal_is_remembered(refusals, age, expected):
 def test_refusal_of_the_future():
     """A refusal of another machine may seem to be of the future. It does not count for ever."""
     there = attrs.evolve(REFUSED, at=Instant(NOW.wall + 1, 0.0, "another"))
-    assert there.refusal(NOW, 59.9) is not None
-    assert there.refusal(NOW, 60.0) is None
+    assert there.refusal("key", NOW, 59.9) is not None
+    assert there.refusal("key", NOW, 60.0) is None
 
 
 @pytest.mark.parametrize(("ahead", "left"), [(0, 47.0), (-40, 7.0), (-50, 0.0), (2, 47.0), (3600, 0.0)])
@@ -421,7 +421,7 @@ def test_pause_left(ahead, left):
 @pytest.mark.parametrize("error", [{}, {"message": "no", "nonsense": 1}])
 def test_refusal_without_words(error):
     """A refusal counts only if it is known what the service said."""
-    assert attrs.evolve(REFUSED, error=error).refusal(NOW, 0.0) is None
+    assert attrs.evolve(REFUSED, errors={"key": error}).refusal("key", NOW, 0.0) is None
 
 
 @pytest.mark.parametrize(

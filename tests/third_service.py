@@ -119,7 +119,10 @@ class HarborCredential:
         """When its ticket expires, by Harbor's clock."""
         return self.token.expires_at.timestamp() if self.token else None
 
-    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
+    def key_for(self, anew: str, /) -> None:
+        """There is none."""
+
+    def refresh(self, send: Send, /, *, key: str | None) -> Self:
         """Spend it."""
         request = Request(
             service="harbor",

@@ -178,14 +178,11 @@ class Credential(Protocol[T_co]):
     def refreshable_for(self) -> float | None:
         """For how many seconds it can be refreshed, from when it was asked for. None means for ever."""
 
-    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
-        """
-        Spend it, and return its successor.
+    def key_for(self, anew: str, /) -> str | None:
+        """Return the idempotency key to send. *anew* tells it from requests that were refused, if any were."""
 
-        Args:
-            anew: Tells this from requests that were refused, whose answers must not come back. Empty if none was.
-            lost: An idempotency key whose answer may have been lost, as of a call by another name. None: its own.
-        """
+    def refresh(self, send: Send, /, *, key: str | None) -> Self:
+        """Spend it, and return its successor. *key*: the idempotency key to send. None means its own."""
 
     def sign_out(self, send: Send, /) -> None:
         """

@@ -119,11 +119,11 @@ class CircleCredential:
             return self.given_key
         return _as_uuid(key_of(self.user_token or self.user_id or "", self.refresh_token, self.device_id))
 
-    def with_new_key(self, why: str) -> Self:
-        """Derive another idempotency key. After a crash it is the same."""
-        return attrs.evolve(self, given_key=_as_uuid(key_of(self.idempotency_key, why)))
+    def key_for(self, anew: str, /) -> str:
+        """Return the idempotency key to send: another one, unless it was given. After a crash it is the same."""
+        return _as_uuid(key_of(self.idempotency_key, anew)) if anew and not self.given_key else self.idempotency_key
 
-    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:
+    def refresh(self, send: Send, /, *, key: str | None) -> Self:
         """
         Spend it.
 
@@ -131,17 +131,17 @@ class CircleCredential:
         call, and nobody received it. That pair is refreshed in turn, until there is a valid one or time is up.
         """
         request_id = self.request_id or str(uuid.uuid4())
-        step = self.with_new_key(anew) if anew and not self.given_key else self
-        step = attrs.evolve(step, given_key=lost or step.given_key)
+        step = attrs.evolve(self, given_key=key or self.given_key)
         user_token = step.user_token or Secret(send(step.exchange_request(request_id), parse)[0].user_token)
         last, is_again = math.nan, False
         for _ in range(_MOST_STEPS):
             try:
                 pair, reply = send(step.request(user_token, request_id), step.parse)
             except RequestRefusedError as error:
-                if error.code != _NEW_KEY or self.given_key or is_again or not send.retry:
+                own, last_key = self.given_key, step.idempotency_key
+                if error.code != _NEW_KEY or own == last_key or is_again or not (own or send.retry):
                     raise
-                step, is_again = step.with_new_key("refused"), True
+                step, is_again = attrs.evolve(step, given_key=own or _as_uuid(key_of(last_key, "refused"))), True
             else:
                 step, user_token, is_again = step.following(pair), Secret(pair.user_token), False
                 # If two were issued when they were asked for, and are valid by the local clock, the `Date` is wrong.

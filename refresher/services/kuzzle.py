@@ -153,7 +153,10 @@ class KuzzleCredential:
         is_other = self.strategy is None and self.requested not in (None, math.inf)
         return None if is_other and math.floor(self.requested or 0) != known.exp - known.iat else known.iat
 
-    def refresh(self, send: Send, /, *, anew: str, lost: str | None) -> Self:  # noqa: ARG002
+    def key_for(self, anew: str, /) -> None:
+        """There is none."""
+
+    def refresh(self, send: Send, /, *, key: str | None) -> Self:  # noqa: ARG002
         """Spend it."""
         return self.following(send(self.request(), parse)[0])
 
