@@ -320,7 +320,7 @@ MUTANTS = [
     ),
     Mutant(
         "an expired pair of Circle's is handed out",
-        (_CIRCLE, "if is_new or not _has_expired(pair, reply):", "if True:"),
+        (_CIRCLE, "if alike >= (2 if left > 0 else _SURE) or not _has_expired(pair, reply):", "if True:"),
     ),
     Mutant(
         "an expired pair of Circle's is handed out after five steps",
