@@ -304,7 +304,7 @@ class Flight(Patience, Generic[T]):
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
         patience = _rules.patience(left, window)
-        if newest is None:  # unless the caller's own is about to expire for sure
+        if newest is None and self._lease.lock is Lock.HELD:  # unless the caller's own is about to expire for sure
             _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
             patience = _rules.patience(Left(own.least, own.least), its_window)
         view = View(
