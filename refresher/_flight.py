@@ -35,6 +35,9 @@ OnEvent = Callable[[RefreshEvent], object]
 class _Abandoned(Exception):  # noqa: N818
     """Nobody waits for this flight any more, and nothing was spent."""
 
+    spent = idempotency_key = retry_after = None
+    retryable = False
+
 
 class _LookAgain(Exception):  # noqa: N818
     """The lease has ended: somebody else may have spent the token."""
@@ -339,8 +342,8 @@ class Flight(Patience, Generic[T]):
             self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
             poll = min(1.2 * poll, _rules.LONGEST_POLL)
             self._lease.take()
-            if self._ledger.look(credential)[0].generation > generation:
-                break  # whoever has the lock may have ended since
+            if self._lease.lock is Lock.HELD and self._ledger.look(credential)[0].generation > generation:
+                break  # whoever has it may have ended since
 
     def _wait_or_fail(self, step: Step, view: View, spend: Credential[T], attempt: Attempt | None, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
@@ -405,16 +408,16 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            is_kept, until = getattr(error, "spent", None) is False, self.until()
+            is_kept, until = error.spent is False, self.until()
             is_for_nobody = is_kept and self._time_left() <= 0
-            self._key = None if is_kept else getattr(error, "idempotency_key", None) or self._key
+            self._key = None if is_kept else error.idempotency_key or self._key
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
             if spend.idempotency_key is None or not is_lost:
                 ledger.hold_back(chain.key)  # else to ask again brings the answer that was lost
-            self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)
-            if is_for_nobody or (getattr(error, "retryable", False) and self.until() > until):
+            self._close(spend, attempt, error.retry_after or 0.0)
+            if is_for_nobody or (error.retryable and self.until() > until):
                 raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None

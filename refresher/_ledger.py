@@ -421,9 +421,7 @@ class Ledger:
 
     def refusal(self, attempt: Attempt | None, spend: Credential[Any]) -> RefreshError | None:
         """Return what the service said when it refused a credential lately."""
-        if attempt is None or not attempt.refusals:
-            return None
-        return attempt.refusal(spend.keys[-1], self.now(), self.age(attempt))
+        return None if attempt is None else attempt.refusal(spend.keys[-1], self.now(), self.age(attempt))
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt, or since this machine saw it, if another made it."""

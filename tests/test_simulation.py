@@ -45,4 +45,5 @@ def test_a_broken_core_is_found_out():
     """The simulation can fail: it finds a fault that was put into the core."""
     from simulation.mutants import MUTANTS
 
-    assert MUTANTS[0].hunt(3000)
+    (mutant,) = (each for each in MUTANTS if each.name == "a refusal is the verdict though there is a newer token")
+    assert "told to sign in" in mutant.hunt(3000)

@@ -1576,6 +1576,7 @@ def configured(tmp_path):
     refresher.stores.django._used.clear()
 
 
+NO_KEYS = "settings.CACHES['bad'] makes keys that it cannot store. Give it a short KEY_PREFIX without spaces."
 ALL_SHARE = "Use a cache that all processes share: Redis, Memcached or a database"
 
 
@@ -1614,13 +1615,13 @@ ALL_SHARE = "Use a cache that all processes share: Redis, Memcached or a databas
         pytest.param(
             {"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "KEY_PREFIX": "my site"},
             "E007",
-            "settings.CACHES['bad'] makes keys that it cannot store. Give it a short KEY_PREFIX without spaces.",
+            NO_KEYS,
             id="keys with a space",
         ),
         pytest.param(
             {"BACKEND": BACKENDS + "db.DatabaseCache", "LOCATION": "default_keys", "KEY_PREFIX": 200 * "x", **ROOM},
             "E007",
-            "settings.CACHES['bad'] makes keys that it cannot store. Give it a short KEY_PREFIX without spaces.",
+            NO_KEYS,
             id="long keys",
         ),
         pytest.param(

@@ -27,7 +27,7 @@ _REFRESH_LIFETIME = 30 * 86400.0
 
 # How far apart two times may be that count as one, in seconds: some are whole seconds.
 _MOMENT = 2.0
-# How many such pairs are no coincidence, whatever the local clock says.
+# How many pairs in a row, issued when they were asked for, are no coincidence, whatever the local clock says.
 _SURE = 5
 # How many requests one refresh may take: a month of pairs, refreshed every hour, that have all expired.
 _MOST_STEPS = 1000

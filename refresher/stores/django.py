@@ -32,20 +32,22 @@ _PREFIX = "refresher:2:"
 _LONGEST_LEASE = 86_400.0
 # The last second that Memcached can count.
 _LAST = 2**31 - 1
-# A cache that drops entries by their number has to have room for all sessions.
+# Of Memcached. A column for keys has five characters more.
 _LONGEST_KEY = 250
+# A cache that drops entries by their number has to have room for all sessions.
 _LEAST_MAX_ENTRIES = 100_000
 _UPDATE = "UPDATE {table} SET {value} = %s, {expires} = %s WHERE {cache_key} = %s"
+_INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
 _SWEEP = "DELETE FROM {table} WHERE {expires} < %s"
 # What a transaction of the site has locked, by looking at it, would be waited for until that ends.
 _SWEEP_UNLOCKED = (
     "DELETE FROM {table} WHERE {cache_key} IN "
     "(SELECT {cache_key} FROM {table} WHERE {expires} < %s FOR UPDATE SKIP LOCKED)"
 )
-_INSERT = "INSERT INTO {table} ({value}, {expires}, {cache_key}) VALUES (%s, %s, %s)"
+# In seconds. Without them, a process would not end while its cache hangs.
+_PATIENT_MEMCACHE = {"timeout": 5.0, "connect_timeout": 5.0}
 # Without replies, anybody could take a lock. For a second after an error, or with ignore_exc, all entries would seem to
 # be gone.
-_PATIENT_MEMCACHE = {"timeout": 5.0, "connect_timeout": 5.0}  # or a process would not end while its cache hangs
 _PLAIN_MEMCACHE = {"default_noreply": False, "ignore_exc": False, "retry_attempts": 0, "dead_timeout": 0}
 # Which caches the site uses, and whether by one process: what `manage.py check` looks at.
 _used: dict[tuple[str, bool], None] = {}
@@ -330,10 +332,9 @@ def _close_caches(**_: object) -> None:
     for (process, _), (_, cache) in list(mine.items()):
         if process == os.getpid():
             cache.close()
-            for pool in getattr(
-                getattr(cache, "_cache", None), "_pools", {}
-            ).values():  # Django's RedisCache closes none
-                pool.disconnect()
+            if isinstance(cache, RedisCache):  # which closes nothing
+                for pool in cache._cache._pools.values():  # type: ignore[attr-defined]  # which typeshed does not know
+                    pool.disconnect()
 
 
 request_finished.connect(_close_caches)

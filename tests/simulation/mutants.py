@@ -288,7 +288,7 @@ MUTANTS = [
     Mutant(
         "the hold-back goes by the local clock",
         (
-            "_exchange.py",
+            _REQUESTS,
             "service_now=self.service_now(credential.scope))",
             "service_now=(self._wall(), self._wall(), True))",
         ),
@@ -369,7 +369,7 @@ MUTANTS = [
         ),
         (
             _FLIGHT,
-            'self._close(spend, attempt, getattr(error, "retry_after", None) or 0.0)',
+            "self._close(spend, attempt, error.retry_after or 0.0)",
             "self._close(spend, attempt)",
         ),
     ),
