@@ -31,6 +31,7 @@ from helpers import call_with
 
 from refresher import FileStore, KuzzleToken, TokenCache, UserToken, _cli, refresh_kuzzle_token, refresh_user_token
 from refresher._cli import main
+from refresher._flight import Flight
 from refresher._text import fingerprint, key_of
 from refresher.services import kuzzle as kuzzle_service
 from refresher.testing import Answer, Clock
@@ -860,6 +861,24 @@ def test_no_answer_to_a_run_with_a_valid_token(kuzzle, jwt, run):
     assert (status, out) == (75, "")
 
 
+def test_answer_that_is_lost_after_the_time_is_up(kuzzle, jwt, run, monkeypatch):
+    """Nor is a valid token printed then, though the flight is gone before it has told what it sent."""
+    let_go = Flight._let_go
+    monkeypatch.setattr(Flight, "_let_go", lambda self: (time.sleep(0.3), let_go(self))[1])
+    run("kuzzle", kuzzle.url)
+    kuzzle.clock.advance(3300)
+
+    def lose(request):
+        given = kuzzle.truly(request)
+        time.sleep(1.5)
+        return given, b""
+
+    kuzzle.next_answers.append(lose)
+    with time_machine.travel(time.time() + 3300):
+        status, out, _ = run("kuzzle", kuzzle.url, "--timeout", "0.5")
+    assert (status, out) == (75, "")
+
+
 def test_bug(kuzzle, jwt, run, monkeypatch):
     """A bug of ours is one line that says where, and nothing of what was in hand."""
 
@@ -1358,6 +1377,16 @@ def test_countdown(kuzzle, jwt):
     assert all("Kuzzle is busy or down" in line for line in lines[2:-1])
     assert max(map(len, lines)) <= 79
     assert re.match("Waiting, 1[89] s left", lines[1])
+
+
+def test_check_that_waits(kuzzle, jwt):
+    """What a check waits for is wiped out, too."""
+    kuzzle.fail_next("api.process.overloaded")
+    status, _, shown = at_a_terminal("status", "kuzzle", kuzzle.url, "--check")
+    lines = shown.split("\r\x1b[K")
+    assert status == 0
+    assert "Kuzzle is busy or down" in lines[1]
+    assert lines[-1] == ""
 
 
 def test_no_countdown(kuzzle, jwt):

@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import stat
 import statistics
 import subprocess
@@ -1763,6 +1764,27 @@ def test_memcached_without_replies(memcached):
         assert store.acquire(key, "first", 60) == 0.0
         assert store.acquire(key, "second", 60) > 0.0
         assert caches["hasty"]._options["default_noreply"] is True
+
+
+def test_memcached_that_hangs(monkeypatch):
+    """A site that sets no time limit is not waited for longer than the process should last."""
+    pytest.importorskip("pymemcache")
+    for name in ("timeout", "connect_timeout"):
+        monkeypatch.setitem(refresher.stores.django._PATIENT_MEMCACHE, name, 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with django_caches(hung={"BACKEND": BACKENDS + "memcached.PyMemcacheCache", "LOCATION": address}):
+            raised = []
+
+            def read():
+                with pytest.raises(TimeoutError) as caught:
+                    DjangoStore("hung").get(KEY)
+                raised.append(caught.type)
+
+            reader = threading.Thread(target=read, daemon=True)
+            reader.start()
+            reader.join(5)
+            assert raised == [TimeoutError]
 
 
 def test_too_long_for_memcached(memcached):
