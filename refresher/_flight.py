@@ -246,7 +246,7 @@ class Flight(Patience, Generic[T]):
     def _refresh(self) -> Credential[T] | None:
         """Do what the rules say, until there is an answer. None if its callers have to ask again."""
         call, lease, ledger = self.call, self._lease, self._ledger
-        waited, poll = False, _rules.POLL
+        waited_for, poll = -1, _rules.POLL  # a generation: whoever has refreshed that one may be at the next
         while True:
             self._check()
             if lease.lock is Lock.OURS and not lease.is_ours():
@@ -254,7 +254,7 @@ class Flight(Patience, Generic[T]):
             chain, is_readable = self._look()
             if chain.key != self.chain:
                 return None  # it belongs to another chain, which may have a flight already
-            view, spend, attempt = self._view(chain, is_readable, waited)
+            view, spend, attempt = self._view(chain, is_readable, waited_for == chain.generation)
             step = _rules.next_step(view)
             if step is Step.ANNOUNCE:
                 announced = self._announce(spend, attempt, chain)
@@ -278,7 +278,7 @@ class Flight(Patience, Generic[T]):
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
                 self._wait_for_lock(view.patience)
-                waited = True
+                waited_for = chain.generation
             elif step is not Step.SEND:
                 self._wait_or_fail(step, view, spend, attempt, poll)
                 poll = min(1.5 * poll, 2 * _rules.LONGEST_POLL)
@@ -532,9 +532,8 @@ class Flight(Patience, Generic[T]):
         """Write down what could not be written before, and let go of the lock."""
         ledger = self._ledger
         ledger.save_until(self.chain, self._limit)
-        is_well = self.chain not in ledger.unsaved
         self._let_go()
-        if is_well:
+        if not ledger.is_failing:
             ledger.save_all()
         if ledger.unsaved:
             ledger.save_later()

@@ -282,7 +282,11 @@ class Ledger:
                         self._aliases.put(own, key)
         self._looked_at.put(key, self.runtime.steady())
         known = self.chains.get(key)
-        if found is not None and (known is None or found.generation >= known.generation):
+        is_current = found is not None and (known is None or found.generation >= known.generation)
+        current = found if is_current else known
+        if current is not None and (other := self._other(current)) is not None:  # before it is forgotten
+            self.keep(known := attrs.evolve(other, key=key, generation=current.generation + 1))
+        elif found is not None and is_current:
             self._remember(known := found)
         elif known is not None and is_readable and not self.unread.get(key):
             if self._seconds(known) <= 0:
@@ -292,6 +296,15 @@ class Ledger:
                 self.unsettle()
             self.unsaved[key] = known
         return known or Chain(key=key), is_readable
+
+    def _other(self, chain: Chain[T]) -> Chain[T] | None:
+        """Return the chain in which the newest token of this one was spent: after a loss, one may be two."""
+        if chain.newest is None or chain.newest.birth is None:
+            return None
+        own = chain.newest.keys[0]
+        other = self.chains.get(self._aliases.get(own) or own)
+        later = None if other is None or other.newest is None else other.newest.birth
+        return other if later is not None and later > chain.newest.birth else None
 
     def may_have_more(self, chain: Chain[Any], credential: Credential[Any]) -> bool:
         """Whether the store has an entry of a chain that could not be read: it may be newer than what is known."""

@@ -1172,11 +1172,11 @@ def test_redirects_are_told(kuzzle, strangers_server, status):
 def test_timeout_is_for_both_of_circles_requests(circle):
     """The exchange and the refresh share the timeout: what the first took is not there for the second."""
     started = time.monotonic()
-    circle.next_answers.append(lambda request: time.sleep(0.3) or Answer(200, {"data": {"userToken": "u"}}))
-    circle.next_answers.append(lambda request: time.sleep(0.3) or Answer(200, {"data": {"userToken": "u"}}))
+    circle.next_answers.append(lambda request: time.sleep(1.0) or Answer(200, {"data": {"userToken": "u"}}))
+    circle.next_answers.append(lambda request: time.sleep(1.0) or Answer(200, {"data": {"userToken": "u"}}))
     with pytest.raises(OutcomeUnknownError) as caught:
         refresh_user_token(
-            user_id="user-1", refresh_token="r", device_id="d", api_key="k", base_url=circle.url, timeout=0.4
+            user_id="user-1", refresh_token="r", device_id="d", api_key="k", base_url=circle.url, timeout=1.6
         )
     assert caught.value.idempotency_key
     assert len(circle.requests) == 2

@@ -1405,6 +1405,25 @@ def test_flush_while_another_process_has_the_newest_token(kuzzle, clock):
     assert call(other) == newest
 
 
+def test_two_chains_that_are_one(kuzzle, clock, monkeypatch):
+    """A store that has lost its entries makes two chains of one. Who knows both goes on with the newer token."""
+    monkeypatch.setattr(_rules, "TRUSTED", -1.0)
+    store = SharedStore(clock)
+    ours, other = (TokenCache(store, clock=clock) for _ in range(2))
+    root = kuzzle.login(ago=1800)
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=ours)
+    clock.advance(60)
+    store.memory = MemoryStore(timer=clock)
+    newest = refresh_kuzzle_token(kuzzle.url, first.jwt, expires_in="2h", cache=other)
+    wait_for_copies(other)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=ours) == first  # who has never had a newer one puts it back
+    wait_for_copies(ours)
+    for cache in other, ours, TokenCache(store, clock=clock):
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == newest
+        clock.advance(1)
+    assert len(kuzzle.requests) == 2
+
+
 @pytest.mark.holds
 def test_short_calls_of_many_processes(kuzzle, root):
     """What calls of less than a second have seen of a token in one process counts in the next."""
@@ -1786,6 +1805,55 @@ def test_holder_that_ends_right_after_its_answer(kuzzle, clock, store, cache, ro
         for key, text in entries(store).items():
             copied.set(key, text, HOUR)
         assert waiting.result() == token
+
+
+def test_lock_of_a_holder_that_refreshes_again(kuzzle, clock, root):
+    """Who has waited for a lock until the end of one token waits for the next one, too: its holder is at work."""
+    cache = TokenCache(store := SharedStore(clock), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    tries, sent = [], []
+
+    class Held(SharedStore):
+        def acquire(self, key, owner, lease):
+            tries.append(key)
+            if len(tries) == 2:  # the holder has an answer, and a while goes by
+                newest = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+                clock.advance(HOUR - 2)
+                sent.append(newest)
+            return 5.0 if len(tries) < 5 else super().acquire(key, owner, lease)
+
+        def set(self, key, value, seconds):
+            if key.endswith("-attempt"):
+                sent.append(len(tries))
+            super().set(key, value, seconds)
+
+    shared = Held(clock)
+    shared.memory = store.memory
+    clock.advance(HOUR - 2)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(shared, clock=clock), timeout=5).jwt)
+    assert sent[1] == 5
+
+
+def test_answer_that_a_store_takes_at_last(kuzzle, clock, root, monkeypatch):
+    """A process whose time for writing is up tries once more if the store has let it give back the lock."""
+    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda self: None)  # as if the process ended
+
+    class AtLast(SharedStore):
+        is_full = True
+
+        def set(self, key, value, seconds):
+            if self.is_full and not key.endswith("-attempt"):
+                raise ConnectionError("no store")
+            super().set(key, value, seconds)
+
+        def release(self, key, owner):
+            self.is_full = False
+            super().release(key, owner)
+
+    cache = TokenCache(store := AtLast(clock), clock=clock, lease=0)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    wait_for_copies(cache)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
 
 
 @pytest.mark.parametrize("why", ["refused", "key refused"])

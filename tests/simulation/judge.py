@@ -258,12 +258,14 @@ def _could_not_keep(world: World, holder: Process, since: float, session: Sessio
     slept = holder.asleep_for - session.slept_before[holder]
     well_since = until if store.troubled() else min(store.well_since, until)
     troubled = max(0.0, well_since - since)  # for how long it could not be written, or an upper bound of that
-    if holder.alive:  # it writes as soon as it can
-        return slept > 60.0 or (troubled > 55.0 and until - well_since < 20.0)
+    if holder.alive:  # it writes as soon as it can; what was asked for without the store is not announced there
+        return slept > (1.0 if session.in_last_moments and troubled else 60.0) or (
+            troubled > 55.0 and until - well_since < 20.0
+        )
     if holder.how == "killed":
         return until - since < 2.0 + troubled + slept
     # It has ended by itself, and was to write until then.
-    return session.in_last_moments or (troubled > until - since - 2.0 and store.trouble_since > session.spent_at - 2.0)
+    return session.in_last_moments or (troubled > until - since - 2.0 and store.trouble_since > session.asked_at - 2.0)
 
 
 def told_to_sign_in(world: World, call: Any) -> None:

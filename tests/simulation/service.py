@@ -42,7 +42,8 @@ class Session:
         self.exchanged = Event()  # the next time that it is
         self.forgotten_at = math.inf
         self.disturbed_at = -math.inf  # when its service last was out of order for it
-        self.spent_at, self.departed_at = 0.0, -math.inf
+        self.spent_at = self.asked_at = 0.0
+        self.departed_at = -math.inf
         self._begin(first)
         self.kept, self.kept_at = (
             True,
@@ -76,6 +77,7 @@ class Session:
         self.exchanged.set()
         self.exchanged = Event()
         self.in_last_moments, self.spent_at = in_last_moments, self.server.world.time
+        self.asked_at = min(self.departed_at, self.spent_at)  # when that was asked for
 
     def left(self) -> float:
         """Tell for how many more seconds its newest access token is good."""
