@@ -364,7 +364,7 @@ class Ledger:
             # Before the chain: whoever reads its newest token finds the way back.
             seconds = _rules.FOREVER if newest.refreshable_for is None else newest.refreshable_for
             alias = _rules.write_alias(chain.key, newest)
-            for key in {*newest.keys} - {chain.key}:
+            for key in sorted({*newest.keys} - {chain.key}):
                 self.store.set(f"{key}-alias", alias, math.ceil(min(seconds, _rules.FOREVER) + _rules.DAY))
         if there < chain.generation:
             self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
@@ -458,7 +458,7 @@ class Ledger:
         """Remember a spent credential for one more day: its outcome is known now."""
         self.delete(f"{spent.keys[0]}-attempt")
         seconds = _GONE if chain in spent.keys else _rules.DAY  # the first token is the one that people keep
-        for key in {*spent.keys} - {chain}:
+        for key in sorted({*spent.keys} - {chain}):
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)
             self.ask("cannot be written", self.store.set, *entry)
 
@@ -472,7 +472,7 @@ class Ledger:
             mark = f"{chain.key}-ended", str(tombstone.text), math.ceil(_GONE)
             if not self.ask("cannot be written", self.store.set, *mark)[1]:
                 return False
-        return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in keys)])
+        return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in sorted(keys))])
 
     def save_until(self, key: str, limit: float) -> None:
         """Write a chain down, for some seconds at most, or let the thread go on for as long that is at it."""

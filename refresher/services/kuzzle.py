@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -54,6 +55,7 @@ _MEANINGS = {
 _NAME = re.compile("[a-z_]+(?:\\.[a-z_]+){2}")
 
 
+@functools.lru_cache(maxsize=1024)
 def milliseconds(timespan: str | timedelta) -> float | None:
     """
     Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None if it is not one.

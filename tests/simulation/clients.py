@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import traceback
 from datetime import timedelta
 from email.utils import formatdate
@@ -28,9 +27,7 @@ from refresher.tokens import UserToken
 from . import judge
 from .service import API_KEY, CIRCLE, Session
 from .store import StoreClient
-from .world import InterruptError, Machine, Mutex, Process, World
-
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+from .world import InterruptError, Machine, Process, World
 
 
 def start(world: World, name: str, machine: Machine, ahead: float | None = None) -> Process:
@@ -40,11 +37,6 @@ def start(world: World, name: str, machine: Machine, ahead: float | None = None)
     store: Any = MemoryStore(timer=process.steady) if memory else StoreClient(world.store, process)
     process.cache = TokenCache(store, ahead=ahead, runtime=process)
     process.ahead = ahead or 0.0
-    for holder in (process.cache, store):
-        for attribute, value in vars(holder).items():
-            if isinstance(value, _LOCKS):
-                process.mutexes.append(Mutex())
-                setattr(holder, attribute, process.mutexes[-1])
     world.say(f"process {name} starts on {machine.name}")
     return process
 

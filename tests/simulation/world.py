@@ -70,6 +70,7 @@ class World:
         self.violation: tuple[str, str] | None = None
         self.counts: Counter[str] = Counter()
         self.closing = Event()  # happens when servers are to end
+        self.until = math.inf  # when `run` is to end
         self.looks = 0  # at the clock, since something last happened
         self.reading = False  # whether the core is in a function that must not switch
 
@@ -106,6 +107,9 @@ class World:
             raise GreenletExit
         task.due, task.event = self.time + max(0.0, seconds), event
         self.looks = 0
+        if event is None and self._is_next(task):  # what `run` would come to, without a switch
+            self.time = task.due
+            return False
         self.main.switch()
         if process is not None and not process.alive:
             raise GreenletExit
@@ -114,13 +118,25 @@ class World:
             raise error
         return event is not None and event.happened
 
+    def _is_next(self, task: Task) -> bool:
+        """Tell whether a task is the only one that can go on until it is due."""
+        due = task.due
+        for other in self.tasks:
+            if other is not task and other.process is not None and other.process.asleep_until <= due:
+                if other.due <= due or (other.event is not None and other.event.happened):
+                    return False
+            elif other is not task and other.process is None and (other.due <= due or other.event is not None):
+                return False
+        is_awake = task.process is None or task.process.asleep_until <= due
+        return is_awake and due <= self.until and self.violation is None
+
     def step(self, kind: str, detail: str = "") -> None:
         """Come by here before every effect: others may run first, and something may go wrong."""
         task = getcurrent()
         if task.process is not None and not task.process.alive:
             raise GreenletExit
-        if self.reading or self.held():
-            raise AssertionError("an effect within a reading, or under a mutex")
+        if self.reading:
+            raise AssertionError("an effect within a reading")
         self.counts["steps"] += 1
         if task.process is not None and task.process.nap[0] == kind and not self.faults.healed:
             self.faults.happened.append("suspend")
@@ -133,13 +149,9 @@ class World:
         if self.random.random() < 0.5:
             self.park(0)
 
-    def held(self) -> bool:
-        """Tell whether the process that is running holds a mutex of its cache."""
-        process = getcurrent().process
-        return process is not None and any(mutex.depth for mutex in process.mutexes)
-
     def run(self, until: float) -> None:
         """Run what can be run till then."""
+        self.until = until
         while self.violation is None:
             ready, soonest, now = [], math.inf, self.time
             for task in self.tasks:
@@ -196,28 +208,6 @@ class Machine:
         self.boots, self.booted_at = self.boots + 1, self.world.time
 
 
-class Mutex:
-    """Stands in for a lock of the cache, and knows whether it is held. With one OS thread, it needs no more."""
-
-    def __init__(self) -> None:
-        self.depth, self.owner = 0, None
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        if self.depth and self.owner is not getcurrent():
-            raise AssertionError("a thread was switched away from while it held a mutex")
-        self.depth, self.owner = self.depth + 1, getcurrent()
-        return True
-
-    def release(self) -> None:
-        self.depth -= 1
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class Process:
     """A simulated process. It is the core's `Runtime`: see refresher/_runtime.py for what is what."""
 
@@ -225,7 +215,6 @@ class Process:
         self.world, self.name, self.machine, self.alive = world, name, machine, alive
         self.cache: Any = None
         self.ahead = 0.0  # how much earlier than usual it refreshes
-        self.mutexes: list[Mutex] = []
         self.began_at, self.ended_at, self.how = world.time, math.inf, ""
         self.asleep_until, self.asleep_for = 0.0, 0.0
         self.nap = "", 0.0  # before which effect it is to be suspended, and for how long
