@@ -1,8 +1,5 @@
 """What comes from outside: clocks, chance, threads and the network. A simulation hands over another."""
 
-# What a Protocol asks for has no body.
-# pyright: reportReturnType=false
-
 from __future__ import annotations
 
 import atexit
@@ -17,84 +14,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import requests
 
     from .services import Reply, Request
-
-
-class Event(Protocol):
-    """Something that threads wait for."""
-
-    def set(self) -> None:
-        """Let it happen. Again changes nothing."""
-
-
-class Runtime(Protocol):
-    """
-    What the library needs of its surroundings.
-
-    *Readings* never let another thread run. *Effects* may, may take their time, and anything may happen meanwhile.
-    """
-
-    boot: str  # names what `steady` counts from: readings of one boot can be compared, also between processes
-
-    # Readings.
-    def now(self) -> float:
-        """Seconds since 1970, by a clock that may be wrong and may be set."""
-
-    def steady(self) -> float:
-        """Seconds by a clock that nobody sets."""
-
-    def pick(self, least: float, most: float) -> float:
-        """Draw a number."""
-
-    def draw(self) -> str:
-        """Draw a name that nobody else has."""
-
-    def process(self) -> int:
-        """Return what tells this process from a child that it forked."""
-
-    def event(self) -> Event:
-        """Make an event."""
-
-    # Effects.
-    def sleep(self, seconds: float) -> None:
-        """Let time pass."""
-
-    def wait(self, event: Event, seconds: float) -> bool:
-        """Wait for an event, for some seconds at most. Return whether it has happened."""
-
-    def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
-
-    def send(
-        self,
-        request: Request,
-        *,
-        session: requests.Session | None,
-        connect_by: float | None,
-        answer_by: Callable[[], float],
-        depart: Callable[[], None],
-    ) -> Reply:
-        """
-        Send a request once and read the reply.
-
-        Args:
-            request: What to send.
-            session: Whose connections to use. None for our own.
-            connect_by: Until when to connect, by `steady`. None means no limit.
-            answer_by: Returns until when to wait for the answer, by `steady`. Asked again and again, since that
-                may change meanwhile; `math.inf` means no limit.
-            depart: Called once, when the connection stands and before the first byte leaves. What it raises is
-                raised here, and nothing was sent.
-
-        Raises:
-            UnavailableError: Nothing was sent.
-            OutcomeUnknownError: Something was sent, and no complete answer came.
-        """
 
 
 V = TypeVar("V")
@@ -143,18 +68,20 @@ class Memo(Generic[V]):
         return {*self._new, *self._old}
 
 
-class _Event:
-    """An event that a signal handler may wait for in the middle of waiting for it."""
+class Event:
+    """Something that threads wait for. A signal handler may, too, in the middle of waiting for it."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[None] = SimpleQueue()
         self._has_happened = False
 
     def set(self) -> None:
+        """Let it happen. Again changes nothing."""
         self._has_happened = True
         self._queue.put(None)
 
     def wait(self, seconds: float) -> bool:
+        """Wait for it, for some seconds at most. Return whether it has happened."""
         if not self._has_happened:
             with contextlib.suppress(Empty):
                 self._queue.get(timeout=seconds)
@@ -178,10 +105,15 @@ def _clock() -> Callable[[], float]:
 _STEADY = _clock()
 
 
-class SystemRuntime:
-    """The operating system's clocks, threads and sockets."""
+class Runtime:
+    """
+    What the library needs of its surroundings: the operating system's clocks, threads and sockets.
+
+    *Readings* never let another thread run. *Effects* may, may take their time, and anything may happen meanwhile.
+    """
 
     def __init__(self) -> None:
+        # Names what `steady` counts from: readings of one boot can be compared, also between processes.
         self.boot = _read_boot()
         self._running: dict[object, int] = {}  # in which process: a forked child has none of its parent's threads
         self._is_over = False
@@ -193,32 +125,44 @@ class SystemRuntime:
         while os.getpid() in list(self._running.values()):
             time.sleep(0.01)
 
+    # Readings
+
     def now(self) -> float:
+        """Seconds since 1970, by a clock that may be wrong and may be set."""
         return time.time()  # looked up each time: freezegun and others replace it
 
     def steady(self) -> float:
+        """Seconds by a clock that nobody sets."""
         return _STEADY()
 
     def pick(self, least: float, most: float) -> float:
+        """Draw a number."""
         return random.uniform(least, most)  # noqa: S311 - no secret
 
     def draw(self) -> str:
+        """Draw a name that nobody else has."""
         return os.urandom(8).hex()
 
     def process(self) -> int:
+        """Return what tells this process from a child that it forked."""
         return os.getpid()
 
-    def event(self) -> _Event:
-        return _Event()
+    def event(self) -> Event:
+        """Make an event."""
+        return Event()
+
+    # Effects
 
     def sleep(self, seconds: float) -> None:
+        """Let time pass."""
         time.sleep(seconds)
 
     def wait(self, event: Event, seconds: float) -> bool:
-        assert isinstance(event, _Event)  # noqa: S101
+        """Wait for an event, for some seconds at most. Return whether it has happened."""
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
+        """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
         if self._is_over and not daemon:
             if threading.current_thread().daemon:
                 threading.Event().wait()  # it ends with the process, as whatever it began now would
@@ -243,10 +187,35 @@ class SystemRuntime:
         finally:
             self._running.pop(mark, None)
 
-    def send(self, request: Request, **options: Any) -> Reply:
+    def send(
+        self,
+        request: Request,
+        *,
+        session: requests.Session | None,
+        connect_by: float | None,
+        answer_by: Callable[[], float],
+        depart: Callable[[], None],
+    ) -> Reply:
+        """
+        Send a request once and read the reply.
+
+        Args:
+            request: What to send.
+            session: Whose connections to use. None for our own.
+            connect_by: Until when to connect, by `steady`. None means no limit.
+            answer_by: Returns until when to wait for the answer, by `steady`. Asked again and again, since that
+                may change meanwhile; `math.inf` means no limit.
+            depart: Called once, when the connection stands and before the first byte leaves. What it raises is
+                raised here, and nothing was sent.
+
+        Raises:
+            UnavailableError: Nothing was sent.
+            OutcomeUnknownError: Something was sent, and no complete answer came.
+        """
         from ._http import send
 
+        options: Any = {"session": session, "connect_by": connect_by, "answer_by": answer_by, "depart": depart}
         return send(request, steady=self.steady, **options)
 
 
-REAL: Runtime = SystemRuntime()
+REAL = Runtime()

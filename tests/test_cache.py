@@ -40,7 +40,7 @@ from refresher import (
 from refresher._flight import Flight
 from refresher._ledger import Call
 from refresher._rules import Chain
-from refresher._runtime import HALF_A_DAY, Memo, SystemRuntime
+from refresher._runtime import HALF_A_DAY, Memo, Runtime
 from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
@@ -192,7 +192,7 @@ def test_shared_by_default(kuzzle, root):
 def test_no_cache(kuzzle, circle, root, monkeypatch):
     """Without a cache the caller does all of it, retries and the exchange of a user id too."""
     monkeypatch.setattr("refresher._rules._SHORTEST_PAUSE", 0.001)
-    monkeypatch.setattr(SystemRuntime, "start", lambda *_, **__: pytest.fail("nobody else is needed"))
+    monkeypatch.setattr(Runtime, "start", lambda *_, **__: pytest.fail("nobody else is needed"))
     kuzzle.fail_next("api.process.overloaded", 2)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=None)
     assert kuzzle.knows(token.jwt)
@@ -331,13 +331,13 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
     with requests.Session() as session:
         assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session).kuid == "foo"
     done = []
-    SystemRuntime().start(lambda: done.append(1), daemon=True)
+    Runtime().start(lambda: done.append(1), daemon=True)
     assert not done, "what may be left undone is not worth a wait"
 
 
 def test_event():
     """An event that has happened has done so for all who wait for it, and for who comes later."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     event = runtime.event()
     with ThreadPoolExecutor(3) as pool:
         waits = [pool.submit(runtime.wait, event, 5) for _ in range(3)]
@@ -571,15 +571,15 @@ def key(kuzzle, jwt):
 
 def steady_clock(monkeypatch, clock):
     """Let the steady clock be moved on with the fake one, which nobody sets."""
-    steady, start = SystemRuntime.steady, clock()
-    monkeypatch.setattr(SystemRuntime, "steady", lambda runtime: steady(runtime) + clock() - start)
+    steady, start = Runtime.steady, clock()
+    monkeypatch.setattr(Runtime, "steady", lambda runtime: steady(runtime) + clock() - start)
 
 
 def test_clock_set_back(kuzzle, clock, root, monkeypatch):
     """A clock that is set back by an hour hands out no dead token."""
     steady_clock(monkeypatch, clock)
     step = [0]
-    monkeypatch.setattr(SystemRuntime, "now", lambda _: clock() + step[0])
+    monkeypatch.setattr(Runtime, "now", lambda _: clock() + step[0])
     cache = TokenCache()
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     clock.advance(1800)
@@ -594,7 +594,7 @@ def test_clock_set_forward(kuzzle, clock, root, monkeypatch):
     """A clock that is set forward by an hour makes for one refresh ahead of time, and no storm."""
     steady_clock(monkeypatch, clock)
     step = [0]
-    monkeypatch.setattr(SystemRuntime, "now", lambda _: clock() + step[0])
+    monkeypatch.setattr(Runtime, "now", lambda _: clock() + step[0])
     cache = TokenCache()
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     clock.advance(600)
@@ -986,7 +986,7 @@ def test_same_call_when_a_clock_of_the_system_is_over(kuzzle, clock, root, monke
     moved, now, steady = {"time": 0.0, "steady": 0.0}, time.time, _runtime._STEADY
     monkeypatch.setattr(time, "time", lambda: now() + moved["time"])
     monkeypatch.setattr(_runtime, "_STEADY", lambda: steady() + moved["steady"])
-    call = functools.partial(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(runtime=SystemRuntime()))
+    call = functools.partial(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(runtime=Runtime()))
     token = [call() for _ in range(3)][-1]
     for seconds in (HOUR - 120, 115):
         assert call() is token
@@ -997,7 +997,7 @@ def test_same_call_when_a_clock_of_the_system_is_over(kuzzle, clock, root, monke
 
 def test_same_call_after_half_a_day(kuzzle, root, monkeypatch):
     """What was not called for half a day takes no room any more."""
-    cache, now = TokenCache(runtime=SystemRuntime()), [0.0]
+    cache, now = TokenCache(runtime=Runtime()), [0.0]
     monkeypatch.setattr(_runtime, "_STEADY", lambda: now[0])
     sizes = []
     for seconds in (1, 2, 3):
@@ -1055,7 +1055,7 @@ def test_time_is_up_while_connecting(kuzzle, root, monkeypatch, cache):
         time.sleep(0.2)
         raise UnavailableError("Kuzzle could not be reached", provider="kuzzle", spent=False, retryable=True)
 
-    monkeypatch.setattr(SystemRuntime, "send", send)
+    monkeypatch.setattr(Runtime, "send", send)
     monkeypatch.setattr("refresher._cache._GRACE", 5.0)
     with pytest.raises(UnavailableError, match="could not be reached"):
         refresh_kuzzle_token(kuzzle.url, root, timeout=0.1, cache=cache)

@@ -39,7 +39,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
-from refresher._runtime import SystemRuntime
+from refresher._runtime import Runtime
 from refresher._text import claims
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
@@ -299,7 +299,7 @@ def test_tokens_that_may_be_young_are_held(off, monkeypatch):
     """Whatever the local clock says, a token is not refreshed in the second of its birth, which would be fatal."""
     with FakeKuzzle(clock=Clock()) as kuzzle:
         now = time.time
-        monkeypatch.setattr(SystemRuntime, "now", lambda _: now() + off)
+        monkeypatch.setattr(Runtime, "now", lambda _: now() + off)
         for lifetime in (3600, 7200):
             token = refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo", f"{lifetime}s"), cache=TokenCache())
             assert kuzzle.knows(token.jwt)

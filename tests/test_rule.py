@@ -47,7 +47,7 @@ from refresher import (
 )
 from refresher._exchange import Observed
 from refresher._rules import Attempt, Instant, Left
-from refresher._runtime import REAL, SystemRuntime
+from refresher._runtime import REAL, Runtime
 from refresher._text import key_of
 from refresher.services import Reply
 from refresher.services.kuzzle import credential as kuzzle_credential
@@ -94,7 +94,7 @@ class SharedStore:
         return self._do("release", key, owner)
 
 
-class Instantly(SystemRuntime):
+class Instantly(Runtime):
     """A Kuzzle that answers at once, without threads and a network."""
 
     def __init__(self):
@@ -975,7 +975,7 @@ def test_dates_of_a_proxy_on_ordinary_answers(ahead):
         kuzzle.ahead = ahead
         for age in (0, HOUR - 20):
             jwt = kuzzle.login("foo", ago=age)
-            auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(runtime=SystemRuntime()))
+            auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(runtime=Runtime()))
             for _ in range(2):
                 assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
             assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=auth._cache).jwt)
@@ -1068,7 +1068,7 @@ def test_daemon_that_refreshes_at_the_end(kuzzle, root, tmp_path):
 def test_daemon_that_comes_too_late(monkeypatch):
     """What a daemon thread would begin when nobody waits any more is not begun."""
     ended = threading.Thread()
-    runtime, begun = SystemRuntime(), []
+    runtime, begun = Runtime(), []
     runtime._end()
     monkeypatch.setattr(threading, "main_thread", lambda: ended)
     thread = threading.Thread(target=lambda: runtime.start(lambda: begun.append(1)), daemon=True)
@@ -1164,7 +1164,7 @@ def test_write_that_comes_too_late(kuzzle, store, root, monkeypatch):
 
 def test_child_of_a_process_that_waits_for_its_store(kuzzle, root):
     """What a parent's threads wait for is no trouble of a forked child's."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     cache = TokenCache(runtime=runtime)
     cache._ledger._asked[object()] = runtime.steady() - 60
     assert cache._ledger.delay() > 50
@@ -1212,7 +1212,7 @@ def test_successor_that_is_written_at_the_second_try(kuzzle, root):
 
 def test_store_that_was_slow_to_fail(clock):
     """Others may still wait for it as long as its slowest command took: nobody is told to sign in meanwhile."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     runtime.steady = clock
     ledger = TokenCache(runtime=runtime)._ledger
 
@@ -1428,10 +1428,10 @@ def test_two_chains_that_are_one(kuzzle, clock, monkeypatch):
 def test_short_calls_of_many_processes(kuzzle, root):
     """What calls of less than a second have seen of a token in one process counts in the next."""
     store = SharedStore()
-    boot = SystemRuntime().boot
+    boot = Runtime().boot
 
     def call():
-        runtime = SystemRuntime()
+        runtime = Runtime()
         runtime.boot = boot
         return refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=runtime), timeout=0.8)
 
@@ -1481,7 +1481,7 @@ def test_copies_of_an_auth_object(kuzzle, make):
 
 def test_flush_long_after_an_outage(clock):
     """How long commands took to fail an hour ago does not matter when the store loses its entries now."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     runtime.steady = clock
     ledger = TokenCache(runtime=runtime)._ledger
 
@@ -1579,7 +1579,7 @@ def test_time_that_is_certain(kuzzle, root):
 def test_date_of_a_slow_answer():
     """The time that an answer took is how much its date leaves open."""
     with FakeKuzzle() as kuzzle:
-        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache(runtime=SystemRuntime()))
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache(runtime=Runtime()))
         kuzzle.delay_next(0.6)
         assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
         assert len(kuzzle.requests) == 1
@@ -1614,7 +1614,7 @@ def test_verdict_of_an_expired_token(kuzzle, store, cache, timeout):
 
 def test_what_a_process_that_writes_knows(kuzzle, clock, root):
     """If it has written to the store since a token expired, and some seconds ago, others could write too."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     runtime.steady = clock
     ledger = TokenCache(SharedStore(clock), runtime=runtime)._ledger
     spend = kuzzle_credential(kuzzle.url, root)
@@ -1680,10 +1680,10 @@ def test_rejected_right_after_an_outage(kuzzle, clock, root):
 def test_attempt_that_another_machine_never_ended(kuzzle, store, monkeypatch):
     """For how long it has been there is known to all processes of a machine: short ones get a verdict, too."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
-    boot, dead = SystemRuntime().boot, kuzzle.login(ago=2 * HOUR)
+    boot, dead = Runtime().boot, kuzzle.login(ago=2 * HOUR)
     put_open_attempt(store, key_of("kuzzle", kuzzle.url, dead))
     for expected in (OutcomeUnknownError, OutcomeUnknownError, SignInRequiredError):
-        runtime = SystemRuntime()
+        runtime = Runtime()
         runtime.boot = boot
         with pytest.raises(expected) as caught:
             refresh_kuzzle_token(kuzzle.url, dead, cache=TokenCache(store, runtime=runtime, lease=2), timeout=0.4)
