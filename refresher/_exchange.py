@@ -115,7 +115,7 @@ class Patience:
         return self._until
 
     def answer_by(self) -> float:
-        """Until when to wait for an answer. It may change."""
+        """Until when to connect, and then to wait for an answer. It may change."""
         return self._until
 
     def retry(self) -> bool:
@@ -235,17 +235,11 @@ class Exchange:
         self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
 
     def _send(self, request: Request) -> Reply:
-        until, answer_by = self._patience.until(), self._patience.answer_by
+        answer_by = self._patience.answer_by
         if request.idempotency_key is not None or not request.spends:
             silent_at = self._runtime.steady() + _SILENCE
             answer_by = lambda: min(silent_at, self._patience.answer_by())  # noqa: E731
-        return self._runtime.send(
-            request,
-            session=self._session,
-            connect_by=None if until == math.inf else until,
-            answer_by=answer_by,
-            depart=self._patience.depart,
-        )
+        return self._runtime.send(request, session=self._session, answer_by=answer_by, depart=self._patience.depart)
 
     def _pause(self, error: RefreshError, attempts: int) -> float | None:
         if not self._patience.retry():

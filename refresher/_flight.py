@@ -184,7 +184,7 @@ class Flight(Patience, Generic[T]):
         return self.until() - self._runtime.steady()
 
     def answer_by(self) -> float:
-        """Give a request that was sent the time that an exchange may take, even if nobody waits any more."""
+        """Connect while somebody waits. Give a request that was sent the time that an exchange may take in any case."""
         if not self.has_departed:
             return self.until()
         return max(self.until(), self._gone_at + self._limit)

@@ -72,7 +72,6 @@ _REASONS: dict[type, str] = {
 class _Call:
     """For how long the caller of `send` waits, and whether the request has left."""
 
-    connect_by: float
     answer_by: Callable[[], float]
     depart: Callable[[], None]
     steady: Callable[[], float]
@@ -81,13 +80,12 @@ class _Call:
     overtime: int = 0
 
     def remaining(self) -> float:
-        """Seconds until the caller gives up: on connecting, or on the answer."""
-        by = self.answer_by()
-        return (min(by, self.connect_by) if self.sent_at is None else by) - self.steady()
+        """Seconds until the caller gives up, on connecting or on the answer."""
+        return self.answer_by() - self.steady()
 
     def leave(self) -> None:
         """Note that the request leaves now, unless the caller stops it."""
-        if self.answer_by() <= self.steady():
+        if self.remaining() <= 0:
             raise TimeoutError
         try:
             self.depart()
@@ -120,7 +118,6 @@ def send(
     request: Request,
     *,
     session: requests.Session | None,
-    connect_by: float | None,
     answer_by: Callable[[], float],
     depart: Callable[[], None],
     steady: Callable[[], float],
@@ -140,7 +137,7 @@ def send(
         UnavailableError: Nothing was sent.
         OutcomeUnknownError: Something was sent, and no complete answer came.
     """
-    call = _Call(float("inf") if connect_by is None else connect_by, answer_by, depart, steady)
+    call = _Call(answer_by, depart, steady)
     classes = HTTPConnectionPool.ConnectionCls, HTTPSConnectionPool.ConnectionCls
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
     lender = requests.Session() if session is None and _is_replaced(*parts) else session

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import requests
@@ -192,7 +192,6 @@ class Runtime:
         request: Request,
         *,
         session: requests.Session | None,
-        connect_by: float | None,
         answer_by: Callable[[], float],
         depart: Callable[[], None],
     ) -> Reply:
@@ -202,9 +201,8 @@ class Runtime:
         Args:
             request: What to send.
             session: Whose connections to use. None for our own.
-            connect_by: Until when to connect, by `steady`. None means no limit.
-            answer_by: Returns until when to wait for the answer, by `steady`. Asked again and again, since that
-                may change meanwhile; `math.inf` means no limit.
+            answer_by: Returns until when to wait, for the connection and then for the answer, by `steady`. Asked
+                again and again, since that may change meanwhile; `math.inf` means no limit.
             depart: Called once, when the connection stands and before the first byte leaves. What it raises is
                 raised here, and nothing was sent.
 
@@ -214,8 +212,7 @@ class Runtime:
         """
         from ._http import send
 
-        options: Any = {"session": session, "connect_by": connect_by, "answer_by": answer_by, "depart": depart}
-        return send(request, steady=self.steady, **options)
+        return send(request, session=session, answer_by=answer_by, depart=depart, steady=self.steady)
 
 
 REAL = Runtime()

@@ -33,7 +33,6 @@ def send(url=URL, session=None):
     return _http.send(
         Request(service="kuzzle", url=url, headers={"Authorization": "Bearer b"}, secret="b", request_id="id-1"),
         session=session,
-        connect_by=None,
         answer_by=lambda: time.monotonic() + 5,
         depart=lambda: None,
         steady=time.monotonic,

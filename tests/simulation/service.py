@@ -187,7 +187,6 @@ class Network:
         self,
         process: Process,
         request: Request,
-        connect_by: float | None,
         answer_by: Callable[[], float],
         depart: Callable[[], None],
     ) -> Reply:
@@ -197,7 +196,7 @@ class Network:
         session = judge.addressee(world, request)
         server, began = session.server, world.time
         judge.retry_after(world, process, session)
-        self._connect(process, session, request, math.inf if connect_by is None else connect_by, answer_by)
+        self._connect(process, session, request, answer_by)
         world.step("depart")
         depart()
         world.say(f"POST {session.user}: departs")
@@ -229,7 +228,6 @@ class Network:
         process: Process,
         session: Session,
         request: Request,
-        connect_by: float,
         answer_by: Callable[[], float],
     ) -> None:
         world, server = self.world, session.server
@@ -242,7 +240,7 @@ class Network:
         if server.troubled():
             session.disturbed_at = world.time + takes
         done = process.steady() + takes
-        while (left := min(done, connect_by, answer_by()) - process.steady()) > 0:
+        while (left := min(done, answer_by()) - process.steady()) > 0:
             world.park(max(0.001, min(left, 1.0)))
         if refused or takes == 75.0 or process.steady() < done:
             world.say(f"POST {session.user}: could not connect")

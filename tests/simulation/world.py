@@ -276,8 +276,8 @@ class Process:
         self.world.spawn(self, f"{'helper' if daemon else 'flight'} {self._threads}", work, daemon=daemon)
         self.world.step("started")
 
-    def send(self, request: Any, *, session: Any, connect_by: Any, answer_by: Any, depart: Any) -> Any:
-        return self.world.network.send(self, request, connect_by, answer_by, depart)
+    def send(self, request: Any, *, session: Any, answer_by: Any, depart: Any) -> Any:
+        return self.world.network.send(self, request, answer_by, depart)
 
     # What happens to it
 
