@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError
 from typing import Any, NoReturn, SupportsIndex, overload
 
 from . import _rules
-from ._exchange import Observed, spend
+from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import Call, Ledger
 from ._notebook import show_wait
@@ -396,16 +396,29 @@ def current(call: Call[T], cache: TokenCache | None) -> T:
     if cache is not None:
         return cache._get(call).token  # type: ignore[return-value]  # the newest has one
     get_ready()
-    end = None if call.timeout is None else REAL.steady() + call.timeout
-    waits: list[str] = []
 
     def tell(what: str) -> None:
-        waits.append(what)
-        show_wait(what, None if end is None else max(0.0, end - REAL.steady()))
+        end = patience.until()
+        show_wait(what, None if end == math.inf else max(0.0, end - REAL.steady()))
 
-    options: Any = {"session": call.session, "retry": call.retry, "timeout": call.timeout, "tell": tell}
+    patience = Patience(REAL, call.timeout, call.retry, tell)
     try:
-        return spend(call.credential, REAL, Observed.of(REAL), **options)
+        return _spend(call, patience)
     finally:
-        if waits:
-            show_wait("", None)
+        show_wait("", None)
+
+
+def _spend(call: Call[T], patience: Patience) -> T:
+    """Refresh a credential here and now."""
+    credential, observed = call.credential, Observed.of(REAL)
+    hold = observed.hold(credential)
+    if hold >= patience.until() - REAL.steady():
+        raise not_yet(credential.service, "may have issued this token just now", hold)
+    if hold > 0:
+        patience.tell(f"{credential.service.title()} may have issued this token just now")
+        REAL.sleep(hold)
+    exchange = Exchange(REAL, observed, patience, credential.scope, call.session)
+    successor = credential.refresh(exchange, key=None)
+    observed.seen_for(successor.keys[0])
+    exchange.learn(successor)
+    return successor.token  # type: ignore[return-value]  # a successor has one

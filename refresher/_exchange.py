@@ -10,7 +10,7 @@ from . import _rules
 from ._runtime import Memo
 from ._text import claims, fingerprint
 from .errors import OutcomeUnknownError, RefreshError, SignInRequiredError, UnavailableError
-from .services import Credential, R, Reply, Request, T
+from .services import Credential, R, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,7 @@ class Patience:
     """Who waits for a refresh, and for how long. This one is of a single call: it ends when time is up."""
 
     def __init__(self, runtime: Runtime, timeout: float | None, retry: bool, tell: Callable[[str], object]) -> None:
-        self._runtime, self._retry, self._tell = runtime, retry, tell
+        self._runtime, self._retry, self.tell = runtime, retry, tell
         self._until = math.inf if timeout is None else runtime.steady() + timeout
 
     def until(self) -> float:
@@ -130,7 +130,7 @@ class Patience:
 
     def failed(self, error: RefreshError) -> None:
         """Take note that an attempt has failed, and there may be another."""
-        self._tell(str(error))
+        self.tell(str(error))
 
     def pause(self, seconds: float) -> None:
         """Let time pass before that."""
@@ -246,37 +246,6 @@ class Exchange:
             return None
         time_left = self._patience.until() - self._runtime.steady()
         return _rules.pause_after(error, attempts, time_left, self._runtime.pick(0.0, 1.0))
-
-
-def spend(
-    credential: Credential[T],
-    runtime: Runtime,
-    observed: Observed,
-    *,
-    session: requests.Session | None,
-    retry: bool,
-    timeout: float | None,
-    tell: Callable[[str], object],
-) -> T:
-    """
-    Refresh a credential here and now, without a cache.
-
-    Raises:
-        RefreshError: There was no answer in time, or it was a refusal.
-    """
-    patience = Patience(runtime, timeout, retry, tell)
-    exchange = Exchange(runtime, observed, patience, credential.scope, session)
-    hold = observed.hold(credential)
-    if hold >= patience.until() - runtime.steady():
-        raise not_yet(credential.service, "may have issued this token just now", hold)
-    if hold > 0:
-        tell(f"{credential.service.title()} may have issued this token just now")
-        runtime.sleep(hold)
-    successor = credential.refresh(exchange, key=None)
-    observed.seen_for(successor.keys[0])
-    exchange.learn(successor)
-    token: T = successor.token  # type: ignore[assignment]  # a successor has one
-    return token
 
 
 def not_yet(service: str, what: str, seconds: float) -> UnavailableError:
