@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -295,19 +296,15 @@ def parse(reply: Reply, request: Request) -> UserToken:
             raise failure(meaning(reply.status), request, reply)
         otherwise = SIGN_IN if code in _SIGN_IN else REFUSED
         raise failure(meaning(reply.status, _MEANINGS.get(code), otherwise), request, reply, code=code)
-    try:
-        token = UserToken.from_dict(
+    with contextlib.suppress(InvalidArgumentError):
+        return UserToken.from_dict(
             {
                 "refreshToken": request.secret.reveal(),
                 **{name: value for name, value in data.reveal().items() if value and isinstance(value, str)},
                 "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
             }
         )
-    except InvalidArgumentError:
-        token = None
-    if token is None:
-        raise failure("answered without a user token: check the URL and any proxy", request, reply)
-    return token
+    raise failure("answered without a user token: check the URL and any proxy", request, reply)
 
 
 def _has_expired(token: UserToken, reply: Reply) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -330,18 +331,17 @@ def _name(id: object, request: Request) -> str | None:
     return str(id) if is_name else None
 
 
-def _is_of_another(token: KuzzleToken | None, jwt: Secret[str]) -> bool:
+def _is_of_another(token: KuzzleToken, jwt: Secret[str]) -> bool:
     """Whether a token and a jwt are of two users, as far as they say."""
     user = claims(jwt).subject
-    found = {token.kuid, claims(Secret(token.jwt or "")).subject} if token else set()
+    found = {token.kuid, claims(Secret(token.jwt or "")).subject}
     return user is not None and bool(found - {user, None})
 
 
 def _token(result: Secret[dict[str, Any]], reply: Reply, request: Request) -> KuzzleToken:
-    try:
+    token = None
+    with contextlib.suppress(InvalidArgumentError):
         token = KuzzleToken.from_dict({"jwt": reply.cookies.get(COOKIE), **result.reveal()})
-    except InvalidArgumentError:
-        token = None
     if token is None or token.jwt is None:
         raise failure("answered without a token or its lifetime: check the URL and any proxy", request, reply)
     if _is_of_another(token, request.secret):
