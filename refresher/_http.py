@@ -15,10 +15,9 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import attrs
@@ -182,7 +181,6 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         TimeoutError: It is not done. It goes on, and its outcome is dropped.
     """
     outcome: Future[_T] = Future()
-    done: SimpleQueue[None] = SimpleQueue()
 
     def run() -> None:
         try:
@@ -190,7 +188,6 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
         except BaseException as error:
             is_odd = isinstance(error, Exception) and not isinstance(error, _FAILURES)
             outcome.set_exception(HTTPException(error) if is_odd else error)  # an adapter may raise whatever it likes
-        done.put(None)
 
     try:
         context = contextvars.copy_context()  # traces and request ids flow along
@@ -200,8 +197,7 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
     while not outcome.done():
         is_late = remaining() <= 0
         # Also once more if late: a socket's own timeout tells more, and what came while suspended is taken.
-        with contextlib.suppress(Empty):
-            done.get(timeout=_THREAD_SLICE)
+        wait([outcome], timeout=_THREAD_SLICE)
         if is_late and not outcome.done():
             raise TimeoutError
     return outcome.result()
