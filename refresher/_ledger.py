@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
@@ -15,9 +15,9 @@ from ._checks import Checks
 from ._exchange import Observed
 from ._rules import Attempt, Chain, Instant, Left, Lock
 from ._runtime import HALF_A_DAY, MOST, Event, Memo, Runtime
-from ._text import Secret, hide_all, json_object
+from ._text import hide_all, json_object
 from .errors import RefreshError
-from .services import Credential, T
+from .services import Credential, Headers, T
 from .stores import MemoryStore, Store
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
-Headers = Mapping[str, str | Secret[str]]
 
 
 @attrs.frozen

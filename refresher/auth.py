@@ -19,12 +19,12 @@ from urllib3.util import parse_url
 
 from ._cache import SHARED_CACHE, TokenCache
 from ._checks import Checks, Seconds, origin_of
-from ._ledger import Call, Headers
+from ._ledger import Call
 from ._notebook import Printer, as_html, as_text
 from ._runtime import Runtime
 from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError
-from .services import Credential, circle, kuzzle
+from .services import Credential, Headers, circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
 # How long an error may be to be read.

@@ -57,6 +57,9 @@ R = TypeVar("R", bound=Result)
 T = TypeVar("T", bound=Token)
 T_co = TypeVar("T_co", bound=Token, covariant=True)
 
+# Of a request, by name.
+Headers = Mapping[str, str | Secret[str]]
+
 # For how long a service may ask to be left alone, in seconds.
 _LONGEST_WAIT = 3600.0
 
@@ -77,7 +80,7 @@ class Request:
 
     service: str
     url: str
-    headers: Mapping[str, str | Secret[str]]
+    headers: Headers
     secret: Secret[str]
     request_id: str
     cookies: Mapping[str, Secret[str] | None] = attrs.field(factory=dict)
@@ -148,7 +151,7 @@ class Credential(Protocol[T_co]):
         """The result that it came in. None if the caller brought it."""
 
     @property
-    def headers(self) -> Mapping[str, str | Secret[str]]:
+    def headers(self) -> Headers:
         """What a request carries that is made with it."""
 
     @property

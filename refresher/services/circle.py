@@ -16,7 +16,7 @@ from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, number, reveal
 from ..errors import InvalidArgumentError, RequestRefusedError
 from ..tokens import UserToken, instant
-from . import BUSY, FAILED, REFUSED, SIGN_IN, Reply, Request, Send, failure, meaning
+from . import BUSY, FAILED, REFUSED, SIGN_IN, Headers, Reply, Request, Send, failure, meaning
 
 BASE_URL = "https://api.circle.com"
 check: Checks = Checks("circle")
@@ -104,7 +104,7 @@ class CircleCredential:
         return self.token.user_id if self.user_id is None and self.token else self.user_id
 
     @property
-    def headers(self) -> dict[str, str | Secret[str]]:
+    def headers(self) -> Headers:
         """What a request carries that is made with it."""
         return {
             "Authorization": Secret(f"Bearer {self.api_key.reveal()}"),
@@ -188,14 +188,7 @@ class CircleCredential:
             known = claims(self.user_token).subject
         return None not in (known, pair.user_id) and known != pair.user_id
 
-    def _post(
-        self,
-        path: str,
-        request_id: str,
-        headers: Mapping[str, str | Secret[str]],
-        body: Mapping[str, Any],
-        **others: Any,
-    ) -> Request:
+    def _post(self, path: str, request_id: str, headers: Headers, body: Mapping[str, Any], **others: Any) -> Request:
         return Request(
             service="circle",
             url=self.base_url + path,

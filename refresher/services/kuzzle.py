@@ -19,7 +19,7 @@ from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, reveal
 from ..errors import InvalidArgumentError
 from ..tokens import KuzzleToken, duration, instant
-from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Done, Reply, Request, Send, failure, meaning, quotes
+from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Done, Headers, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE = "authToken"
 check: Checks = Checks("kuzzle")
@@ -133,7 +133,7 @@ class KuzzleCredential:
         return claims(self.jwt).subject
 
     @property
-    def headers(self) -> dict[str, str | Secret[str]]:
+    def headers(self) -> Headers:
         """What a request carries that is made with it."""
         return {"Authorization": Secret(f"Bearer {self.jwt.reveal()}")}
 
