@@ -47,7 +47,6 @@ _EXTENSION = 60.0
 _PERIOD = 5.0
 # urllib3 may send a POST again after an error on the answer, and nobody would know.
 _ONCE = Retry(0, read=False)
-_ADDRESS = re.compile(r"[0-9]+(\.[0-9]+){3}|\[?[0-9a-f:]+:[0-9a-f:.]*\]?")
 _RAW: Any = {"retries": _ONCE, "redirect": False, "assert_same_host": False, "preload_content": False}
 
 # A reply is short. Compressed, a few bytes could become gigabytes.
@@ -421,7 +420,6 @@ _Base: Any = object
 class _Connection(_Base):  # type: ignore[misc]
     """A connection that keeps to the time of the call it's used for, and sends a request in one piece."""
 
-    timeout: float | None
     _pieces: list[bytes] | None = None
 
     def connect(self) -> None:
@@ -434,17 +432,7 @@ class _Connection(_Base):  # type: ignore[misc]
                 self.close()
                 raise TimeoutError
 
-        if self._is_at_an_address():  # which is near as a rule: a thread takes longer
-            timeout, self.timeout = self.timeout, _timeout(min(call.remaining(), _THREAD_SLICE))
-            with contextlib.suppress(ConnectTimeoutError):
-                return connect()
-            self.timeout = timeout
-        return _watched(connect, call.remaining)
-
-    def _is_at_an_address(self) -> bool:
-        """Whether to connect is one step: no name is looked up, no TLS and no tunnel set up."""
-        is_plain = self.default_port == 80 and self._tunnel_host is None
-        return is_plain and _ADDRESS.fullmatch(self.host) is not None
+        _watched(connect, call.remaining)
 
     def putrequest(self, *args: Any, **options: Any) -> None:
         if self.sock is None:
