@@ -280,7 +280,7 @@ class Flight(Patience, Generic[T]):
                 self._wait_for_lock(view.patience)
                 waited_for = chain.generation
             elif step is not Step.SEND:
-                self._wait_or_fail(step, view, spend, attempt, poll)
+                self._wait_or_fail(step, view, poll)
                 poll = min(1.5 * poll, 2 * _rules.LONGEST_POLL)
                 if lease.lock is not Lock.OURS:
                     lease.lock = Lock.UNTRIED
@@ -318,7 +318,7 @@ class Flight(Patience, Generic[T]):
             lock=self._lease.lock,
             waited=waited,
             patience=patience,
-            is_refused=ledger.refusal(attempt, spend) is not None,
+            refusal=ledger.refusal(attempt, spend),
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,
@@ -345,12 +345,12 @@ class Flight(Patience, Generic[T]):
             if self._lease.lock is Lock.HELD and self._ledger.look(credential)[0].generation > generation:
                 break  # whoever has it may have ended since
 
-    def _wait_or_fail(self, step: Step, view: View, spend: Credential[T], attempt: Attempt | None, poll: float) -> None:
+    def _wait_or_fail(self, step: Step, view: View, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
         service, time_left = self.call.credential.service, self._time_left()
         can_wait = time_left > _rules.LAST_CALL and self.retry()
-        if step is Step.REFUSE and (refusal := self._ledger.refusal(attempt, spend)) is not None:
-            raise refusal
+        if step is Step.REFUSE and view.refusal is not None:
+            raise view.refusal
         if step is Step.USE:
             return self._wait_for_news(poll)
         if step is Step.WAIT_FOR_BIRTH:
@@ -414,8 +414,8 @@ class Flight(Patience, Generic[T]):
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
-            if spend.idempotency_key is None or not is_lost:
-                ledger.hold_back(chain.key)  # else to ask again brings the answer that was lost
+            if spend.idempotency_key is None or not is_lost:  # else to ask again brings the answer that was lost
+                ledger.failed_at.put(chain.key, self._runtime.steady())
             self._close(spend, attempt, error.retry_after or 0.0)
             if is_for_nobody or (error.retryable and self.until() > until):
                 raise _Abandoned from None  # whoever has joined meanwhile has time left

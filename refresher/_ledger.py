@@ -111,7 +111,8 @@ class Ledger:
         self.observed = Observed.of(runtime) if clock is None else Observed(runtime, clock)
         steady = clock or runtime.steady
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
-        self._looked_at, self._failed_at, self._warned_at = (Memo[float](steady) for _ in range(3))
+        self._looked_at, self._warned_at = Memo[float](steady), Memo[float](steady)
+        self.failed_at = Memo[float](steady)  # when a refresh failed
         self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
@@ -199,15 +200,11 @@ class Ledger:
         is_first = newest.birth is None and self.runtime.steady() - replaced_at > _rules.REJECTED
         return is_first or oldest > _rules.REJECTED
 
-    def hold_back(self, key: str) -> None:
-        """Remember that a refresh has just failed."""
-        self._failed_at.put(key, self.runtime.steady())
-
     def is_held_back(self, key: str, left: Left, call: Call[Any]) -> bool:
         """Whether a refresh has just failed, and the token is still valid for longer than that matters."""
         if call.patient or call.rejected is not None:
             return False
-        failed = self.runtime.steady() - (self._failed_at.get(key) or -math.inf) < _rules.COOLDOWN
+        failed = self.runtime.steady() - (self.failed_at.get(key) or -math.inf) < _rules.COOLDOWN
         is_held_back = failed and left.least > _rules.COOLDOWN
         if is_held_back:
             _log.debug("%s: %.0f s left, and not now", key[:8], left.least)

@@ -419,7 +419,7 @@ class View:
         waited: Whether it was waited for.
         patience: Seconds to wait for it. Also a token that is not known here, but brought by the caller, has an end.
         announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
-        is_refused: Whether the service has refused the token lately.
+        refusal: What the service said if it has refused the token lately.
         hold: Seconds until it may be refreshed.
         pause: Seconds for which the service asked callers to wait.
         delay: Seconds that the store would take to say nothing, so that it is not asked.
@@ -432,7 +432,7 @@ class View:
     lock: Lock
     waited: bool
     patience: float
-    is_refused: bool
+    refusal: RefreshError | None
     hold: float
     pause: float
     announced: bool | None = None
@@ -447,7 +447,7 @@ def next_step(view: View) -> Step:
     without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
         return without_store
-    if view.is_refused:
+    if view.refusal is not None:
         return Step.REFUSE
     if view.pause > 0:
         return Step.WAIT_FOR_SERVICE

@@ -598,6 +598,7 @@ DUE = Left(20.0, 20.0)
 LAST_MOMENTS = Left(2.0, 2.0)
 MAYBE_EXPIRED = Left(-7000.0, 20.0)
 EXPIRED = Left(-1.0, -1.0)
+REFUSAL = SignInRequiredError("refused")
 
 
 def view(left=DUE, **changes):
@@ -609,7 +610,7 @@ def view(left=DUE, **changes):
         "waited": True,
         "patience": patience(left, 60.0),
         "announced": True,
-        "is_refused": False,
+        "refusal": None,
         "hold": 0.0,
         "pause": 0.0,
     }
@@ -623,7 +624,7 @@ FRESH = Left(1000.0, 1000.0)
     ("known", "expected"),
     [
         pytest.param(view(FRESH), Step.USE, id="fresh"),
-        pytest.param(view(FRESH, readable=False, is_refused=True), Step.USE, id="fresh, whatever else is wrong"),
+        pytest.param(view(FRESH, readable=False, refusal=REFUSAL), Step.USE, id="fresh, whatever else is wrong"),
         pytest.param(view(Left(60.0, 60.0)), Step.SEND, id="due at the start of the window"),
         pytest.param(view(FRESH, wanted=True), Step.SEND, id="fresh, and a longer one is wanted"),
         pytest.param(view(readable=False), Step.GO_ON, id="no store, and valid"),
@@ -632,9 +633,9 @@ FRESH = Left(1000.0, 1000.0)
         pytest.param(view(LAST_MOMENTS, readable=False), Step.SEND, id="no store, in the last moments"),
         pytest.param(view(MAYBE_EXPIRED, readable=False), Step.SEND, id="no store, and perhaps expired"),
         pytest.param(view(FRESH, wanted=True, readable=False), Step.GO_ON, id="no store, and a longer one is wanted"),
-        pytest.param(view(is_refused=True), Step.REFUSE, id="refused"),
-        pytest.param(view(is_refused=True, lock=Lock.UNTRIED), Step.REFUSE, id="refused, before the lock"),
-        pytest.param(view(EXPIRED, is_refused=True, readable=False), Step.WAIT_FOR_STORE, id="refused, no store"),
+        pytest.param(view(refusal=REFUSAL), Step.REFUSE, id="refused"),
+        pytest.param(view(refusal=REFUSAL, lock=Lock.UNTRIED), Step.REFUSE, id="refused, before the lock"),
+        pytest.param(view(EXPIRED, refusal=REFUSAL, readable=False), Step.WAIT_FOR_STORE, id="refused, no store"),
         pytest.param(view(lock=Lock.UNTRIED), Step.LOCK, id="no lock yet"),
         pytest.param(view(LAST_MOMENTS, lock=Lock.UNTRIED), Step.LOCK, id="no lock yet in the last moments"),
         pytest.param(view(lock=Lock.HELD), Step.WAIT_FOR_LOCK, id="another is at it"),
@@ -705,7 +706,7 @@ def test_last_moments(window, moments):
         waited=st.booleans(),
         patience=st.sampled_from([-1.0, 0.0, 1.0, INF]),
         announced=st.sampled_from([None, True, False]),
-        is_refused=st.booleans(),
+        refusal=st.sampled_from([None, REFUSAL]),
         hold=st.sampled_from([0.0, 1.0]),
         pause=st.sampled_from([0.0, 1.0]),
     )
@@ -715,7 +716,7 @@ def test_what_is_spent_is_kept(known):
     step = next_step(known)
     is_certain_loss = known.left.most > 0 and known.left.least <= 3
     if step is Step.SEND:
-        assert not known.is_refused
+        assert known.refusal is None
         assert known.pause == known.hold == 0
         has_lock = known.lock is Lock.OURS or (known.lock is Lock.HELD and known.patience <= 0)
         assert is_certain_loss or (known.readable and known.announced and has_lock)
