@@ -278,12 +278,11 @@ class Ledger:
                         self._aliases.put(own, key)
         self._looked_at.put(key, self.runtime.steady())
         known = self.chains.get(key)
-        is_current = found is not None and (known is None or found.generation >= known.generation)
-        current = found if is_current else known
+        current = found if found is not None and (known is None or found.generation >= known.generation) else known
         if current is not None and (other := self._other(current)) is not None:  # before it is forgotten
-            self.keep(known := attrs.evolve(other, key=key, generation=current.generation + 1))
-        elif found is not None and is_current:
-            self._remember(known := found)
+            self.keep(attrs.evolve(other, key=key, generation=current.generation + 1), in_memory=True)
+        elif current is not None and current is found:
+            self._remember(current)
         elif known is not None and is_readable and not self.unread.get(key):
             if self._seconds(known) <= 0:
                 self.chains.drop(key)
@@ -291,7 +290,7 @@ class Ledger:
             if key not in self.unsaved:  # the store has lost it: others may be about to put back what is newer
                 self.unsettle()
             self.unsaved[key] = known
-        return known or Chain(key=key), is_readable
+        return self.chains.get(key) or Chain(key=key), is_readable
 
     def _other(self, chain: Chain[T]) -> Chain[T] | None:
         """Return the chain in which the newest token of this one was spent: after a loss, one may be two."""

@@ -839,6 +839,19 @@ def test_on_wait_without_a_cache(kuzzle, root, monkeypatch):
     assert end == ("", None)
 
 
+@pytest.mark.holds
+def test_on_wait_for_a_young_token_without_a_cache(monkeypatch):
+    """Without a cache, too, a call says why it does not begin."""
+    what = []
+    monkeypatch.setattr(refresher._cache, "show_wait", lambda *told: what.append(told))
+    with FakeKuzzle() as kuzzle:
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(), timeout=20, cache=None)
+    (young, left), end = what
+    assert young == "Kuzzle may have issued this token just now"
+    assert 19 < left <= 20
+    assert end == ("", None)
+
+
 def test_on_wait_for_another(kuzzle, root, tmp_path):
     """Who waits for the lock of another process says so."""
     from refresher import FileStore

@@ -12,6 +12,15 @@ from nbclient import NotebookClient
 
 from refresher import KuzzleAuth
 
+QUICK = """\
+refresher.refresh_user_token(
+    user_token=os.environ["CIRCLE_USER_TOKEN"],
+    refresh_token=os.environ["CIRCLE_REFRESH_TOKEN"],
+    device_id="device-1",
+    base_url=os.environ["CIRCLE_URL"],
+    cache=None,
+).user_id
+"""
 # A kernel is interrupted as it ends, and what it has measured may be lost.
 SAVE_COVERAGE = """\
 import coverage
@@ -43,7 +52,7 @@ def environment(kuzzle, circle, monkeypatch, tmp_path):
 def notebook(kuzzle, circle, environment, tmp_path):
     """The notebook, executed: not here, where the kernel would import the source and not what is installed."""
     notebook = nbformat.read(Path(__file__).with_name("notebook.ipynb"), 4)
-    notebook.cells.append(nbformat.v4.new_code_cell(SAVE_COVERAGE))
+    notebook.cells += map(nbformat.v4.new_code_cell, [QUICK, SAVE_COVERAGE])
     kuzzle.next_answers.append(kuzzle.truly)
     kuzzle.delay_next(2.2)
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
@@ -72,7 +81,9 @@ def test_errors_are_short(capsys, kuzzle, mode):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebook(notebook, kuzzle, circle, environment):
     """Results are tables, errors are told, a wait says what for, and no secret is saved."""
-    _, kuzzle_table, printed, circle_table, slow, refused, wrong, _ = (cell.get("outputs") for cell in notebook.cells)
+    _, kuzzle_table, printed, circle_table, slow, refused, wrong, quick, _ = (
+        cell.get("outputs") for cell in notebook.cells
+    )
 
     *_, shown = kuzzle_table  # the kernel does not know how old the token is, and says that it waits
     assert "<table>" in shown.data["text/html"]
@@ -84,6 +95,8 @@ def test_notebook(notebook, kuzzle, circle, environment):
     waiting, result = slow
     assert result.data["text/plain"] == "'foo'"
     assert waiting.data["text/plain"] in [f"Waited {seconds} s: Kuzzle is slow." for seconds in (2, 3)]
+
+    assert [each.output_type for each in quick] == ["execute_result"]  # and no word of a wait
 
     assert refused[-1].ename == "SignInRequiredError"
     assert wrong[-1].ename == "InvalidArgumentError"

@@ -1420,7 +1420,27 @@ def test_two_chains_that_are_one(kuzzle, clock, monkeypatch):
     wait_for_copies(ours)
     for cache in other, ours, TokenCache(store, clock=clock):
         assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == newest
+        wait_for_copies(cache)
         clock.advance(1)
+    assert len(kuzzle.requests) == 2
+
+
+def test_two_chains_that_meet(kuzzle, clock):
+    """The token of one may be in the middle of the other. To look at a session writes nothing."""
+    cache = TokenCache(store := SharedStore(clock), clock=clock)
+    root, jwt = kuzzle.login(ago=1800), kuzzle.login(ago=900)
+    second = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    clock.advance(60)
+    newest = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h", cache=cache)
+    wait_for_copies(cache)
+    of_root = kuzzle_credential(kuzzle.url, root)
+    known = cache._ledger.chains.get(kuzzle_credential(kuzzle.url, jwt).keys[0])
+    other = attrs.evolve(known, key=of_root.keys[0], newest=of_root.following(second), generation=9).with_text()
+    store.set(other.key, other.text, HOUR)
+    before = entries(store)
+    assert cache.peek(kuzzle.url, root).fingerprint == newest.fingerprint
+    assert entries(store) == before
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == newest
     assert len(kuzzle.requests) == 2
 
 
@@ -1854,6 +1874,28 @@ def test_answer_that_a_store_takes_at_last(kuzzle, clock, root, monkeypatch):
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     wait_for_copies(cache)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
+
+
+def test_store_that_does_not_take_back_its_lock(kuzzle, clock, root, monkeypatch):
+    """A store that is down is not asked again for each session that it lacks: that may take long."""
+    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda self: None)  # which asks as well
+    asked = []
+
+    class Down(SharedStore):
+        def acquire(self, key, owner, lease):
+            asked.append(key)
+            return super().acquire(key, owner, lease)
+
+        def release(self, key, owner):
+            raise ConnectionError("no store")
+
+    cache = TokenCache(Down(clock), clock=clock)
+    cache._ledger.unsaved["another"] = cache._ledger.recall(kuzzle_credential(kuzzle.url, kuzzle.login("bar")))[0]
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt)
+    for thread in threading.enumerate():
+        if thread.name == "refresher" and not thread.daemon:
+            thread.join(10)
+    assert asked == [key_of("kuzzle", kuzzle.url, root)]
 
 
 @pytest.mark.parametrize("why", ["refused", "key refused"])

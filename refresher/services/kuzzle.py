@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import re
@@ -56,7 +55,6 @@ _MEANINGS = {
 _NAME = re.compile("[a-z_]+(?:\\.[a-z_]+){2}")
 
 
-@functools.lru_cache(maxsize=1024)
 def milliseconds(timespan: str | timedelta) -> float | None:
     """
     Read a duration, a text as npm's ``ms`` does, which is what Kuzzle does. None if it is not one.

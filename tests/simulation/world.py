@@ -70,7 +70,6 @@ class World:
         self.violation: tuple[str, str] | None = None
         self.counts: Counter[str] = Counter()
         self.closing = Event()  # happens when servers are to end
-        self.until = math.inf  # when `run` is to end
         self.looks = 0  # at the clock, since something last happened
         self.reading = False  # whether the core is in a function that must not switch
 
@@ -107,9 +106,6 @@ class World:
             raise GreenletExit
         task.due, task.event = self.time + max(0.0, seconds), event
         self.looks = 0
-        if event is None and self._is_next(task):  # what `run` would come to, without a switch
-            self.time = task.due
-            return False
         self.main.switch()
         if process is not None and not process.alive:
             raise GreenletExit
@@ -117,18 +113,6 @@ class World:
             error, task.pending = task.pending, None
             raise error
         return event is not None and event.happened
-
-    def _is_next(self, task: Task) -> bool:
-        """Tell whether a task is the only one that can go on until it is due."""
-        due = task.due
-        for other in self.tasks:
-            if other is not task and other.process is not None and other.process.asleep_until <= due:
-                if other.due <= due or (other.event is not None and other.event.happened):
-                    return False
-            elif other is not task and other.process is None and (other.due <= due or other.event is not None):
-                return False
-        is_awake = task.process is None or task.process.asleep_until <= due
-        return is_awake and due <= self.until and self.violation is None
 
     def step(self, kind: str, detail: str = "") -> None:
         """Come by here before every effect: others may run first, and something may go wrong."""
@@ -151,7 +135,6 @@ class World:
 
     def run(self, until: float) -> None:
         """Run what can be run till then."""
-        self.until = until
         while self.violation is None:
             ready, soonest, now = [], math.inf, self.time
             for task in self.tasks:
