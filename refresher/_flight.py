@@ -128,7 +128,16 @@ class Flight(Patience, Generic[T]):
         except BaseException:  # it may be a SystemExit, and there are callers who wait
             _log.exception("on_event has failed")
         while self.waiters:
-            self.waiters.pop().tell(outcome)
+            waiter = self.waiters.pop()
+            waiter.tell(None if self._may_ask_again(waiter, outcome) else outcome)
+
+    def _may_ask_again(self, waiter: Waiter, outcome: Any) -> bool:
+        """Whether a call that joined when the last attempt was just failing has time for another."""
+        error = self._failure
+        if error is None or outcome is not error or not (error.retryable and waiter.retry):
+            return False
+        pause = self._ledger.observed.pause(self.call.credential.scope)
+        return waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
 
     def _report(self, outcome: Any) -> None:
         """Say what came of it, if that is an exchange or a verdict, or news of one."""
@@ -197,16 +206,25 @@ class Flight(Patience, Generic[T]):
         if not self.waiters:
             raise _Abandoned
 
-    def begin(self) -> None:
+    def _go_on(self) -> None:
+        """Go on only if somebody waits, and the lease has not ended."""
         self.has_departed = False
         self._check()
         if self._lease.lock is Lock.OURS and not self._lease.is_ours():
             raise _LookAgain
 
+    def _is_old(self) -> bool:
+        """Whether others would take what was announced for lost."""
+        return self._runtime.steady() - self._announced_at > _rules.LEASE
+
+    def begin(self) -> None:
+        if self._lease.lock is not Lock.OURS and self._is_old():
+            raise _LookAgain
+        self._go_on()
+
     def depart(self) -> None:
-        self.begin()
-        # What was announced long ago, others would take for lost.
-        if self._runtime.steady() - self._announced_at > _rules.LEASE and not self._lease.announce():
+        self._go_on()
+        if self._is_old() and not self._lease.announce():
             raise _LookAgain
         self.has_departed, self._departed_at = True, self._ledger.now()
         self._gone_at = self._runtime.steady()
@@ -408,17 +426,13 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, announced, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            is_kept, until = error.spent is False, self.until()
-            is_for_nobody = is_kept and self._time_left() <= 0
-            self._key = None if is_kept else error.idempotency_key or self._key
+            self._key = None if error.spent is False else error.idempotency_key or self._key
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
             if spend.idempotency_key is None or not is_lost:  # else to ask again brings the answer that was lost
                 ledger.failed_at.put(chain.key, self._runtime.steady())
             self._close(spend, attempt, error.retry_after or 0.0)
-            if is_for_nobody or (error.retryable and self.until() > until):
-                raise _Abandoned from None  # whoever has joined meanwhile has time left
             raise
         self._spent, self._failure = spend, None
         if self.call.rejected is not None:
@@ -485,9 +499,9 @@ class Flight(Patience, Generic[T]):
         """
         ledger, poll = self._ledger, _rules.POLL
         refused_at = self._runtime.steady()
-        _, left, window, _ = ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
+        _, left, _, _ = ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
         wait = 0.0 if announced else self._limit
-        if announced and ledger.may_lack_news(left, window):  # a job with little time has to be told, too
+        if announced and ledger.may_lack_news(left):  # a job with little time has to be told, too
             wait = max(0.0, min(_rules.SETTLED, self._time_left() - 2 * _rules.LAST_CALL))
         while True:
             newer, is_readable = ledger.look(self.call.credential)

@@ -444,10 +444,14 @@ class Ledger:
             self._wrote_at = self.runtime.steady(), self._wrote_at[0]
         return is_noted
 
-    def may_lack_news(self, left: Left, window: float) -> bool:
-        """Whether others may have spent a token in its last moments, and have not been able to write that down."""
-        is_late = left.least <= _rules.last_moments(window) + _rules.LONGEST_DELAY
-        return is_late and not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
+    def may_lack_news(self, left: Left) -> bool:
+        """
+        Whether others may have the successor of a token, and the store may not.
+
+        They may have spent it in its last moments without the store, which has not been seen to work since. If it is
+        still valid, they may have spent it, and the store has lost that: whoever has it puts it back.
+        """
+        return not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
 
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Remember a spent credential for one more day: its outcome is known now."""

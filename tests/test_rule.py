@@ -1405,6 +1405,22 @@ def test_flush_while_another_process_has_the_newest_token(kuzzle, clock):
     assert call(other) == newest
 
 
+def test_flush_before_a_process_knew_anything(kuzzle, clock):
+    """A token that is still valid, and refused, may have been spent: who has its successor is given time to say so."""
+    store = SharedStore(clock)
+    busy, new = (TokenCache(store, clock=clock) for _ in range(2))
+    root = kuzzle.login(ago=1800)
+
+    def call(cache):
+        return refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+
+    newest = call(busy)
+    wait_for_copies(busy)
+    store.memory = MemoryStore(timer=clock)
+    threading.Timer(1.0, call, [busy]).start()
+    assert call(new) == newest
+
+
 def test_two_chains_that_are_one(kuzzle, clock, monkeypatch):
     """A store that has lost its entries makes two chains of one. Who knows both goes on with the newer token."""
     monkeypatch.setattr(_rules, "TRUSTED", -1.0)
@@ -1638,18 +1654,16 @@ def test_what_a_process_that_writes_knows(kuzzle, clock, root):
     runtime.steady = clock
     ledger = TokenCache(SharedStore(clock), runtime=runtime)._ledger
     spend = kuzzle_credential(kuzzle.url, root)
-    assert ledger.may_lack_news(Left(-30, -30), 60)
+    assert ledger.may_lack_news(Left(-30, -30))
     for _ in range(2):
         clock.advance(3)
         assert ledger.note(spend, Attempt(by="this", at=ledger.now()))
-    assert [ledger.may_lack_news(Left(most, most), 60) for most in (-30, -1, HOUR, -math.inf)] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert not ledger.may_lack_news(Left(-30, -30))
+    assert not ledger.may_lack_news(Left(-math.inf, -math.inf)), "of no token, it does not know when it expired"
+    assert ledger.may_lack_news(Left(-1, -1))
+    assert ledger.may_lack_news(Left(HOUR, HOUR)), "others may have spent it, and the store may have lost that"
     alone = TokenCache(runtime=runtime)._ledger
-    assert not alone.may_lack_news(Left(-30, -30), 60), "nobody else writes to the memory of a process"
+    assert not alone.may_lack_news(Left(-30, -30)), "nobody else writes to the memory of a process"
 
 
 def put_open_attempt(store, *keys):
@@ -1786,6 +1800,24 @@ def test_first_token_in_its_last_moments(kuzzle, store, cache):
     jwt = kuzzle.login(ago=HOUR - 2)
     store.acquire(key_of("kuzzle", kuzzle.url, jwt), "killed", HOUR)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=3).jwt)
+
+
+def test_lock_that_was_passed_by_long_ago(kuzzle, clock, store, cache, monkeypatch):
+    """Before its next attempt, who has passed a lock by looks whether its holder has an answer by now."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    jwt, elsewhere = kuzzle.login(ago=HOUR - 2), SharedStore(clock)
+    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "holder", HOUR)
+    found = []
+
+    def answer(request):
+        found.append(refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(elsewhere, clock=clock)))
+        for key, text in entries(elsewhere).items():
+            store.set(key, text, HOUR)
+        return Answer(503, b"", {"Retry-After": "1"})
+
+    kuzzle.next_answers.append(answer)
+    assert refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=5) == found[0]
+    assert len(kuzzle.requests) == 2
 
 
 def test_store_that_begins_to_hang_in_the_last_moments(kuzzle, clock, root):
@@ -1996,8 +2028,9 @@ def test_own_idempotency_keys(circle, clock, store, is_lost):
     assert [request.json()["idempotencyKey"] for request in circle.requests] == [keys[0], keys[not is_lost]]
 
 
-def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch):
-    """Who has more time than the call that has failed gets an attempt of their own."""
+@pytest.mark.parametrize("timeout", [1, None])
+def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch, timeout):
+    """Who has time for another attempt than the one that has just failed gets it, whatever that call wanted."""
     cache, calls = TokenCache(store), []
     note = cache._ledger.note
 
@@ -2013,7 +2046,7 @@ def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch
     kuzzle.fail_next("api.process.overloaded")
     with ThreadPoolExecutor() as pool:
         with contextlib.suppress(UnavailableError):
-            refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1, queuable=False)
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=timeout, queuable=False)
         assert kuzzle.knows(calls[0].result().jwt)
 
 

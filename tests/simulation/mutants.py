@@ -248,7 +248,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though others may write down a successor just now",
-        (_FLIGHT, "if announced and ledger.may_lack_news(left, window):", "if False:"),
+        (_FLIGHT, "if announced and ledger.may_lack_news(left):", "if False:"),
     ),
     Mutant(
         "a refusal is the verdict though a token that has no successor yet may have one just now",
