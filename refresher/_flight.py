@@ -242,8 +242,8 @@ class Flight(Patience, Generic[T]):
         end = self._runtime.steady() + seconds
         while self.waiters and (remaining := end - self._runtime.steady()) > 0:
             self._alarm = self._runtime.event()
-            if self.waiters:
-                self._runtime.wait(self._alarm, max(0.001, remaining))  # less may be no time at all
+            # Who left just now has set the alarm before. Less than this may be no time at all.
+            self._runtime.wait(self._alarm, max(0.001, remaining) if self.waiters else 0.0)
         self._check()
 
     def too_late(self) -> RefreshError:
@@ -423,7 +423,7 @@ class Flight(Patience, Generic[T]):
         except SignInRequiredError as error:
             self.has_departed = False
             self._close(spend, attempt)
-            self._verify(chain, spend, attempt, announced, error)
+            self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
             return None
         except (RefreshError, _Abandoned) as error:
             self._key = None if error.spent is False else error.idempotency_key or self._key
@@ -488,10 +488,10 @@ class Flight(Patience, Generic[T]):
         )
 
     def _verify(
-        self, chain: Chain[T], spend: Credential[T], before: Attempt | None, announced: bool, error: SignInRequiredError
+        self, chain: Chain[T], spend: Credential[T], before: Attempt | None, wait: float, error: SignInRequiredError
     ) -> None:
         """
-        Return if there is a newer token than the one that was refused.
+        Return if there is a newer token than the one that was refused, or comes in some seconds.
 
         Raises:
             SignInRequiredError: It was the newest, and nobody has the answer to a refresh of it.
@@ -499,10 +499,6 @@ class Flight(Patience, Generic[T]):
         """
         ledger, poll = self._ledger, _rules.POLL
         refused_at = self._runtime.steady()
-        _, left, _, _ = ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
-        wait = 0.0 if announced else self._limit
-        if announced and ledger.may_lack_news(left):  # a job with little time has to be told, too
-            wait = max(0.0, min(_rules.SETTLED, self._time_left() - 2 * _rules.LAST_CALL))
         while True:
             newer, is_readable = ledger.look(self.call.credential)
             is_newer = newer.generation > chain.generation and newer.newest is not None
@@ -523,6 +519,12 @@ class Flight(Patience, Generic[T]):
                     raise error
             self._wait_for_news(poll, error.status)
             poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
+
+    def _time_for_news(self, chain: Chain[T]) -> float:
+        """Seconds to wait for others to save the successor of a token: a job with little time has to be told, too."""
+        _, left, _, _ = self._ledger.assess(chain, attrs.evolve(self.call, own_will_do=True, rejected=None))
+        time_left = self._time_left() - 2 * _rules.LAST_CALL
+        return max(0.0, min(_rules.SETTLED, time_left)) if self._ledger.may_lack_news(left) else 0.0
 
     def _wait_for_news(self, seconds: float, status: int | None = None) -> None:
         """Wait for another process to save the successor of a token that the service refused."""
@@ -577,6 +579,7 @@ class SignOut(Flight[T]):
     error: RefreshError | None = None
     is_over = False
     _told = ""  # the key of the token that was signed out last
+    _wait = 0.0  # seconds for which another process may still come with a newer one
 
     def is_stuck(self) -> bool:
         """Never: nothing may pass it by."""
@@ -610,15 +613,15 @@ class SignOut(Flight[T]):
                 newest.sign_out(Exchange(self._runtime, ledger.observed, self, newest.scope, self.call.session))
             except _LookAgain:
                 return None
-            except SignInRequiredError:
-                pass  # it has ended already, or been refreshed
+            except SignInRequiredError:  # it has ended already, or been refreshed
+                self._wait = self._time_for_news(chain)
             self.has_departed, self._told = False, newest.keys[0]
         if not is_readable:
             self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
             return self.pause(_rules.LONGEST_POLL)
         verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)
         try:
-            return self._verify(chain, newest, attempt, True, verdict)
+            return self._verify(chain, newest, attempt, self._wait, verdict)
         except SignInRequiredError:
             pass
         except OutcomeUnknownError:

@@ -799,6 +799,13 @@ def test_pickled_before_it_was_used(kuzzle, root):
     assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=5).json()["result"]["_id"] == "foo"
 
 
+def test_pickled_after_a_sign_out(kuzzle):
+    """Nobody has signed in there either."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache())
+    auth.sign_out()
+    assert pickle.loads(pickle.dumps(auth)).jwt is None
+
+
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda auth: pickle.loads(pickle.dumps(auth))])
 @pytest.mark.parametrize("own", ["shared", "none", "file", "memory"])
 def test_pickled(kuzzle, circle, pair, root, own, again, tmp_path):

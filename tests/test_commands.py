@@ -838,6 +838,16 @@ def test_warnings(kuzzle, jwt, run, quiet, monkeypatch):
     assert quiet or re.match(f"{WHEN}kuzzle ", err)
 
 
+def test_warning_of_the_store(kuzzle, jwt, run, tmp_path):
+    """That an entry cannot be read is told, once."""
+    folder = tmp_path / "store"
+    run("kuzzle", kuzzle.url, "--store", folder)
+    FileStore(folder).set(key_of("kuzzle", kuzzle.url, jwt), "no entry", 60)
+    status, _, err = run("kuzzle", kuzzle.url, "--store", folder, "--timeout", "0.5")
+    assert status != 0
+    assert [line for line in err.splitlines() if line.endswith("FileStore has an entry that cannot be read")] != []
+
+
 def test_another_run_has_the_lock(kuzzle, jwt, run, tmp_path):
     """A run that has sent nothing itself goes on with a valid token."""
     first = run("kuzzle", kuzzle.url, "--store", tmp_path / "store")

@@ -46,6 +46,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._rules import Attempt, Instant
 from refresher._text import key_of
 from refresher.services.kuzzle import KuzzleCredential
 from refresher.testing import FakeCircle, FakeKuzzle
@@ -555,6 +556,43 @@ def test_sign_out_without_the_store(kuzzle, tmp_path, reads):
     auth.sign_out()
     assert not is_alive(kuzzle, others.jwt)
     assert auth.jwt is None
+
+
+def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
+    """The session has ended, but the store remembers it: that is an error, and the next call ends that, too."""
+
+    class Full(FileStore):
+        is_full = True
+
+        def set(self, key, value, seconds):
+            if self.is_full and not key.endswith("-attempt"):
+                raise OSError
+            super().set(key, value, seconds)
+
+    store, jwt = Full(tmp_path), kuzzle.login("foo", ago=1800)
+    auth, again = (KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=timeout) for timeout in (1, 10))
+    with pytest.raises(UnavailableError, match="the session has ended at Kuzzle, but Full cannot be written"):
+        auth.sign_out()
+    store.is_full = False
+    again.sign_out()
+    assert again.jwt is None
+
+
+def test_refresh_that_begins_beside_a_sign_out(kuzzle, tmp_path):
+    """Whoever has written down that it spends the token may have a newer one: that is not known to be over."""
+    jwt, store = kuzzle.login("foo", ago=1800), FileStore(tmp_path)
+
+    def answer(request):
+        now = Instant(time.time(), 1.0, "another")
+        attempt = Attempt(by="another", at=now, is_open=True)
+        store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(answer)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)), timeout=1)
+    with pytest.raises(OutcomeUnknownError):
+        auth.sign_out()
+    assert auth.jwt == jwt
 
 
 def test_sign_out_of_another_user_is_left_alone(kuzzle):

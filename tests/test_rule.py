@@ -35,6 +35,7 @@ from refresher import (
     OutcomeUnknownError,
     RedisStore,
     RefreshError,
+    ReplyError,
     RequestRefusedError,
     SignInRequiredError,
     TokenCache,
@@ -305,6 +306,43 @@ class SlowStore(SharedStore):
     def __init__(self, clock):
         super().__init__(clock)
         self.over = threading.Event()
+
+
+def test_newest_token_that_expires_while_the_store_is_down(kuzzle, clock, store, root):
+    """What can no longer be used is no longer waited for."""
+    cache = TokenCache(store, clock=clock, lease=3)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.is_down = True
+    time.sleep(0.6)
+    clock.advance(HOUR - 4)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(_rules.DAY + 2 * HOUR)
+    wait_for_copies(cache)
+    assert store.is_down
+
+
+def test_joined_while_the_store_is_down(kuzzle, store, cache, root):
+    """Who has no valid token waits for a store on which a call has given up that has one."""
+    due, asked, go_on = kuzzle.login(ago=HOUR - 30), threading.Event(), threading.Event()
+    auth = KuzzleAuth(kuzzle.url, due, cache=cache, timeout=5)
+
+    def get(key):
+        asked.set()
+        go_on.wait(10)
+        raise ConnectionError("no store")
+
+    store.get = get
+    with ThreadPoolExecutor() as pool:
+        theirs = pool.submit(requests.get, f"{kuzzle.url}/_me", auth=auth, timeout=10)
+        asked.wait(10)
+        ours = pool.submit(refresh_kuzzle_token, kuzzle.url, due, cache=cache, timeout=5)
+        (flight,) = cache._flights.values()
+        while len(flight.waiters) < 2:
+            time.sleep(0.01)
+        go_on.set()
+        assert theirs.result().status_code == 200
+        del store.get
+        assert kuzzle.knows(ours.result().jwt)
 
 
 @pytest.mark.parametrize("silence", [1.0, 60.0])
@@ -625,6 +663,18 @@ def test_replayed_answers_until_time_is_up(circle, clock):
         refresh_user_token(**call_with(circle, pairs[0]), cache=cache, timeout=0.5)
     circle.next_answers.clear()
     assert circle.knows(refresh_user_token(**call_with(circle, pairs[0]), cache=cache))
+
+
+def test_replayed_answers_without_end(circle, clock, monkeypatch):
+    """However many expired pairs Circle replays, a call ends, and says so."""
+    monkeypatch.setattr("refresher.services.circle._MOST_STEPS", 3)
+    pairs = [circle.sign_in()]
+    for _ in range(12):
+        pairs.append(refresh_user_token(**call_with(circle, pairs[-1]), cache=TokenCache()))
+        clock.advance(2 * HOUR)
+    with pytest.raises(ReplyError, match="keeps returning expired tokens"):
+        refresh_user_token(**call_with(circle, pairs[0]), cache=TokenCache())
+    assert len(circle.requests) == 12 + 3
 
 
 # Interrupts
@@ -1077,6 +1127,17 @@ def test_daemon_that_comes_too_late(monkeypatch):
     assert (thread.is_alive(), begun) == (True, [])
 
 
+def test_work_that_begins_at_the_very_end(monkeypatch):
+    """Once Python has waited for its threads, a thread does its work itself, and nothing begins in a new one."""
+    ended, runtime, done = threading.Thread(), Runtime(), []
+    runtime._end()
+    runtime.start(lambda: done.append(1))
+    monkeypatch.setattr(threading, "main_thread", lambda: ended)
+    runtime._wait_for(lambda: done.append(2))
+    assert done == [1]
+    assert not runtime._running
+
+
 def test_forgotten_while_the_store_is_down(kuzzle, store, root):
     """The process has forgotten the session, as the error says, and the store does when it's back."""
     cache = TokenCache(store)
@@ -1419,6 +1480,27 @@ def test_flush_before_a_process_knew_anything(kuzzle, clock):
     store.memory = MemoryStore(timer=clock)
     threading.Timer(1.0, call, [busy]).start()
     assert call(new) == newest
+
+
+def test_suspended_after_a_refusal(kuzzle, clock, root):
+    """A process that was suspended does not know how the store was meanwhile: it gives others time once more."""
+    store, elsewhere, runtime, slept = SharedStore(clock), SharedStore(clock), Runtime(), []
+    newest = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(elsewhere, clock=clock))
+    wait = runtime.wait
+
+    def put_back():
+        for key, text in entries(elsewhere).items():
+            store.set(key, text, HOUR)
+
+    def be_suspended(event, seconds):
+        if len(kuzzle.requests) == 2 and not slept and threading.current_thread() is not threading.main_thread():
+            slept.append(3)
+            threading.Timer(0.7, put_back).start()
+        return wait(event, seconds)
+
+    runtime.steady, runtime.wait = lambda: time.monotonic() + sum(slept), be_suspended
+    cache = TokenCache(store, clock=clock, runtime=runtime)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=20) == newest
 
 
 def test_two_chains_that_are_one(kuzzle, clock, monkeypatch):

@@ -247,7 +247,7 @@ def _could_tell_anyway(world: World, process: Process, session: Session, token: 
         return False
     if process in session.receipts and process.links(token, session.newest):
         return True
-    was_put_back = token == session.first and world.store.lost_at < session.affirmed_at < world.time - 2.0
+    was_put_back = token == session.first and world.store.lost_at < session.affirmed_at < world.time - 1.2
     return was_put_back and len(world.store.chains(session.secrets)) < 2
 
 

@@ -198,7 +198,11 @@ MUTANTS = [
     ),
     Mutant(
         "what was announced long ago is not announced anew",
-        (_FLIGHT, "self._announced_at > _rules.LEASE and", "self._announced_at > 1e9 and"),
+        (_FLIGHT, "if self._is_old() and not self._lease.announce():", "if False:"),
+    ),
+    Mutant(
+        "a lock that was passed by is passed by for good",
+        (_FLIGHT, "if self._lease.lock is not Lock.OURS and self._is_old():", "if False:"),
     ),
     Mutant(
         "a service's time is what its last answer said, however late",
@@ -240,7 +244,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
-        (_FLIGHT, "wait = 0.0 if announced else self._limit", "wait = 0.0"),
+        (_FLIGHT, "self._time_for_news(chain) if announced else self._limit", "self._time_for_news(chain)"),
     ),
     Mutant(
         "a refusal is the verdict right after the store was in trouble",
@@ -248,7 +252,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though others may write down a successor just now",
-        (_FLIGHT, "if announced and ledger.may_lack_news(left):", "if False:"),
+        (_FLIGHT, "self._time_for_news(chain) if announced else", "0.0 if announced else"),
     ),
     Mutant(
         "a refusal is the verdict though a token that has no successor yet may have one just now",
@@ -342,7 +346,7 @@ MUTANTS = [
     ),
     Mutant(
         "who joins a call that is just failing fails with it",
-        (_FLIGHT, " and self.until() > until):", " and False):"),
+        (_FLIGHT, "None if self._may_ask_again(waiter, outcome) else outcome", "outcome"),
     ),
     Mutant(
         "who joins does not extend the time",
@@ -405,7 +409,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sign-out does not look whether there is a newer token",
-        (_FLIGHT, "            return self._verify(chain, newest, attempt, True, verdict)", "            pass"),
+        (_FLIGHT, "            return self._verify(chain, newest, attempt, self._wait, verdict)", "            pass"),
     ),
     Mutant(
         "a sign-out takes no lock",
