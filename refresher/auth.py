@@ -150,8 +150,12 @@ class Auth(AuthBase, Generic[_Token]):
         if self._is_for_us(request.url) and (headers := self._headers()) is not None:
             for name, value in headers.items():
                 request.headers[name] = reveal(value)
+            self._leave_cookie_out(request)
             request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
         return request
+
+    def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:
+        """Leave out what the service does not accept beside a token."""
 
     @property
     def _requests(self) -> int:
@@ -396,6 +400,13 @@ class KuzzleAuth(Auth[KuzzleToken]):
     def jwt(self, jwt: str | None) -> None:
         (jwt,) = hide_all(jwt)
         self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.credential(self._prefix, jwt).jwt))
+
+    def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:
+        """Leave out the cookie of a login in cookie mode, which the session may have: Kuzzle takes one or the other."""
+        if (cookies := request.headers.pop("Cookie", None)) is not None:
+            others = [each for each in cookies.split("; ") if each.partition("=")[0] != kuzzle.COOKIE]
+            if others:
+                request.headers["Cookie"] = "; ".join(others)
 
 
 class CircleAuth(Auth[UserToken]):

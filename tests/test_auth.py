@@ -897,6 +897,22 @@ def test_no_secret_shows(kuzzle, circle, pair, root, caplog):
     assert caplog.text.count("ok, 1 attempt") == 2
 
 
+@pytest.mark.parametrize("others", [{}, {"other": "1", "third": "2"}])
+def test_session_that_logged_in_with_a_cookie(running_target, others):
+    """Kuzzle does not take a token and its login cookie together: the cookie stays back. Others are sent."""
+    with requests.Session() as session:
+        session.cookies.update(others)
+        login = f"{running_target.url}/_login/local?cookieAuth=true"
+        assert session.post(login, json=running_target.credentials, timeout=10).status_code == 200
+        assert "authToken" in session.cookies
+        auth = KuzzleAuth(running_target.url, running_target.login(), cache=TokenCache())
+        answer = session.get(f"{running_target.url}/_me", auth=auth, timeout=10)
+        assert kuid(answer) == running_target.kuid
+        sent = answer.request.headers.get("Cookie", "")
+        assert sorted(filter(None, sent.split("; "))) == [f"{name}={value}" for name, value in others.items()]
+        assert "authToken" in session.get(f"{running_target.url}/_me", timeout=10).request.headers["Cookie"]
+
+
 def test_contract(running_target):
     """The same on each Kuzzle: a living token is used, a spent one leads on, or to the sign-in."""
     jwt = running_target.login()
