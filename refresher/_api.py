@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import requests
 
 
-def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | None, Any]:
+def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | BaseException | None, Any]:
     """
     Check the arguments of a call. Return the call, and its answer if that takes no more than a look.
 
@@ -30,11 +30,17 @@ def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | None, Any]:
         known = cache._ledger.hit(call)
     except Exception:
         return None, None
+    except BaseException as interrupt:  # raised again by `_answer`
+        return interrupt.with_traceback(None), None
     return call, None if known is None else known.token
 
 
-def _answer(call: Call[Any] | None, cache: TokenCache | None, session: object, service: Any, *arguments: Any) -> Any:
+def _answer(
+    call: Call[Any] | BaseException | None, cache: TokenCache | None, session: object, service: Any, *arguments: Any
+) -> Any:
     """Return the answer to a call, which is checked unless that was done."""
+    if isinstance(call, BaseException):
+        raise call
     call = call or check_call(service, *arguments)
     service.check.need(isinstance(reveal(cache), TokenCache | None), "cache", "must be a TokenCache or None")
     if session is not None:

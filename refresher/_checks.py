@@ -93,21 +93,26 @@ class Checks:
         if not is_right:
             self.fail(name, flaw)
 
+    def string(self, name: str, value: Any, flaw: str = "must be a string") -> Secret[str]:
+        """Accept a string. One of a subclass, such as an Enum's, becomes what is in it: it may be shown otherwise."""
+        value = hide(value)
+        self.need(isinstance(reveal(value), str), name, flaw)
+        return Secret(str.__str__(reveal(value)))
+
     def token(self, name: str, value: Any) -> Secret[str]:
         """Accept a secret that fits into a header."""
         value = hide(value)
-        if not is_token(reveal(value)):
-            self.fail(name, _INVISIBLE if isinstance(reveal(value), str) else "must be a string")
-        secret: Secret[str] = value
+        secret = self.string(name, value)
+        self.need(is_token(secret.reveal()), name, _INVISIBLE)
         return secret
 
     def text(self, name: str, value: Any, shortest: int = 1, longest: int = 1000) -> str:
         """Accept a text of printable characters."""
         value = hide(value)
-        self.need(isinstance(reveal(value), str), name, "must be a string")
-        is_right = shortest <= len(reveal(value)) <= longest and reveal(value).isprintable()
+        text = self.string(name, value)
+        is_right = shortest <= len(text.reveal()) <= longest and text.reveal().isprintable()
         self.need(is_right, name, f"must be {shortest} to {longest} printable characters")
-        return str(reveal(value))
+        return text.reveal()
 
     def flag(self, name: str, value: Any) -> bool:
         """Accept True and False, not 1 or 0."""
@@ -117,16 +122,15 @@ class Checks:
 
     def uuid(self, name: str, value: Any) -> str:
         """Accept a UUID, or a string that spells one the usual way."""
-        value = hide(value)
-        is_right = isinstance(reveal(value), (str, uuid.UUID)) and is_uuid(str(reveal(value)))
-        self.need(is_right, name, "must be a UUID")
-        return str(reveal(value))
+        value = hide(str(reveal(value)) if isinstance(reveal(value), uuid.UUID) else value)
+        text = self.string(name, value, "must be a UUID")
+        self.need(is_uuid(text.reveal()), name, "must be a UUID")
+        return text.reveal()
 
     def url(self, name: str, value: Any, *, https: bool) -> str:
         """Accept a base URL, and return it in one spelling, without trailing slashes."""
         value = hide(value)
-        self.need(isinstance(reveal(value), str), name, "must be a string")
-        url, flaw = _base_url(reveal(value), https)
+        url, flaw = _base_url(self.string(name, value).reveal(), https)
         self.need(not flaw, name, flaw)
         return url
 
@@ -139,7 +143,7 @@ class Checks:
             return None
         is_number = number(reveal(value)) is not None or reveal(value) == math.inf
         self.need(is_number, name, "must be a number of seconds, a timedelta, or None")
-        is_right = 0 < float(str(reveal(value))) <= threading.TIMEOUT_MAX
+        is_right = 0 < reveal(value) <= threading.TIMEOUT_MAX
         self.need(is_right, name, "must be more than zero seconds and less than 292 years; None waits forever")
         return float(reveal(value))
 
@@ -177,9 +181,9 @@ class Fields:
 
     def text(self, name: str) -> str:
         """Take out a text, whatever characters it has: no token is to be lost over those of its user's id."""
-        found = self._get(name)
-        self._check.need(isinstance(found.reveal(), str) and found.reveal() != "", name, "must be a text")
-        return str(found.reveal())
+        found = self._check.string(name, self._get(name), "must be a text")
+        self._check.need(found.reveal() != "", name, "must be a text")
+        return found.reveal()
 
     def milliseconds(self, name: str) -> float:
         """Take out a number of milliseconds."""

@@ -22,6 +22,7 @@ import errno
 import functools
 import gc
 import inspect
+import io
 import json
 import logging
 import os
@@ -160,13 +161,25 @@ def _printable(line: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
+def _write_raw(raw: io.RawIOBase, data: Secret[bytes]) -> None:
+    """Write all of it. With PYTHONUNBUFFERED, Python itself takes no notice of how much was written."""
+    while data.reveal():
+        if (count := raw.write(data.reveal())) is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        data = Secret(data.reveal()[count:])
+
+
 def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
     """Write to a standard stream, whatever state it is in. Return what went wrong."""
     if stream is None:
         return "it is closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(reveal(text).encode(encoding, "backslashreplace").decode(encoding))
+        data = Secret(reveal(text).encode(encoding, "backslashreplace"))
+        if isinstance(raw := getattr(stream, "buffer", None), io.RawIOBase):
+            _write_raw(raw, data)
+        else:
+            stream.write(data.reveal().decode(encoding))
         stream.flush()
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):  # or Python tries again at its end, and fails

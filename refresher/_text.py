@@ -24,7 +24,7 @@ def fingerprint(secret: str) -> str:
 
 def masked(secret: object) -> str:
     """Return what to show in place of a secret."""
-    return f"<secret {fingerprint(secret)}>" if isinstance(secret, str) else str(secret)
+    return f"<secret {fingerprint(secret)}>" if isinstance(secret, str) else "None" if secret is None else "<secret>"
 
 
 class Secret(Generic[S]):

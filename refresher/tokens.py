@@ -37,30 +37,46 @@ def _to_milliseconds(when: datetime | None) -> int:
     return -1 if when is None else (when - _EPOCH) // _MILLISECOND
 
 
-def _rows(token: KuzzleToken | UserToken) -> dict[str, str]:
-    """List what a notebook shows of a token: the time it has left, and no secret."""
-    values = ((field, getattr(token, field.name)) for field in attrs.fields(type(token)))
-    rows = {field.name: str(field.repr(value) if callable(field.repr) else value) for field, value in values}
-    if token.expires_at is None:
-        return {**rows, "expires_at": "never", "time left": "unlimited"}
-    left = max(token.expires_at - datetime.now(UTC), timedelta(0))
-    return {
-        **rows,
-        "expires_at": f"{token.expires_at:%Y-%m-%d %H:%M:%S} UTC",
-        "time left": str(left - left % timedelta(seconds=1)),
-    }
+class _Token:
+    """
+    What both tokens have in common.
+
+    They compare on their own: pytest takes apart what attrs compares, and would show secrets.
+    """
+
+    __slots__ = ()
+    expires_at: datetime | None
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return attrs.astuple(self) == attrs.astuple(other)  # type: ignore[arg-type]  # each of them is an attrs class
+
+    def __hash__(self) -> int:
+        return hash(attrs.astuple(self))  # type: ignore[arg-type]
+
+    def _rows(self) -> dict[str, str]:
+        """List what a notebook shows: the time it has left, and no secret."""
+        values = ((field, getattr(self, field.name)) for field in attrs.fields(type(self)))  # type: ignore[arg-type]
+        rows = {field.name: str(field.repr(value) if callable(field.repr) else value) for field, value in values}
+        if self.expires_at is None:
+            return {**rows, "expires_at": "never", "time left": "unlimited"}
+        left = max(self.expires_at - datetime.now(UTC), timedelta(0))
+        return {
+            **rows,
+            "expires_at": f"{self.expires_at:%Y-%m-%d %H:%M:%S} UTC",
+            "time left": str(left - left % timedelta(seconds=1)),
+        }
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._rows())
+
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: ARG002
+        printer.text(as_text(type(self).__name__, self._rows()))
 
 
-def _html(token: KuzzleToken | UserToken) -> str:
-    return as_html(type(token).__name__, _rows(token))
-
-
-def _pretty(token: KuzzleToken | UserToken, printer: Printer, cycle: bool) -> None:  # noqa: ARG001
-    printer.text(as_text(type(token).__name__, _rows(token)))
-
-
-@attrs.frozen
-class KuzzleToken:
+@attrs.frozen(eq=False)
+class KuzzleToken(_Token):
     """
     A Kuzzle session token. *jwt* is masked in ``repr()`` and in notebooks.
 
@@ -83,8 +99,7 @@ class KuzzleToken:
     expires_at: datetime | None
     ttl: timedelta | None
 
-    _repr_html_ = _html
-    _repr_pretty_ = _pretty
+    _repr_pretty_ = _Token._repr_pretty_  # IPython prefers a class's own repr() to what it inherits
 
     @property
     def fingerprint(self) -> str:
@@ -127,8 +142,8 @@ class KuzzleToken:
         )
 
 
-@attrs.frozen
-class UserToken:
+@attrs.frozen(eq=False)
+class UserToken(_Token):
     """
     A Circle user token, and the refresh token to use next. Secrets are masked in ``repr()`` and in notebooks.
 
@@ -151,8 +166,7 @@ class UserToken:
     refresh_token: str = attrs.field(repr=masked)
     expires_at: datetime
 
-    _repr_html_ = _html
-    _repr_pretty_ = _pretty
+    _repr_pretty_ = _Token._repr_pretty_  # IPython prefers a class's own repr() to what it inherits
 
     @property
     def fingerprint(self) -> str:

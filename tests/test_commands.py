@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -977,6 +978,33 @@ def test_streams(kuzzle, jwt, streams, variable, status):
     assert got == status
     assert ("jwt" in out) == (status == 0)
     assert err.count("\n") == (status != 0 and "2>" not in streams)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("into", ["a file", "a pipe"])
+def test_output_that_fits_in_part(kuzzle, jwt, tmp_path, unbuffered, into):
+    """A token that was written in part is no success, with Python's own buffers or without."""
+    whole = finish(start("kuzzle", kuzzle.url))[1]
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while into == "a pipe":
+            os.write(write, b"x" * 100)
+    with (tmp_path / "out").open("w") as file:
+        done = subprocess.run(
+            [COMMAND, "kuzzle", kuzzle.url],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, resource.RLIM_INFINITY)),
+            stdout=file if into == "a file" else write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    os.close(read)
+    os.close(write)
+    assert (done.returncode, done.stderr.count("\n")) == (75, 1)
+    assert "standard output: " in done.stderr
+    assert "Nothing is lost: run this again" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["kuzzle $url", "status kuzzle $url", "demo", "--help", "--version"])

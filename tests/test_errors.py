@@ -25,6 +25,7 @@ from refresher import (
     MemoryStore,
     OutcomeUnknownError,
     RefreshError,
+    ReplyError,
     RequestRefusedError,
     TokenCache,
     UserToken,
@@ -341,6 +342,41 @@ def test_variables_while_interrupted(circle, kuzzle, monkeypatch):
         with pytest.raises(KeyboardInterrupt) as caught:
             call()
         assert variables_with_secrets(caught.value) == []
+
+
+@pytest.mark.parametrize("what", ["call", "hit"])
+def test_variables_while_interrupted_before_anything_is_hidden(kuzzle, monkeypatch, what):
+    """Nor does it while the arguments are looked at, which may take a while the first time."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    cache = TokenCache()
+    monkeypatch.setattr(cache._ledger, what, interrupt)
+    for call in (
+        lambda: refresh_kuzzle_token(kuzzle.url, JWT, cache=cache),
+        lambda: refresh_user_token(**SECRET, cache=cache),
+    ):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call()
+        assert variables_with_secrets(caught.value) == []
+    assert not kuzzle.requests
+
+
+def test_malformed_headers(kuzzle, caplog):
+    """Urllib3 logs what follows a malformed header. With a new token in it, it does not."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nno header\r\nSet-Cookie: authToken=planted\r\n\r\n{}"
+    with requests.Session() as session:
+        for options in ({}, {"session": session}, {"session": session, "cookie_auth": True}):
+            kuzzle.next_answers.append(head)
+            with pytest.raises(ReplyError):
+                refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=None, queuable=False, **options)
+        logged = [record for record in caplog.records if record.name == "urllib3.connection"]
+        assert [record.getMessage() for record in logged] == ["Failed to parse headers"] * 3
+        assert "planted" not in caplog.text
+        kuzzle.next_answers.append(head)
+        session.get(f"{kuzzle.url}/_me", timeout=5)
+        assert "planted" in caplog.text, "a request of somebody else is none of our business"
 
 
 def test_cache_shows_nothing(kuzzle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from datetime import UTC, datetime, timedelta
 
@@ -12,6 +13,7 @@ from requests.cookies import create_cookie
 
 from refresher import (
     InvalidArgumentError,
+    KuzzleAuth,
     KuzzleToken,
     OutcomeUnknownError,
     ReplyError,
@@ -189,6 +191,48 @@ def test_bad_arguments(kuzzle, arguments, complaint):
     assert (error.provider, error.spent, error.status) == ("kuzzle", False, None)
     assert "plant" not in str(error)
     assert kuzzle.requests == []
+
+
+class Masked(str):
+    """A string that does not show itself."""
+
+    __slots__ = ()
+
+    def __str__(self):
+        return "***"
+
+    def __format__(self, spec):
+        return "***"
+
+
+class Choice(str, enum.Enum):  # noqa: UP042 - of a StrEnum, str() is what is in it
+    """A string whose name is shown in its place."""
+
+    LOCAL = "local"
+    LIFETIME = "2h"
+
+
+def test_strings_of_other_classes(kuzzle):
+    """What counts is what is in a string, not how it is shown."""
+    jwt, again = kuzzle.login(ago=60), kuzzle.login(ago=120)
+    options = {
+        "strategy": Choice.LOCAL,
+        "expires_in": Choice.LIFETIME,
+        "timeout": enum.IntEnum("T", {"SHORT": 5}).SHORT,
+    }
+    token = refresh_kuzzle_token(Masked(kuzzle.url), Masked(jwt), **options)
+    assert (token.ttl, kuzzle.knows(token.jwt)) == (timedelta(hours=2), True)
+    auth = KuzzleAuth(Masked(kuzzle.url), Masked(again))
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=5).json()["result"]["_id"] == "foo"
+    read = KuzzleToken.from_dict({**token.to_dict(), "_id": Masked("foo"), "jwt": Masked(token.jwt)})
+    assert f"{read.kuid} {read.jwt}" == f"foo {token.jwt}"
+
+
+@pytest.mark.parametrize("timeout", [10**5000, -(10**5000)], ids=["huge", "less"])
+def test_huge_timeouts(kuzzle, timeout):
+    """A number that no float can hold is no different from other wrong ones."""
+    with pytest.raises(InvalidArgumentError, match=r"^timeout must be more than zero seconds"):
+        refresh_kuzzle_token(kuzzle.url, JWT, timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [None, -1, -1.0, 5, 5.5, timedelta(seconds=5), timedelta(days=20000), 9e9])

@@ -51,6 +51,23 @@ def test_no_secret_shows(token):
     assert repr(attrs.evolve(token)) == repr(token)
 
 
+@TOKENS
+@pytest.mark.parametrize("wrap", [lambda token: token, lambda token: [token]], ids=["alone", "in a list"])
+def test_no_secret_shows_in_a_failed_test(token, wrap):
+    """Pytest tells how two of them differ, in full, and shows no secret."""
+    other = attrs.evolve(token, expires_at=WHEN + timedelta(hours=1))
+    with pytest.raises(AssertionError) as caught:
+        assert wrap(token) == wrap(other)
+    assert "<secret " in str(caught.value)
+    assert "planted" not in str(caught.value)
+    assert token != "planted"
+
+
+def test_odd_secrets():
+    """What is no string is not shown either."""
+    assert repr(KuzzleToken("foo", b"planted", None, None)).count("<secret>") == 1
+
+
 def test_json():
     """The services' own names and units."""
     assert KUZZLE.to_dict() == {

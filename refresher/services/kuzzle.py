@@ -91,7 +91,7 @@ def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
     is_right = lifetime <= (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST)
     check.need(is_right, "expires_in", "is longer than Kuzzle can count; -1 means for ever")
     found: str | timedelta = reveal(value)
-    return found
+    return check.string("expires_in", value).reveal() if isinstance(found, str) else found
 
 
 @attrs.frozen(kw_only=True)
