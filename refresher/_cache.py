@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any, NoReturn, SupportsIndex, overload
@@ -189,7 +191,7 @@ class TokenCache:
         if self._process != runtime.process():  # a forked child has none of its parent's threads
             self._process, self._flights = runtime.process(), {}
             self._ledger.forget_threads()
-        waiter = Waiter(runtime.event(), end, call.retry)
+        waiter = Waiter(runtime.event(), end, call.retry, runtime.caller())
         flight = self._flights.get(key)
         if flight is not None and flight.is_stuck():
             self._flights.pop(key, None)
@@ -384,7 +386,16 @@ def _find_pair(
 
 def get_ready() -> None:
     """Import what sends, before any clock is running: requests takes a while, and calls that hit need it not."""
-    from . import _http  # noqa: F401
+    with _importing:
+        from . import _http  # noqa: F401
+
+
+# A child that is forked in the middle of an import would wait for ever for the thread that was at it.
+_importing = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
+    )
 
 
 #: The cache of all calls that are not given another.

@@ -29,6 +29,9 @@ from .tokens import Outcome, RefreshEvent
 
 _log = logging.getLogger("refresher")
 
+# After so many seconds a flight looks whether its process is about to end.
+_LONGEST_NAP = 5.0
+
 OnEvent = Callable[[RefreshEvent], object]
 
 
@@ -44,10 +47,15 @@ class _LookAgain(Exception):  # noqa: N818
 
 
 class Waiter:
-    """A call that waits for a flight. *until*: for how long, by the steady clock. *outcome*: None is to ask again."""
+    """
+    A call that waits for a flight.
 
-    def __init__(self, event: Event, until: float, retry: bool) -> None:
-        self.event, self.until, self.retry = event, until, retry
+    *until*: for how long, by the steady clock. *is_there*: tells whether its thread has not ended with the process.
+    *outcome*: None is to ask again.
+    """
+
+    def __init__(self, event: Event, until: float, retry: bool, is_there: Callable[[], bool]) -> None:
+        self.event, self.until, self.retry, self.is_there = event, until, retry, is_there
         self.outcome: Any = None
 
     def tell(self, outcome: Any) -> None:
@@ -186,8 +194,11 @@ class Flight(Patience, Generic[T]):
 
     # Patience
 
+    def _waiting(self) -> list[Waiter]:
+        return [waiter for waiter in list(self.waiters) if waiter.is_there()]
+
     def until(self) -> float:
-        return max((waiter.until for waiter in list(self.waiters)), default=-math.inf)
+        return max((waiter.until for waiter in self._waiting()), default=-math.inf)
 
     def _time_left(self) -> float:
         return self.until() - self._runtime.steady()
@@ -199,11 +210,11 @@ class Flight(Patience, Generic[T]):
         return max(self.until(), self._gone_at + self._limit)
 
     def retry(self) -> bool:
-        return any(waiter.retry for waiter in list(self.waiters))
+        return any(waiter.retry for waiter in self._waiting())
 
     def _check(self) -> None:
         """Go on only if somebody waits."""
-        if not self.waiters:
+        if not self._waiting():
             raise _Abandoned
 
     def _go_on(self) -> None:
@@ -240,10 +251,10 @@ class Flight(Patience, Generic[T]):
     def pause(self, seconds: float) -> None:
         """Sleep. Whoever joins or leaves ends that early."""
         end = self._runtime.steady() + seconds
-        while self.waiters and (remaining := end - self._runtime.steady()) > 0:
+        while self._waiting() and (remaining := end - self._runtime.steady()) > 0:
             self._alarm = self._runtime.event()
             # Who left just now has set the alarm before. Less than this may be no time at all.
-            self._runtime.wait(self._alarm, max(0.001, remaining) if self.waiters else 0.0)
+            self._runtime.wait(self._alarm, max(0.001, min(remaining, _LONGEST_NAP)) if self.waiters else 0.0)
         self._check()
 
     def too_late(self) -> RefreshError:

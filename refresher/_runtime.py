@@ -151,6 +151,11 @@ class Runtime:
         """Make an event."""
         return Event()
 
+    def caller(self) -> Callable[[], bool]:
+        """Return what tells whether the calling thread is still there: daemon threads end with the main one."""
+        is_daemon, main = threading.current_thread().daemon, threading.main_thread()
+        return lambda: not is_daemon or main.is_alive()
+
     # Effects
 
     def sleep(self, seconds: float) -> None:

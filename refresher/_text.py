@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 def fingerprint(secret: str) -> str:
     """Return eight digits that tell secrets apart without revealing them."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:8]
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def masked(secret: object) -> str:

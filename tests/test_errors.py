@@ -9,6 +9,8 @@ import itertools
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import traceback
 import types
 from collections.abc import Mapping
@@ -361,6 +363,13 @@ def test_variables_while_interrupted_before_anything_is_hidden(kuzzle, monkeypat
             call()
         assert variables_with_secrets(caught.value) == []
     assert not kuzzle.requests
+
+
+def test_bytes_are_not_taken_for_strings(kuzzle):
+    """Python's strictest mode (-bb) finds nothing in a refusal either."""
+    script = f"import refresher; refresher.refresh_kuzzle_token({kuzzle.url!r}, {kuzzle.login(ago=7200)!r}, timeout=2)"
+    done = subprocess.run([sys.executable, "-bb", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("refresher.errors.SignInRequiredError: ")
 
 
 def test_malformed_headers(kuzzle, caplog):

@@ -1127,6 +1127,53 @@ def test_daemon_that_comes_too_late(monkeypatch):
     assert (thread.is_alive(), begun) == (True, [])
 
 
+DAEMON = """
+import logging, sys, threading, time
+from refresher import refresh_kuzzle_token
+
+logging.disable()
+arguments = {"url": sys.argv[1], "jwt": sys.argv[2], "timeout": None}
+threading.Thread(target=refresh_kuzzle_token, kwargs=arguments, daemon=True).start()
+time.sleep(1)
+"""
+
+
+def test_process_whose_daemon_threads_wait_for_ever():
+    """It ends all the same: a service that is down is not asked for the sake of threads that have ended."""
+    with FakeKuzzle() as kuzzle:
+        jwt = kuzzle.login(ago=1800)
+    run(DAEMON, kuzzle.url, jwt)
+
+
+FORK = """
+import importlib.abc, os, sys, threading, time, warnings
+import refresher._cache
+
+class Slowly(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *others):
+        if name == "refresher._http":
+            began.set()
+            time.sleep(1)
+
+began = threading.Event()
+warnings.simplefilter("ignore")  # that this process has threads, and forks
+sys.meta_path.insert(0, Slowly())
+threading.Thread(target=refresher._cache.get_ready).start()
+began.wait()
+child = os.fork()
+refresher._cache.get_ready()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_in_the_middle_of_an_import():
+    """The child does not wait for a thread that only its parent has."""
+    run(FORK)
+
+
 def test_work_that_begins_at_the_very_end(monkeypatch):
     """Once Python has waited for its threads, a thread does its work itself, and nothing begins in a new one."""
     ended, runtime, done = threading.Thread(), Runtime(), []

@@ -66,6 +66,7 @@ def test_no_secret_shows_in_a_failed_test(token, wrap):
 def test_odd_secrets():
     """What is no string is not shown either."""
     assert repr(KuzzleToken("foo", b"planted", None, None)).count("<secret>") == 1
+    assert "planted" not in repr(attrs.evolve(CIRCLE, encryption_key="planted\ud800"))
 
 
 def test_json():

@@ -312,7 +312,8 @@ def _request_id(request: Request, reply: Reply) -> str:
 
 def quotes(request: Request, text: str) -> bool:
     """Whether a text occurs in what was sent."""
-    return any(text in str(reveal(sent)) for sent in (request.secret, *request.headers.values(), request.body or b""))
+    body = reveal(request.body) or b""
+    return text.encode() in body or any(text in reveal(sent) for sent in (request.secret, *request.headers.values()))
 
 
 def _retry_after(reply: Reply) -> float | None:

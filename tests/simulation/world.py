@@ -243,6 +243,9 @@ class Process:
     def event(self) -> Event:
         return Event()
 
+    def caller(self) -> Callable[[], bool]:
+        return lambda: True  # a process that ends waits for all of its threads
+
     # Effects
 
     def sleep(self, seconds: float) -> None:
