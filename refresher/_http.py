@@ -335,31 +335,38 @@ def _reason(error: Exception) -> str:
 # The cookie of a session
 
 
+def _host(url: str) -> str:
+    """Return the host, as cookie jars call it."""
+    return str(eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1])
+
+
 def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]:
-    """List the session's cookies of one *name* that would go to *url*."""
+    """List the session's cookies of one *name* that are for *url*."""
 
     def is_sent(cookie: Cookie) -> bool:
         jar = RequestsCookieJar()
         jar.set_cookie(cookie)
-        return cookie.name == name and "Cookie" in requests.Request("POST", url, cookies=jar).prepare().headers
+        return "Cookie" in requests.Request("POST", url, cookies=jar).prepare().headers
 
-    return [cookie for cookie in session.cookies if is_sent(cookie)]
+    # Those that name no domain are for their host alone, though jars send them to its subdomains as well.
+    cookies = (each for each in session.cookies if each.domain_specified or each.domain in ("", _host(url)))
+    return [cookie for cookie in cookies if cookie.name == name and is_sent(cookie)]
 
 
 def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
-    """Look up the value of the session's cookie that would go to *url*."""
+    """Look up the value of the session's cookie that is for *url*."""
     return next((cookie.value for cookie in _cookies_for(session, url, name)), None)
 
 
 def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[str]) -> None:
     """
-    Put a cookie into the session's jar, in place of all of its *name* that would go to *url*.
+    Put a cookie for the host of *url* into the session's jar, in place of all of its *name* that are for *url*.
 
     It has no expiry, by which a jar whose clock is ahead would drop what may be the only copy of a token.
     """
-    host = eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1]
-    details: Any = {"domain": host, "path": "/", "rest": {"HttpOnly": ""}}
+    details: Any = {"domain": _host(url), "path": "/", "rest": {"HttpOnly": ""}}
     new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
+    new.domain_specified = False
     session.cookies.set_cookie(new)  # before others go: another thread may be looking for one
     for old in _cookies_for(session, url, name):
         if (old.domain, old.path) != (new.domain, new.path):

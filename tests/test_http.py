@@ -1149,6 +1149,28 @@ def test_cookie_of_a_session():
         assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
 
 
+@pytest.mark.holds
+@pytest.mark.parametrize("order", [1, -1])
+def test_cookies_of_a_host_and_of_its_subdomain(monkeypatch, order):
+    """Each token goes to the host that set it. A jar would send one host's to the other as well."""
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *others, **named: look_up("127.0.0.1", *others, **named))
+    with FakeKuzzle() as kuzzle, FakeKuzzle() as staging, requests.Session() as session:
+        services = {"kuzzle.example": kuzzle, "staging.kuzzle.example": staging}
+        urls = [service.url.replace("127.0.0.1", host) for host, service in services.items()][::order]
+        for url in urls:
+            login = {"username": "foo", "password": "bar"}
+            session.cookies.update(requests.post(f"{url}/_login/local?cookieAuth", json=login, timeout=5).cookies)
+        before = {cookie.domain: cookie.value for cookie in session.cookies}
+        for url in (*urls, *urls):
+            refresh_kuzzle_token(url, cookie_auth=True, session=session)
+        after = {cookie.domain: cookie.value for cookie in session.cookies}
+        assert before.keys() == after.keys() == services.keys()
+        for host, service in services.items():
+            assert after[host] != before[host]
+            assert service.knows(after[host])
+
+
 # What the calls make of it
 
 
