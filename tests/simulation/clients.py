@@ -127,7 +127,7 @@ class Call:
         patient = self.timeout is None or self.timeout >= 5.0
         if self.asked is None or not patient or self.world.faults.happened or self.session.is_leaving:
             return
-        if judge.life(token) >= self.asked - 1:
+        if judge.life(token) >= self.asked - 1 or not self.session.is_alive():
             return
         self.world.violated("a shorter life than asked for", f"{judge.life(token):.0f} s instead of {self.asked}")
 
