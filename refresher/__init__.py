@@ -69,26 +69,26 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
-from ._api import refresh_kuzzle_token, refresh_user_token
-from ._cache import SHARED_CACHE, TokenCache
-from .errors import (
-    InvalidArgumentError,
-    OutcomeUnknownError,
-    RefreshError,
-    ReplyError,
-    RequestRefusedError,
-    SignInRequiredError,
-    UnavailableError,
-)
-from .stores import MemoryStore, Store
-from .tokens import KuzzleToken, RefreshEvent, SessionStatus, UserToken
-
 if TYPE_CHECKING:
     from . import auth as auth
+    from . import errors as errors
+    from . import stores as stores
     from . import testing as testing
+    from ._api import refresh_kuzzle_token, refresh_user_token
+    from ._cache import SHARED_CACHE, TokenCache
     from ._keeper import KeepAliveOutcome, keep_alive
     from .auth import CircleAuth, KuzzleAuth
-    from .stores import DjangoStore, EncryptedStore, FileStore, RedisStore
+    from .errors import (
+        InvalidArgumentError,
+        OutcomeUnknownError,
+        RefreshError,
+        ReplyError,
+        RequestRefusedError,
+        SignInRequiredError,
+        UnavailableError,
+    )
+    from .stores import DjangoStore, EncryptedStore, FileStore, MemoryStore, RedisStore, Store
+    from .tokens import KuzzleToken, RefreshEvent, SessionStatus, UserToken
 
 __all__ = [
     "CircleAuth",
@@ -120,21 +120,29 @@ __all__ = [
 ]
 
 
-# What takes long to import is imported when it is asked for.
-_LATER = {
-    **dict.fromkeys(("CircleAuth", "KuzzleAuth"), "auth"),
-    **dict.fromkeys(("KeepAliveOutcome", "keep_alive"), "_keeper"),
-    **dict.fromkeys(("DjangoStore", "EncryptedStore", "FileStore", "RedisStore"), "stores"),
+# Everything is imported when it is asked for: all of it takes a while, and nobody needs all of it.
+_MODULES = "auth", "errors", "stores", "testing"
+_HOMES = {
+    "_api": ("refresh_kuzzle_token", "refresh_user_token"),
+    "_cache": ("SHARED_CACHE", "TokenCache"),
+    "_keeper": ("KeepAliveOutcome", "keep_alive"),
+    "auth": ("CircleAuth", "KuzzleAuth"),
+    "stores": ("DjangoStore", "EncryptedStore", "FileStore", "MemoryStore", "RedisStore", "Store"),
+    "tokens": ("KuzzleToken", "RefreshEvent", "SessionStatus", "UserToken"),
 }
 
 if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("auth", "testing"):
+        if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
-        if name in _LATER:
-            return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = next((home for home, names in _HOMES.items() if name in names), "errors")
+        value = getattr(importlib.import_module(f".{home}", __name__), name)
+        if home != "stores":  # what one of them needs may be installed later
+            globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

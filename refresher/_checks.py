@@ -139,10 +139,12 @@ class Checks:
         given: Any = reveal(value)
         value = hide(given.total_seconds() if isinstance(given, timedelta) else value)
         del given
-        if value is None or (reveal(value) == -1 and not isinstance(reveal(value), bool)):
+        is_number = number(reveal(value)) is not None or (
+            isinstance(reveal(value), float) and reveal(value) == math.inf
+        )
+        self.need(value is None or is_number, name, "must be a number of seconds, a timedelta, or None")
+        if value is None or reveal(value) == -1:
             return None
-        is_number = number(reveal(value)) is not None or reveal(value) == math.inf
-        self.need(is_number, name, "must be a number of seconds, a timedelta, or None")
         is_right = 0 < reveal(value) <= threading.TIMEOUT_MAX
         self.need(is_right, name, "must be more than zero seconds and less than 292 years; None waits forever")
         return float(reveal(value))

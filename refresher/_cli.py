@@ -76,9 +76,9 @@ _ENCRYPTED = "gAAAA"  # what Fernet writes begins like this
 _CHECK, _SAVING = 10.0, 60.0
 # A disk that is full now. What is there can be read, and to refresh it can wait.
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class _EndedError(BaseException):
@@ -95,7 +95,7 @@ class _Run(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.is_quiet = self.is_over = False
+        self.is_quiet = self.is_ready = self.is_over = False
         self.status, self.ended_by = 0, ""
         self.about: list[str] = []  # the service, its host, the session
         self.unsaved: Mapping[str, object] = {}
@@ -104,8 +104,13 @@ class _Run(logging.Handler):
 
     def end(self, number: int, _: FrameType | None) -> None:
         """Handle a signal."""
-        if not self.is_over:
-            self.is_over, self.ended_by = True, signal.Signals(number).name
+        self.ended_by = self.ended_by or ("" if self.is_over else signal.Signals(number).name)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """End if there was a signal, as soon as that is expected."""
+        if self.ended_by and self.is_ready and not self.is_over:
+            self.is_over = True
             raise _EndedError
 
     @contextlib.contextmanager
@@ -228,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = _Run()
     with run.watched(for_good=argv is None):
         try:
+            run.is_ready = True
+            run.go_on()
             arguments = _parser().parse_args(argv)
             text = arguments.command(arguments, run)
         except (Exception, _EndedError) as error:

@@ -41,7 +41,7 @@ _MOST_INTERIM_ANSWERS = 100
 # How often to ask whether the caller still waits, in seconds: while a thread works, while a socket is read.
 _THREAD_SLICE, _SOCKET_SLICE = 0.04, 0.5
 # How many pieces of an answer to read after the caller's time is up, if they are there.
-_OVERTIME = 200
+_OVERTIME = 20
 # By how many seconds the caller may decide to wait longer, on a connection of its own.
 _EXTENSION = 60.0
 # For how many seconds we keep our connections, and what the environment says of proxies and CA bundles.
@@ -141,18 +141,19 @@ def send(
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
     lender = requests.Session() if session is None and _is_replaced(*parts) else session
     context = _current.set(call)
+    trouble: BaseException
+    # A signal handler may raise in the main thread: Celery's does, at a task's time limit.
+    failures = _FAILURES if threading.current_thread() is threading.main_thread() else Exception
     try:
         return _send_on_own(request, call) if lender is None else _send_on_lent(request, lender, call)
-    except Exception as error:
-        # A signal handler may raise in the main thread: Celery's does, at a task's time limit.
-        if not isinstance(error, _FAILURES) and threading.current_thread() is threading.main_thread():
-            raise
+    except failures as error:
         was_sent = call.sent_at is not None and (lender is None or not _was_never_sent(error))
-        reason = _reason(error)
+        trouble = call.refusal or failure(LOST if was_sent else UNREACHED, request, reason=_reason(error))
+    except BaseException as interrupt:
+        trouble, interrupt.__context__ = interrupt.with_traceback(None), None
     finally:
         _current.reset(context)
-    # Raised out here, so that our error has no context: those of the HTTP library hold the request.
-    raise call.refusal or failure(LOST if was_sent else UNREACHED, request, reason=reason)
+    raise trouble  # out here, without a context and the frames of the HTTP library: those hold the request
 
 
 def _send_on_own(request: Request, call: _Call) -> Reply:
@@ -362,9 +363,12 @@ def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[st
     """
     Put a cookie for the host of *url* into the session's jar, in place of all of its *name* that are for *url*.
 
-    It has no expiry, by which a jar whose clock is ahead would drop what may be the only copy of a token.
+    It expires in the year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one
+    that is saved would leave out what has no expiry.
     """
-    details: Any = {"domain": _host(url), "path": "/", "rest": {"HttpOnly": ""}}
+    is_secure = any(old.secure for old in _cookies_for(session, url, name))
+    details: Any = {"domain": _host(url), "path": "/", "secure": is_secure, "rest": {"HttpOnly": ""}}
+    details |= {"expires": 4102444800, "discard": False}
     new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
     new.domain_specified = False
     session.cookies.set_cookie(new)  # before others go: another thread may be looking for one

@@ -8,6 +8,7 @@ import fcntl
 import io
 import itertools
 import json
+import logging
 import os
 import pty
 import re
@@ -949,6 +950,45 @@ def test_no_variable_shows_a_secret(kuzzle, circle, jwt, pair, run, monkeypatch,
         assert status == 0
         secrets |= set(re.findall(r"[\w.-]{60,}", out))
     assert shown == []
+
+
+IMPORTED = """
+import importlib.abc, os, signal, sys
+
+class Killer(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *others):
+        if name == "refresher._cli":
+            os.kill(os.getpid(), signal.{name})
+
+from refresher.__main__ import main
+sys.meta_path.insert(0, Killer())
+sys.argv = ["refresher", "demo"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signal_during_the_imports(name):
+    """A run that has hardly begun ends as others do: in one line, with a status that says to try again."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    script = subprocess.Popen([sys.executable, "-c", IMPORTED.format(name=name)], text=True, **streams)
+    assert finish(script) == (75, "", f"refresher: ended by {name}\n")
+
+
+def test_signal_before_it_is_expected(kuzzle, jwt, run, monkeypatch):
+    """It ends the run as soon as that can be told."""
+    add = logging.Logger.addHandler
+
+    def add_late(logger, handler):
+        if isinstance(handler, _cli._Run):
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(logger, handler)
+
+    monkeypatch.setattr(logging.Logger, "addHandler", add_late)
+    status, out, err = run("kuzzle", kuzzle.url)
+    assert (status, out) == (75, "")
+    assert re.fullmatch(f"{WHEN.strip()}: ended by SIGTERM\n", err)
+    assert not kuzzle.requests
 
 
 # Streams in any state

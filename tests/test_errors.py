@@ -9,8 +9,10 @@ import itertools
 import json
 import logging
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import traceback
 import types
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 import requests
 import urllib3
+from helpers import jwt_with
 
 import refresher
 from refresher import (
@@ -46,7 +49,7 @@ CIRCLE = {
     "device_id": "planted-device",
     "api_key": "planted:api:key",
 }
-KINDS = [kind for kind in vars(refresher).values() if isinstance(kind, type) and issubclass(kind, RefreshError)]
+KINDS = [kind for kind in vars(refresher.errors).values() if isinstance(kind, type) and issubclass(kind, RefreshError)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -363,6 +366,33 @@ def test_variables_while_interrupted_before_anything_is_hidden(kuzzle, monkeypat
             call()
         assert variables_with_secrets(caught.value) == []
     assert not kuzzle.requests
+
+
+class TimeLimitError(Exception):
+    """What Celery raises in a task that takes too long."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeLimitError])
+@pytest.mark.parametrize("lend", [False, True])
+def test_variables_of_a_call_without_a_cache_that_is_interrupted(kuzzle, kind, lend):
+    """Nor do urllib3's frames, which have the request: they are left out."""
+    session = lent() if lend else None
+
+    def interrupt(number, frame):
+        raise kind
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    kuzzle.next_answers.append(lambda request: (signal.setitimer(signal.ITIMER_REAL, 0.2), time.sleep(1), b"")[2])
+    jwt = jwt_with({"_id": "planted", "exp": 9e9, "iat": 1})
+    try:
+        with pytest.raises(kind) as caught:
+            refresh_kuzzle_token(kuzzle.url, f"kauth-{jwt}", cache=None, session=session, queuable=False, timeout=3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    inner = [frame for frame in shown.stack if "/tests/" not in frame.filename]
+    assert inner
+    assert [frame.name for frame in inner if jwt in str(frame.locals)] == []
 
 
 def test_bytes_are_not_taken_for_strings(kuzzle):

@@ -22,6 +22,7 @@ import weakref
 import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.cookiejar import LWPCookieJar, MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -504,11 +505,19 @@ PEERS = {
     "dripping headers": lambda client: read(client) and drip(client, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10),
     "a dripping body": lambda client: (read(client) and client.sendall(HEAD)) or drip(client, b" " * 30),
     "dripping chunks": lambda client: read(client) and drip(client, CHUNKED + b"1\r\n \r\n" * 10),
+    "a flood of chunks": lambda client: read(client) and flood(client, CHUNKED, b"1\r\n \r\n" * 10_000),
     "an endless body": lambda client: read(client) and drip(client, b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 20),
     "interim answers": lambda client: read(client) and drip(client, INTERIM * 2),
     "half closed": lambda client: client.shutdown(socket.SHUT_WR) or (read(client) and time.sleep(1.5)),
     "reset": lambda client: client.recv(1) and reset(client),
 }
+
+
+def flood(client, head, piece):
+    end = time.monotonic() + 2
+    client.sendall(head)
+    while time.monotonic() < end:
+        client.sendall(piece)
 
 
 def reset(client):
@@ -1147,6 +1156,32 @@ def test_cookie_of_a_session():
         assert _http.find_cookie(session, url, "authToken") == "new"
         assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") == "new"
         assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
+
+
+@pytest.mark.parametrize("kind", [MozillaCookieJar, LWPCookieJar])
+def test_jar_that_is_saved(tmp_path, kind):
+    """A token that was put into it is saved with the others, and found again, more than once."""
+    url = "https://kuzzle.example"
+    for value in ("first", "second"):
+        with requests.Session() as session:
+            session.cookies = kind(tmp_path / "jar")
+            if value == "second":
+                session.cookies.load()
+                assert _http.find_cookie(session, url, "authToken") == "first"
+            _http.keep_cookie(session, url, "authToken", Secret(value))
+            session.cookies.save()
+    jar = kind(tmp_path / "jar")
+    jar.load()
+    assert [cookie.value for cookie in jar] == ["second"]
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_cookie_that_is_secure(secure):
+    """What takes its place goes no further than it."""
+    with requests.Session() as session:
+        session.cookies.set("authToken", "old", domain="kuzzle.example", secure=secure)
+        _http.keep_cookie(session, "https://kuzzle.example", "authToken", Secret("new"))
+        assert [(cookie.value, cookie.secure) for cookie in session.cookies] == [("new", secure)]
 
 
 @pytest.mark.holds

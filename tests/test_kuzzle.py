@@ -228,6 +228,24 @@ def test_strings_of_other_classes(kuzzle):
     assert f"{read.kuid} {read.jwt}" == f"foo {token.jwt}"
 
 
+class Series:
+    """What compares each of its members, as those of numpy and pandas do."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self
+
+    def __bool__(self):
+        raise ValueError("planted")
+
+
+def test_series_as_a_timeout(kuzzle):
+    """It is no number of seconds."""
+    with pytest.raises(InvalidArgumentError, match=r"^timeout must be a number of seconds"):
+        refresh_kuzzle_token(kuzzle.url, JWT, timeout=Series())
+
+
 @pytest.mark.parametrize("timeout", [10**5000, -(10**5000)], ids=["huge", "less"])
 def test_huge_timeouts(kuzzle, timeout):
     """A number that no float can hold is no different from other wrong ones."""

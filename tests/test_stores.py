@@ -536,6 +536,7 @@ def locals_of(error):
         pytest.param(lambda: FileStore("a\0b"), "path", id="path with a null character"),
         pytest.param(lambda: RedisStore("redis://:planted@host"), "client", id="URL as client"),
         pytest.param(lambda: RedisStore(redis.Redis), "client", id="class as client"),
+        pytest.param(lambda: RedisStore(redis.Redis(), b"planted"), "prefix", id="bytes as prefix"),
         pytest.param(lambda: RedisStore(redis.Redis(password="planted").pipeline()), "client", id="pipeline as client"),
         pytest.param(lambda: DjangoStore(caches["default"]), "alias", id="cache as alias"),
         pytest.param(lambda: DjangoStore(None), "alias", id="no alias"),

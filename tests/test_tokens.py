@@ -11,6 +11,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.lib.pretty import pretty
 
 from refresher import InvalidArgumentError, KuzzleToken, UserToken
 from refresher._text import Secret, hide, key_of, masked, reveal
@@ -61,6 +62,12 @@ def test_no_secret_shows_in_a_failed_test(token, wrap):
     assert "<secret " in str(caught.value)
     assert "planted" not in str(caught.value)
     assert token != "planted"
+
+
+def test_terminal_escapes():
+    """A user may choose an id that would do something to a terminal. It is spelled out there."""
+    assert "\x1b" not in pretty(attrs.evolve(KUZZLE, kuid="\x1b[2Jéa"))
+    assert r"\x1b[2Jéa" in pretty(attrs.evolve(KUZZLE, kuid="\x1b[2Jéa"))
 
 
 def test_odd_secrets():

@@ -43,7 +43,7 @@ class RedisStore:
         prefix: What all keys begin with.
 
     Raises:
-        InvalidArgumentError: *client* is no such client, one for asyncio, or a pipeline.
+        InvalidArgumentError: *client* is no such client, one for asyncio, or a pipeline, or *prefix* is no string.
     """
 
     def __init__(self, client: redis.Redis, prefix: str = "refresher:2:") -> None:
@@ -52,6 +52,9 @@ class RedisStore:
         if is_async or isinstance(client, type) or hasattr(client, "execute") or not hasattr(client, "eval"):
             del client  # an error's traceback shows what a frame has
             raise InvalidArgumentError("client must be a blocking client, such as redis.Redis.from_url(url)")
+        if not isinstance(prefix, str):
+            del prefix
+            raise InvalidArgumentError("prefix must be a string")
         self._client: Any = client
         self._prefix = prefix
 
