@@ -352,17 +352,13 @@ MUTANTS = [
         "who joins does not extend the time",
         (
             _FLIGHT,
-            "return max((waiter.until for waiter in list(self.waiters))",
-            "return min((waiter.until for waiter in list(self.waiters))",
+            "max((waiter.until for waiter in self._waiting())",
+            "min((waiter.until for waiter in self._waiting())",
         ),
     ),
     Mutant(
         "who joins does not ask for another attempt",
-        (
-            _FLIGHT,
-            "        return any(waiter.retry for waiter in list(self.waiters))",
-            "        return self.call.retry",
-        ),
+        (_FLIGHT, "return any(waiter.retry for waiter in self._waiting())", "return self.call.retry"),
     ),
     Mutant(
         "Retry-After is kept for one call",
