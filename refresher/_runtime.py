@@ -105,6 +105,14 @@ def _clock() -> Callable[[], float]:
 _STEADY = _clock()
 
 
+def _is_ending() -> bool:
+    """Whether nothing keeps the process from its end, but our own threads."""
+    main = threading.main_thread()
+    if main.is_alive():
+        return False
+    return all(each is main or each.daemon or each.name == "refresher" for each in threading.enumerate())
+
+
 class Runtime:
     """
     What the library needs of its surroundings: the operating system's clocks, threads and sockets.
@@ -152,9 +160,9 @@ class Runtime:
         return Event()
 
     def caller(self) -> Callable[[], bool]:
-        """Return what tells whether the calling thread is still there: daemon threads end with the main one."""
-        is_daemon, main = threading.current_thread().daemon, threading.main_thread()
-        return lambda: not is_daemon or main.is_alive()
+        """Return what tells whether the calling thread is still there: daemon threads end with the process."""
+        is_daemon = threading.current_thread().daemon
+        return lambda: not (is_daemon and _is_ending())
 
     # Effects
 
@@ -168,9 +176,9 @@ class Runtime:
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
         """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
-        if self._is_over and not daemon:
-            if threading.current_thread().daemon:
-                threading.Event().wait()  # it ends with the process, as whatever it began now would
+        if not daemon and threading.current_thread().daemon and (self._is_over or _is_ending()):
+            threading.Event().wait()  # it ends with the process, as whatever it began now would
+        if not daemon and self._is_over:
             return work()
         task = work if daemon else functools.partial(self._wait_for, work)
         context = contextvars.copy_context()  # traces and request ids flow along

@@ -1127,22 +1127,55 @@ def test_daemon_that_comes_too_late(monkeypatch):
     assert (thread.is_alive(), begun) == (True, [])
 
 
-DAEMON = """
+DAEMONS = """
 import logging, sys, threading, time
-from refresher import refresh_kuzzle_token
+from refresher import RefreshError, refresh_kuzzle_token
+
+def use(jwt, timeout):
+    while True:
+        try:
+            refresh_kuzzle_token(sys.argv[1], jwt, timeout=timeout)
+        except RefreshError:
+            time.sleep(0.2)
 
 logging.disable()
-arguments = {"url": sys.argv[1], "jwt": sys.argv[2], "timeout": None}
-threading.Thread(target=refresh_kuzzle_token, kwargs=arguments, daemon=True).start()
+for jwt, timeout in zip(sys.argv[2:], (None, 2, 2, 2, 2)):
+    threading.Thread(target=use, args=(jwt, timeout), daemon=True).start()
 time.sleep(1)
 """
 
 
-def test_process_whose_daemon_threads_wait_for_ever():
-    """It ends all the same: a service that is down is not asked for the sake of threads that have ended."""
+def test_process_whose_daemon_threads_call_for_ever():
+    """It ends all the same: a service that is down is not asked for the sake of threads that end with it."""
     with FakeKuzzle() as kuzzle:
-        jwt = kuzzle.login(ago=1800)
-    run(DAEMON, kuzzle.url, jwt)
+        jwts = logins(kuzzle, 5)
+    run(DAEMONS, kuzzle.url, *jwts)
+
+
+MAIN_ENDS = """
+import sys, threading, time
+from refresher import refresh_kuzzle_token
+
+def use():
+    threading.main_thread().join()
+    refresh_kuzzle_token(*sys.argv[1:])
+    done.set()
+
+def work():
+    if not done.wait(20):
+        sys.exit("the daemon thread waits for ever")
+
+done = threading.Event()
+threading.Thread(target=use, daemon=True).start()
+threading.Thread(target=work).start()
+"""
+
+
+def test_daemon_thread_whose_main_thread_has_ended():
+    """It is served for as long as the process lives, which others may keep alive."""
+    with FakeKuzzle() as kuzzle:
+        run(MAIN_ENDS, kuzzle.url, kuzzle.login(ago=1800))
+        assert len(kuzzle.requests) == 1
 
 
 FORK = """
