@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Any, NoReturn, SupportsIndex, overload
+from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 
 from . import _rules
 from ._exchange import Exchange, Observed, Patience, not_yet
@@ -38,6 +38,8 @@ _KEY = re.compile("[0-9a-f]{64}")
 
 # What a copy has in common with its original.
 _STATE = "_store", "_lease", "_clock", "_ahead", "_on_wait", "_on_event"
+
+R = TypeVar("R")
 
 OnWait = Callable[[str, float | None], object]
 
@@ -246,6 +248,28 @@ class TokenCache:
 
     # What is known, and can be forgotten
 
+    def _aside(self, work: Callable[..., R], *arguments: Any) -> R:
+        """Work with a store that others share in a thread of its own: no interrupt hits a transaction half way."""
+        runtime, ledger = self._runtime, self._ledger
+        if ledger.is_local:
+            return work(*arguments)
+        done, found, failed = runtime.event(), [], []
+
+        def run() -> None:
+            try:
+                found.append(work(*arguments))
+            except BaseException as error:
+                failed.append(error)
+            ledger.close()
+            done.set()
+
+        runtime.start(run)
+        while not runtime.wait(done, 60.0):
+            pass
+        if failed:
+            raise failed.pop()
+        return found[0]
+
     @overload
     def peek(self, url: str, jwt: str) -> SessionStatus: ...
     @overload
@@ -279,7 +303,7 @@ class TokenCache:
             ('foo', 'fresh', 1)
         """
         url, jwt, pair = hide_all(url, jwt, pair)
-        return self._status(_find(url, jwt, pair))
+        return self._aside(self._status, _find(url, jwt, pair))
 
     def _status(self, credential: Credential[T]) -> SessionStatus:
         ledger = self._ledger
@@ -332,7 +356,7 @@ class TokenCache:
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
         url, jwt, pair = hide_all(url, jwt, pair)
-        self._forget(_find(url, jwt, pair))
+        self._aside(self._forget, _find(url, jwt, pair))
 
     def _forget(self, credential: Credential[Any]) -> None:
         chain, is_readable = self._ledger.look(credential)
@@ -349,6 +373,9 @@ class TokenCache:
 
         Refreshes in progress go on, and their results are not kept.
         """
+        self._aside(self._clear)
+
+    def _clear(self) -> None:
         ledger = self._ledger
         ledger.observed.forget()
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()

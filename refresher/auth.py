@@ -175,7 +175,7 @@ class Auth(AuthBase, Generic[_Token]):
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""
         credential = self._credential
-        return None if credential is None else self._cache._peek(credential).secret
+        return None if credential is None else self._cache._aside(self._cache._peek, credential).secret
 
     @property
     def _runtime(self) -> Runtime:
@@ -191,7 +191,7 @@ class Auth(AuthBase, Generic[_Token]):
         first = self._credential
         if first is None or not first.can_expire:
             return None if first is None else False
-        return self._cache._is_due(self._call(credential=first))
+        return self._cache._aside(self._cache._is_due, self._call(credential=first))
 
     def _is_for_us(self, url: str | None) -> bool:
         return (url is not None and url.startswith(self._prefix)) or _goes_to(url, self._origin)
