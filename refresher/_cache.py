@@ -20,7 +20,7 @@ from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 from . import _rules
 from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
-from ._ledger import Call, Ledger
+from ._ledger import FINAL, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
@@ -316,7 +316,7 @@ class TokenCache:
             fingerprint=fingerprint(last.secret.reveal()),
             state=_rules.state_of(left, window, is_known=newest is not None, is_refused=is_refused),
             expires_at=last.token.expires_at if last.token else None,
-            generation=chain.generation if newest else 0,
+            generation=chain.generation % FINAL if newest else 0,
         )
 
     def _is_due(self, call: Call[T]) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
+FINAL = 2**40  # generations: no session that goes on has so many
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -463,7 +464,9 @@ class Ledger:
 
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
-        generation, has_ended = max(0, chain.generation) + 2, has_ended or chain.has_ended
+        has_ended = has_ended or chain.has_ended
+        # Others may have tokens of a session that has ended which they could never write down.
+        generation = max(0, chain.generation) + (FINAL if has_ended and not chain.has_ended else 2)
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)

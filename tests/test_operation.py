@@ -398,23 +398,32 @@ def test_the_end_cannot_be_written_down_at_once(kuzzle, tmp_path):
     assert paths(kuzzle) == ["/_logout"]
 
 
-def test_a_successor_that_is_written_too_late(kuzzle, tmp_path):
-    """A process that slept between its look at the store and its write does not undo a sign-out."""
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_successor_that_is_written_too_late(kuzzle, tmp_path, lost):
+    """
+    A process that slept between its look at the store and its write does not undo a sign-out.
+
+    However many tokens it has had that the store has *lost*, or never had.
+    """
 
     class Sleepy(FileStore):
-        reached, go_on = threading.Event(), threading.Event()
+        is_sleepy, reached, go_on = False, threading.Event(), threading.Event()
 
         def set(self, key, value, seconds):
-            if '"token"' in value:
+            if '"token"' in value and self.is_sleepy:
                 self.reached.set()
                 assert self.go_on.wait(20)
                 time.sleep(0.6)
             super().set(key, value, seconds)
 
     jwt, store = kuzzle.login("foo", ago=1800), Sleepy(tmp_path)
-    mine = TokenCache(Unlocked(tmp_path), lease=0.2)
+    theirs, mine = TokenCache(store), TokenCache(Unlocked(tmp_path), lease=0.2)
+    for hours in range(1, 1 + lost):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=theirs, expires_in=f"{hours}h")
+    store.delete(key_of("kuzzle", kuzzle.url, jwt))
+    store.is_sleepy = True
     with ThreadPoolExecutor() as pool:
-        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=TokenCache(store))
+        refresh = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=theirs, expires_in="9h")
         assert store.reached.wait(10)
         KuzzleAuth(kuzzle.url, jwt, cache=mine).sign_out()
         store.go_on.set()
@@ -423,8 +432,9 @@ def test_a_successor_that_is_written_too_late(kuzzle, tmp_path):
     deadline = time.monotonic() + 10
     while paths(kuzzle).count("/_logout") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
+    late = [request for request in kuzzle.requests if request.path == "/_logout"][-1]
     assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
+    assert paths(kuzzle).count("/_logout") == 2
 
 
 def test_sign_out_hits_a_bug(kuzzle, monkeypatch):

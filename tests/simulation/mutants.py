@@ -440,6 +440,10 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "a sign-out gives way to tokens that the store never had",
+        (_LEDGER, "(FINAL if has_ended and not chain.has_ended else 2)", "2"),
+    ),
+    Mutant(
         "one failed write ends a sign-out",
         (
             _FLIGHT,
