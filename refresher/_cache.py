@@ -25,7 +25,7 @@ from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
-from .errors import InvalidArgumentError, RefreshError, UnavailableError
+from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
 from .tokens import SessionStatus
@@ -161,7 +161,8 @@ class TokenCache:
             if isinstance(outcome, RefreshError):
                 if not flight.is_for_all and flight.call is not call and not is_valid:
                     continue
-                if newest is not None and is_valid and outcome.spent is False and not call.patient:
+                is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
+                if newest is not None and is_valid and outcome.spent is False and not (call.patient or is_wrong):
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
                     return newest
                 raise _own(outcome)
@@ -249,7 +250,12 @@ class TokenCache:
     # What is known, and can be forgotten
 
     def _aside(self, work: Callable[..., R], *arguments: Any) -> R:
-        """Work with a store that others share in a thread of its own: no interrupt hits a transaction half way."""
+        """
+        Work with a store that others share in a thread of its own: no interrupt hits a transaction half way.
+
+        Raises:
+            UnavailableError: It takes too long, and goes on.
+        """
         runtime, ledger = self._runtime, self._ledger
         if ledger.is_local:
             return work(*arguments)
@@ -264,8 +270,8 @@ class TokenCache:
             done.set()
 
         runtime.start(run)
-        while not runtime.wait(done, 60.0):
-            pass
+        if not runtime.wait(done, _rules.LONGEST_DELAY):
+            self._fail("does not answer")
         if failed:
             raise failed.pop()
         return found[0]
@@ -332,7 +338,7 @@ class TokenCache:
             self._fail("cannot be read", call.credential.service)
         return chain, *assessed
 
-    def _fail(self, what: str, service: str) -> NoReturn:
+    def _fail(self, what: str, service: str | None = None) -> NoReturn:
         raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
 
     def _peek(self, credential: Credential[T]) -> Credential[T]:
@@ -372,6 +378,9 @@ class TokenCache:
         Forget all sessions that this process knows of, and remove them from the store: others lose them, too.
 
         Refreshes in progress go on, and their results are not kept.
+
+        Raises:
+            UnavailableError: The store could not be reached. This process has forgotten them. Call again.
         """
         self._aside(self._clear)
 
@@ -379,13 +388,16 @@ class TokenCache:
         ledger = self._ledger
         ledger.observed.forget()
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
-        flights, self._flights = self._flights, {}
+        flights, self._flights, is_done = self._flights, {}, True
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
-            ledger.drop(there if isinstance(there, Chain) else Chain(key=key, generation=there), {key})
+            chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
+            is_done &= ledger.drop(chain, {key})
         for key in kept:
             if key.endswith("-attempt"):  # also of what has no entry, since it was refused
                 ledger.delete(key)
+        if not is_done:
+            self._fail("cannot be reached, so other processes may still use the sessions: call again")
 
 
 def _own(error: RefreshError) -> RefreshError:

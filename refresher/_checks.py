@@ -145,9 +145,10 @@ class Checks:
         self.need(value is None or is_number, name, "must be a number of seconds, a timedelta, or None")
         if value is None or reveal(value) == -1:
             return None
-        is_right = 0 < reveal(value) <= threading.TIMEOUT_MAX
+        seconds: float = reveal(value)
+        is_right = 0 < seconds <= threading.TIMEOUT_MAX
         self.need(is_right, name, "must be more than zero seconds and less than 292 years; None waits forever")
-        return float(reveal(value))
+        return float(seconds)
 
     def session(self, name: str, value: Any) -> requests.Session | None:
         """Accept a requests.Session, or None."""

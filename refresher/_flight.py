@@ -423,7 +423,7 @@ class Flight(Patience, Generic[T]):
         """Refresh a credential, and keep what comes of it. None if there is something newer already."""
         ledger = self._ledger
         if spend.idempotency_key and chain.newest is None and ledger.unread.get(chain.key):
-            raise self._unread()  # the answer would be that to an earlier request
+            raise self._unread(spent=False)  # the answer would be that to an earlier request
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
@@ -437,7 +437,9 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            self._key = None if error.spent is False else error.idempotency_key or self._key
+            has_new_key = isinstance(error, RequestRefusedError) and error.retryable
+            is_over = error.spent is False and not has_new_key
+            self._key = None if is_over else error.idempotency_key or self._key
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
@@ -452,9 +454,9 @@ class Flight(Patience, Generic[T]):
         self._keep(chain, spend, successor)
         return None if successor.keys[0] in ledger.orphans else successor
 
-    def _unread(self) -> RefreshError:
+    def _unread(self, **details: Any) -> RefreshError:
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"
-        return OutcomeUnknownError(what, provider=self.call.credential.service)
+        return OutcomeUnknownError(what, provider=self.call.credential.service, **details)
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> bool:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
@@ -516,7 +518,7 @@ class Flight(Patience, Generic[T]):
             if is_newer or ledger.adopt(chain, spend):
                 return
             if ledger.may_have_more(chain, self.call.credential):
-                raise self._unread()
+                raise self._unread(status=error.status)
             now = self._runtime.steady()
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             is_settled = is_readable and ledger.is_settled()

@@ -191,7 +191,8 @@ class _Keeper:
         except RefreshError as error:
             failure = error
             # The service is in order if it has refused a token, though that is no verdict yet.
-            was_refused = isinstance(error, OutcomeUnknownError) and (error.status or 500) < 500
+            is_unread = error.spent is False  # the store has an entry that this process cannot read
+            was_refused = isinstance(error, OutcomeUnknownError) and (is_unread or (error.status or 500) < 500)
             if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
                 self._outages.setdefault(auth._scope, error)
         else:

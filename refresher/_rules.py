@@ -133,8 +133,8 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
     entry = Secret(json_object(text))
     try:
         generation = entry.reveal()["generation"]
-        if type(generation) is int and 0 <= generation < 2**53:
-            if entry.reveal()["chain"] == key and "token" not in entry.reveal():
+        if type(generation) is int and 0 <= generation < 2**53 and entry.reveal()["chain"] == key:
+            if "token" not in entry.reveal():
                 has_ended = entry.reveal().get("ended") is True
                 return Chain(key=key, generation=generation, has_ended=has_ended, text=text)
             names = "took", "asked_for", "lifetime"

@@ -23,7 +23,7 @@ from ._ledger import Call
 from ._notebook import Printer, as_html, as_text
 from ._runtime import Runtime
 from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
-from .errors import SignInRequiredError
+from .errors import SignInRequiredError, UnavailableError
 from .services import Credential, Headers, circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
@@ -174,8 +174,13 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _newest(self) -> Secret[str] | None:
         """Return its newest known secret."""
-        credential = self._credential
-        return None if credential is None else self._cache._aside(self._cache._peek, credential).secret
+        cache, credential = self._cache, self._credential
+        if credential is None:
+            return None
+        try:
+            return cache._aside(cache._peek, credential).secret
+        except UnavailableError:  # the store hangs
+            return (cache._ledger.recall(credential)[0].newest or credential).secret
 
     @property
     def _runtime(self) -> Runtime:

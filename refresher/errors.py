@@ -55,6 +55,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 
 class RefreshError(Exception):
@@ -141,6 +142,9 @@ class RequestRefusedError(RefreshError):
 
 class InvalidArgumentError(RequestRefusedError, ValueError):
     """An argument is wrong. It was found before anything was sent: fix the call."""
+
+    def __init__(self, message: str, *, spent: bool | None = False, **details: Any) -> None:
+        super().__init__(message, spent=spent, **details)
 
 
 class ReplyError(RefreshError):

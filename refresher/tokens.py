@@ -45,7 +45,6 @@ class _Token:
     """
 
     __slots__ = ()
-    expires_at: datetime | None
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -59,12 +58,13 @@ class _Token:
         """List what a notebook shows: the time it has left, and no secret."""
         values = ((field, getattr(self, field.name)) for field in attrs.fields(type(self)))  # type: ignore[arg-type]
         rows = {field.name: str(field.repr(value) if callable(field.repr) else value) for field, value in values}
-        if self.expires_at is None:
+        expires_at: datetime | None = getattr(self, "expires_at", None)
+        if expires_at is None:
             return {**rows, "expires_at": "never", "time left": "unlimited"}
-        left = max(self.expires_at - datetime.now(UTC), timedelta(0))
+        left = max(expires_at - datetime.now(UTC), timedelta(0))
         return {
             **rows,
-            "expires_at": f"{self.expires_at:%Y-%m-%d %H:%M:%S} UTC",
+            "expires_at": f"{expires_at:%Y-%m-%d %H:%M:%S} UTC",
             "time left": str(left - left % timedelta(seconds=1)),
         }
 

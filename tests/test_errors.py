@@ -368,6 +368,14 @@ def test_variables_while_interrupted_before_anything_is_hidden(kuzzle, monkeypat
     assert not kuzzle.requests
 
 
+@pytest.mark.parametrize("make", [lambda: TokenCache("x"), lambda: TokenCache(lease="x"), lambda: MemoryStore("x")])
+def test_nothing_is_spent_by_a_wrong_argument(make):
+    """Whatever complains of it says so."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        make()
+    assert caught.value.spent is False
+
+
 class TimeLimitError(Exception):
     """What Celery raises in a task that takes too long."""
 

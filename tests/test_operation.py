@@ -568,6 +568,69 @@ def test_sign_out_without_the_store(kuzzle, tmp_path, reads):
     assert auth.jwt is None
 
 
+def test_clear_without_the_store(kuzzle, tmp_path):
+    """Others would go on with what was to be forgotten: that is an error, and can be done again."""
+    jwt, store = kuzzle.login("foo", ago=1800), Broken(FileStore(tmp_path), reads=True)
+    store.is_broken = False
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    store.is_broken = True
+    with pytest.raises(
+        UnavailableError, match="Broken cannot be reached, so other processes may still use the sessions"
+    ):
+        cache.clear()
+    store.is_broken = False
+    cache.clear()
+    assert TokenCache(FileStore(tmp_path)).peek(kuzzle.url, jwt).state == "unknown"
+
+
+class Watched(FileStore):
+    """It notes which threads ask it, and hangs if it is told to."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.threads, self.go_on = set(), threading.Event()
+        self.go_on.set()
+
+    def get(self, key):
+        self.threads.add(threading.current_thread())
+        self.go_on.wait(30)
+        return super().get(key)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    store = Watched(tmp_path)
+    yield store
+    store.go_on.set()
+
+
+def test_store_is_not_asked_in_the_callers_thread(kuzzle, watched):
+    """An interrupt there could hit a transaction half way, and in a coroutine Django does not allow it."""
+    jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+    cache.peek(kuzzle.url, jwt)
+    cache.forget(kuzzle.url, jwt)
+    assert auth.jwt == jwt
+    list(keep_alive([auth]))
+    cache.clear()
+    assert watched.threads
+    assert threading.current_thread() not in watched.threads
+
+
+def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
+    """Nobody waits for it for ever, and what memory has is told."""
+    monkeypatch.setattr(_rules, "LONGEST_DELAY", 0.2)
+    jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    watched.go_on.clear()
+    for look in (cache.peek, cache.forget):
+        with pytest.raises(UnavailableError, match="Watched does not answer"):
+            look(kuzzle.url, jwt)
+    assert auth.jwt == token.jwt
+
+
 def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
     """The session has ended, but the store remembers it: that is an error, and the next call ends that, too."""
 

@@ -2212,6 +2212,46 @@ def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch
         assert kuzzle.knows(calls[0].result().jwt)
 
 
+def test_key_that_was_refused_to_a_single_attempt(circle, clock, store):
+    """Circle asks for a new idempotency key. The next call sends one, though neither tries again."""
+    call = call_with(circle, circle.sign_in())
+    circle.fail_next(156020)
+    with pytest.raises(RequestRefusedError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False))
+    first, second = (request.json()["idempotencyKey"] for request in circle.requests)
+    assert first != second
+
+
+def test_lifetime_that_is_refused(kuzzle, cache, root):
+    """A call that asks for more than it may have is told so, and does not get less without a word."""
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    kuzzle.fail_next("security.rights.forbidden")
+    with pytest.raises(RequestRefusedError):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="30d", cache=cache)
+
+
+def test_entry_of_another_chain(kuzzle, store, clock, root):
+    """What is found under a session's key is believed only if it says that it is of that session."""
+    other = kuzzle.login(ago=60)
+    refresh_kuzzle_token(kuzzle.url, other, cache=TokenCache(store, clock=clock))
+    text = store.get(key_of("kuzzle", kuzzle.url, other))
+    store.set(key_of("kuzzle", kuzzle.url, root), text, HOUR)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)).jwt)
+    assert len(kuzzle.requests) == 2
+
+
+def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
+    """It is the trouble of one session. The service is in order, and the others are refreshed."""
+    ended, *others = logins(kuzzle, 3)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {ended}"}, timeout=5)
+    store.set(key_of("kuzzle", kuzzle.url, ended), "no entry", HOUR)
+    cache = TokenCache(store, clock=clock, ahead=HOUR)
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=3) for jwt in (ended, *others)]
+    found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
+    assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
+
+
 def test_callers_own_key_after_another_was_refused(circle, clock, store):
     """Circle asks for a new idempotency key, and the caller gives one."""
     call = call_with(circle, circle.sign_in())

@@ -312,14 +312,15 @@ def _request_id(request: Request, reply: Reply) -> str:
 
 def quotes(request: Request, text: str) -> bool:
     """Whether a text occurs in what was sent."""
-    body = reveal(request.body) or b""
-    return text.encode() in body or any(text in reveal(sent) for sent in (request.secret, *request.headers.values()))
+    body = b"" if request.body is None else request.body.reveal()
+    texts = request.url, *map(reveal, (request.secret, *request.headers.values()))
+    return text.encode() in body or any(text in sent for sent in texts)
 
 
 def _retry_after(reply: Reply) -> float | None:
     """Read ``Retry-After``, in seconds from now. A slip of a proxy must not bind everybody for years."""
     value = reply.headers.get("Retry-After", "").strip()
-    if re.fullmatch("[0-9]{1,9}", value):
+    if re.fullmatch("[0-9]{1,99}", value):
         return min(float(value), _LONGEST_WAIT)
     date = read_date(value)
     # By the service's own clock: ours may be hours off.

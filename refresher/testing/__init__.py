@@ -29,9 +29,8 @@ Both do as they are told:
 ``assert_spent_once(old)``                   Fails unless a token was refreshed exactly once.
 ===========================================  =========================================================================
 
-pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. After a test that uses one of them,
-`refresher.SHARED_CACHE` is empty again, and no ``Retry-After`` holds back the next one. For a test that uses no fake,
-``clean_shared_cache`` does the same.
+pytest finds the fixtures ``fake_kuzzle`` and ``fake_circle`` by itself. They leave `refresher.SHARED_CACHE` alone:
+after a test that uses ``clean_shared_cache`` too, it is empty again, and no ``Retry-After`` holds back the next test.
 
 `StoreContract` tests a `refresher.Store` of your own.
 

@@ -30,7 +30,7 @@ def clean_shared_cache() -> Iterator[None]:
 
 
 @pytest.fixture
-def fake_kuzzle(clean_shared_cache: None) -> Iterator[FakeKuzzle]:  # noqa: ARG001
+def fake_kuzzle() -> Iterator[FakeKuzzle]:
     """Run a `refresher.testing.FakeKuzzle`."""
     from . import FakeKuzzle
 
@@ -39,7 +39,7 @@ def fake_kuzzle(clean_shared_cache: None) -> Iterator[FakeKuzzle]:  # noqa: ARG0
 
 
 @pytest.fixture
-def fake_circle(clean_shared_cache: None) -> Iterator[FakeCircle]:  # noqa: ARG001
+def fake_circle() -> Iterator[FakeCircle]:
     """Run a `refresher.testing.FakeCircle`."""
     from . import FakeCircle
 
