@@ -361,7 +361,9 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     _wait_for_answer(cache, run)
     newest = cache._peek(credential).token
     outcome = outcome if newest in (None, before) else newest
-    is_kept = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
+    attempt, _ = cache._ledger.last_attempt(cache._peek(credential))
+    is_spent = attempt is not None and attempt.is_open  # by another process: Kuzzle may have answered it already
+    is_kept = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent) and not is_spent
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):
         if not run.is_quiet:
             run.complain(f"{outcome}, going on with the old token")

@@ -259,8 +259,9 @@ class Auth(AuthBase, Generic[_Token]):
         if not self._is_for_us(sent.url):
             return response
         if credential is not None:
-            # Else a proxy may have written it, or kept it.
-            if response.status_code < 500 and "Age" not in response.headers:
+            # Else a proxy may have written it, or kept it. So does requests-cache.
+            is_kept = "Age" in response.headers or getattr(response, "from_cache", False)
+            if response.status_code < 500 and not is_kept:
                 date, took = read_date(response.headers.get("Date")), response.elapsed.total_seconds()
                 self._cache._ledger.observed.learn(credential.scope, date, took)
             rejected = self._is_rejected(response, credential)

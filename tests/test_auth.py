@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import pickle
 import threading
 import time
@@ -36,6 +37,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._runtime import Runtime
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
 HOUR = 3600
@@ -173,6 +175,25 @@ def test_a_clock_that_is_ahead(kuzzle):
         auth = KuzzleAuth(kuzzle.url, jwt)
         assert [kuid(me(kuzzle, auth)) for _ in range(3)] == ["foo"] * 3
     assert len(refreshes(kuzzle)) == 1
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_answer_that_was_kept(kuzzle, root, kept):
+    """What requests-cache gives again tells nothing of the time: it may be from long ago."""
+
+    class Kept(HTTPAdapter):
+        def send(self, *args, **options):
+            response = super().send(*args, **options)
+            response.from_cache = kept
+            response.headers["Date"] = "Wed, 01 Jan 2020 00:00:00 GMT"
+            return response
+
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(runtime=Runtime()))
+    with requests.Session() as session:
+        session.mount("http://", Kept())
+        assert kuid(session.get(f"{kuzzle.url}/_me", auth=auth, timeout=5)) == "foo"
+    earliest, _, _ = auth._cache._ledger.observed.service_now(auth._scope)
+    assert (earliest == -math.inf) == kept
 
 
 def test_an_answer_without_a_date(kuzzle, root):

@@ -34,6 +34,7 @@ from helpers import call_with
 from refresher import FileStore, KuzzleToken, TokenCache, UserToken, _cli, refresh_kuzzle_token, refresh_user_token
 from refresher._cli import main
 from refresher._flight import Flight
+from refresher._rules import Attempt, Instant
 from refresher._text import fingerprint, key_of
 from refresher.services import kuzzle as kuzzle_service
 from refresher.testing import Answer, Clock
@@ -861,6 +862,21 @@ def test_another_run_has_the_lock(kuzzle, jwt, run, tmp_path):
     told = "Time is up, and another process is refreshing the Kuzzle token: call again, going on with the old token"
     assert err.endswith(f": {told}\n")
     assert len(kuzzle.requests) == 1
+
+
+def test_another_run_may_have_spent_the_token(kuzzle, jwt, run, tmp_path):
+    """What another has announced to be spent is not printed, though it is valid by its own dates."""
+    folder = tmp_path / "store"
+    newest = json.loads(run("kuzzle", kuzzle.url, "--store", folder)[1])["jwt"]
+    store = FileStore(folder)
+    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "another", 60)
+    attempt = Attempt(by="another", at=Instant(time.time() + 3300, 1.0, "another"), is_open=True)
+    store.set(f"{key_of('kuzzle', kuzzle.url, newest)}-attempt", attempt.write(), 7200)
+    kuzzle.clock.advance(3300)
+    with time_machine.travel(time.time() + 3300):
+        status, out, err = run("kuzzle", kuzzle.url, "--store", folder, "--timeout", "0.5")
+    assert (status, out) == (75, "")
+    assert "another process is refreshing the Kuzzle token: call again" in err
 
 
 def test_no_answer_to_a_run_with_a_valid_token(kuzzle, jwt, run):

@@ -541,6 +541,7 @@ def locals_of(error):
         pytest.param(lambda: DjangoStore(caches["default"]), "alias", id="cache as alias"),
         pytest.param(lambda: DjangoStore(None), "alias", id="no alias"),
         pytest.param(lambda: DjangoStore(["planted"]), "alias", id="list as alias"),
+        pytest.param(lambda: DjangoStore("planted"), "alias", id="alias that there is none of"),
         pytest.param(lambda: DjangoStore("default", single_process="planted"), "single_process", id="text as flag"),
         pytest.param(lambda: EncryptedStore("planted", MemoryStore()), "store", id="key and store swapped"),
         pytest.param(lambda: EncryptedStore(["planted"], MemoryStore()), "store", id="keys and store swapped"),

@@ -255,7 +255,7 @@ class DjangoStore:
     """
 
     def __init__(self, alias: str = "default", *, single_process: bool = False) -> None:
-        is_name = isinstance(alias, str)
+        is_name = isinstance(alias, str) and alias in caches.settings
         if not is_name or not isinstance(single_process, bool):
             del alias, single_process  # an error's traceback shows what a frame has
             wanted = "single_process must be True or False"
