@@ -142,7 +142,7 @@ class TokenCache:
         ledger = self._ledger
         chain, is_trusted = ledger.recall(call.credential)
         newest, left, window, wanted = ledger.assess(chain, call)
-        if newest is not None and is_trusted and call.rejected is None:
+        if newest is not None and (is_trusted or ledger.is_hung()) and call.rejected is None:
             if left.least > window and not wanted:
                 _log.debug("%s %s: fresh, %.0f s left", newest.service, chain.key[:8], left.least)
                 ledger.keep_hit(call, chain, newest, left.least - window)

@@ -47,7 +47,7 @@ from ._exchange import Exchange, Observed, Patience
 from ._ledger import Call
 from ._runtime import REAL
 from ._text import Secret, fingerprint, json_object, reveal
-from .errors import InvalidArgumentError, RefreshError, UnavailableError
+from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, UnavailableError
 from .services import Token, circle, kuzzle
 from .stores import EncryptedStore, FileStore, Store
 from .tokens import RefreshEvent
@@ -363,7 +363,8 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     outcome = outcome if newest in (None, before) else newest
     attempt, _ = cache._ledger.last_attempt(cache._peek(credential))
     is_spent = attempt is not None and attempt.is_open  # by another process: Kuzzle may have answered it already
-    is_kept = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent) and not is_spent
+    is_failure = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
+    is_kept = is_failure and not (isinstance(outcome, RequestRefusedError) or is_spent)
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):
         if not run.is_quiet:
             run.complain(f"{outcome}, going on with the old token")

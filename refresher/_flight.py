@@ -76,6 +76,7 @@ class Flight(Patience, Generic[T]):
     has_departed = False  # something is on the wire
     # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
     _done = _is_alone = _is_in_doubt = _has_let_go = False
+    _first = math.inf  # the generation that it has found first
 
     def __init__(
         self,
@@ -317,10 +318,14 @@ class Flight(Patience, Generic[T]):
     def _look(self) -> tuple[Chain[T], bool]:
         """Look at what the store has, unless that would take the rest of a token's life."""
         self._is_alone = self._ledger.is_in_the_way(self.call)
-        if not self._is_alone:
-            return self._ledger.look(self.call.credential)
-        self._lease.lock = Lock.LOST
-        return self._ledger.recall(self.call.credential)[0], False
+        if self._is_alone:
+            self._lease.lock = Lock.LOST
+            return self._ledger.recall(self.call.credential)[0], False
+        chain, is_readable = self._ledger.look(self.call.credential)
+        self._first = min(self._first, chain.generation)
+        if chain.newest is None and chain.generation > self._first:  # it was forgotten: what comes now is not kept
+            chain = attrs.evolve(chain, generation=int(self._first))
+        return chain, is_readable
 
     def is_stuck(self) -> bool:
         """Whether it waits for the store while a token is in its last moments, so that another had better go."""

@@ -97,6 +97,7 @@ class _Keeper:
         self._outages: dict[str, RefreshError] = {}  # by whom a pause is about
         self._wasted: dict[TokenCache, float] = {}  # seconds that a store has cost by not answering
         self._next: dict[str, float] = {}  # when the next refresh may begin
+        self._doubts: set[str] = set()  # whose failures looked like one
         self._running: set[Future[KeepAliveOutcome]] = set()
         self._is_left = False  # nobody wants the rest
 
@@ -194,7 +195,10 @@ class _Keeper:
             is_unread = error.spent is False  # the store has an entry that this process cannot read
             was_refused = isinstance(error, OutcomeUnknownError) and (is_unread or (error.status or 500) < 500)
             if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
-                self._outages.setdefault(auth._scope, error)
+                # What is no clear sign may be the trouble of one session alone. Two of them are an outage.
+                if error.retryable or auth._scope in self._doubts:
+                    self._outages.setdefault(auth._scope, error)
+                self._doubts.add(auth._scope)
         else:
             try:
                 auth._hand_over()

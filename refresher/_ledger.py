@@ -249,6 +249,10 @@ class Ledger:
         took = self._took if self.is_failing and now - self._troubled_at < _rules.WINDOW else 0.0
         return max(took, *(now - began for began in [now, *self._asked.values()]))
 
+    def is_hung(self) -> bool:
+        """Whether the store has been asked for something, and does not answer."""
+        return self.runtime.steady() - min(self._asked.values(), default=math.inf) >= _rules.TOO_SLOW
+
     def unsettle(self, took: float = 0.0) -> None:
         """Give others time to write what the store does not have. Their commands may take as long as ours *took*."""
         self._settled_at = max(self._settled_at, self.runtime.steady() + _rules.SETTLED + took)

@@ -864,6 +864,15 @@ def test_another_run_has_the_lock(kuzzle, jwt, run, tmp_path):
     assert len(kuzzle.requests) == 1
 
 
+def test_a_lifetime_that_is_refused(kuzzle, jwt, run):
+    """It is told at once, and not when the token has expired that is printed meanwhile."""
+    run("kuzzle", kuzzle.url)
+    kuzzle.fail_next("security.rights.forbidden")
+    status, out, err = run("kuzzle", kuzzle.url, "--quiet", "--expires-in", "30d")
+    assert (status, out) == (2, "")
+    assert "check the arguments, keys and rights" in err
+
+
 def test_another_run_may_have_spent_the_token(kuzzle, jwt, run, tmp_path):
     """What another has announced to be spent is not printed, though it is valid by its own dates."""
     folder = tmp_path / "store"

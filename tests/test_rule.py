@@ -47,7 +47,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._exchange import Observed
-from refresher._rules import Attempt, Instant, Left
+from refresher._rules import Attempt, Instant, Left, Lock
 from refresher._runtime import REAL, Runtime
 from refresher._text import key_of
 from refresher.services import Reply
@@ -2250,6 +2250,50 @@ def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=3) for jwt in (ended, *others)]
     found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
     assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
+
+
+def test_keeper_and_a_session_that_another_refreshes(kuzzle, clock, store):
+    """That one session's lock cannot be had is no sign of an outage."""
+    held, *others = logins(kuzzle, 3)
+    store.acquire(key_of("kuzzle", kuzzle.url, held), "another", HOUR)
+    cache = TokenCache(store, clock=clock, ahead=HOUR)
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (held, *others)]
+    found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
+    assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
+
+
+def test_fresh_token_while_the_store_hangs(kuzzle, clock, root):
+    """It is the answer at once, and not after as long as one would wait for news."""
+    store = SlowStore(clock)
+    cache = TokenCache(store, clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    time.sleep(0.6)
+    store.silence = 60.0
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=10) == token
+        took.append(time.monotonic() - began)
+    store.over.set()
+    assert max(took[1:]) < 0.5
+
+
+@pytest.mark.parametrize("forget", ["forget", "clear"])
+def test_forgotten_before_a_request_has_left(kuzzle, clock, store, root, forget):
+    """What comes of a refresh that waits for a lock is not kept either."""
+    key = key_of("kuzzle", kuzzle.url, root)
+    cache = TokenCache(store, clock=clock)
+    store.acquire(key, "another", HOUR)
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=10)
+        while not cache._flights or next(iter(cache._flights.values()))._lease.lock is not Lock.HELD:
+            time.sleep(0.01)
+        cache.forget(kuzzle.url, root) if forget == "forget" else cache.clear()
+        store.release(key, "another")
+        assert kuzzle.knows(call.result().jwt)
+    wait_for_copies(cache)
+    for each in (cache, TokenCache(store, clock=clock)):
+        assert each.peek(kuzzle.url, root).state == "unknown"
 
 
 def test_callers_own_key_after_another_was_refused(circle, clock, store):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from .._api import refresh_kuzzle_token, refresh_user_token
+from .._cache import TokenCache
 from .._text import masked
 from .circle import FakeCircle
 from .kuzzle import FakeKuzzle
@@ -20,11 +21,12 @@ def show() -> str:
 
 
 def _lines() -> Iterator[str]:
+    cache = TokenCache()
     with FakeKuzzle() as kuzzle:
         yield "KUZZLE. A user signs in and gets a token that is valid for an hour. Half an hour later:\n"
         jwt = kuzzle.login("foo", ago=1800)
         yield '    >>> refresh_kuzzle_token(url, jwt, expires_in="2h")'
-        token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h")
+        token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h", cache=cache)
         yield from _result(token, kuzzle.requests[-1])
         kuzzle.clock.advance(1)
         yield "A second later the old token, which is spent, no longer works:\n"
@@ -42,6 +44,7 @@ def _lines() -> Iterator[str]:
             device_id="device-1",
             api_key=circle.api_key,
             base_url=circle.url,
+            cache=cache,
         )
         yield '    >>> refresh_user_token(user_token=..., refresh_token=..., device_id="device-1")'
         pair = refresh()

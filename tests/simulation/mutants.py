@@ -269,7 +269,7 @@ MUTANTS = [
     ),
     Mutant(
         "the end of another session is the end of this one",
-        (_RULES, 'entry.reveal()["chain"] == key and ', ""),
+        (_RULES, ' and entry.reveal()["chain"] == key', ""),
     ),
     Mutant(
         "each refusal is remembered for a minute",
