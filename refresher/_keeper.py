@@ -152,7 +152,7 @@ class _Keeper:
         except UnavailableError as error:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
         finally:
-            if cache._ledger.is_failing:
+            if cache._ledger.is_failing or cache._ledger.is_hung():
                 self._wasted[cache] = wasted + auth._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")

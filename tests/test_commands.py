@@ -998,6 +998,8 @@ def test_signal_during_the_imports(name):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     script = subprocess.Popen([sys.executable, "-c", IMPORTED.format(name=name)], text=True, **streams)
     assert finish(script) == (75, "", f"refresher: ended by {name}\n")
+    closed = 'exec "$python" -c "$program" 2>&-'
+    assert shell(closed, python=sys.executable, program=IMPORTED.format(name=name)) == (75, "", "")
 
 
 def test_signal_before_it_is_expected(kuzzle, jwt, run, monkeypatch):

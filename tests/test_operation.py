@@ -41,6 +41,7 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _keeper,
     _rules,
     keep_alive,
     refresh_kuzzle_token,
@@ -629,6 +630,11 @@ def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
         with pytest.raises(UnavailableError, match="Watched does not answer"):
             look(kuzzle.url, jwt)
     assert auth.jwt == token.jwt
+    monkeypatch.setattr(_keeper, "_WASTE", 0.3)
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(str(number)), cache=cache) for number in range(20)]
+    began = time.monotonic()
+    assert {each.outcome for each in keep_alive(auths)} == {"skipped"}
+    assert time.monotonic() - began < 20 * 0.2, "not for each of them"
 
 
 def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
