@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast, runtime_checkable
 
 from ..errors import InvalidArgumentError
 from .memory import MemoryStore
@@ -89,10 +89,11 @@ def check_store(value: object) -> Store:
     Raises:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
+    missing = [name for name in _METHODS if not hasattr(value, name)]  # also found by a __getattr__, as of a proxy
     if isinstance(value, type):
         hint = "use an instance of this class, such as MemoryStore()"
-    elif isinstance(value, Store):
-        return value
+    elif not missing:
+        return cast("Store", value)
     elif isinstance(value, (str, os.PathLike)):
         hint = "use TokenCache(FileStore(path))"
     elif hasattr(value, "execute_command"):
@@ -100,7 +101,6 @@ def check_store(value: object) -> Store:
     elif hasattr(value, "make_key"):
         hint = "use TokenCache(DjangoStore(alias)) for a cache of Django's"
     else:
-        missing = [name for name in _METHODS if not hasattr(value, name)]
         hint = f"{type(value).__name__} has no {', '.join(missing)}; for a store in memory, use TokenCache()"
     del value  # an error's traceback shows what a frame has
     raise InvalidArgumentError(f"store must be a Store: {hint}")
