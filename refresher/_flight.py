@@ -442,9 +442,7 @@ class Flight(Patience, Generic[T]):
             self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
             return None
         except (RefreshError, _Abandoned) as error:
-            has_new_key = isinstance(error, RequestRefusedError) and error.retryable
-            is_over = error.spent is False and not has_new_key
-            self._key = None if is_over else error.idempotency_key or self._key
+            self._key = self._next_key(spend, error)
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
@@ -458,6 +456,13 @@ class Flight(Patience, Generic[T]):
         exchange.learn(successor)
         self._keep(chain, spend, successor)
         return None if successor.keys[0] in ledger.orphans else successor
+
+    def _next_key(self, spend: Credential[T], error: RefreshError | _Abandoned) -> str | None:
+        """Return the idempotency key for the next attempt: one that was refused is not sent again. None: the usual."""
+        if isinstance(error, RequestRefusedError) and error.idempotency_key is not None:
+            key = spend.key_for(f"after {error.idempotency_key}")
+            return None if key == error.idempotency_key else key  # it is the caller's own
+        return None if error.spent is False else error.idempotency_key or self._key
 
     def _unread(self, **details: Any) -> RefreshError:
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"

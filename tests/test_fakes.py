@@ -597,8 +597,9 @@ def test_entry_point():
     assert found.value == "refresher.testing.fixtures"
 
 
-def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
-    """A test that uses a fake leaves no token in the shared cache and no pause; the fixtures import no fake early."""
+@pytest.mark.parametrize("clean", ["", ", clean_shared_cache"])
+def test_fixtures(tmp_path, monkeypatch, clean):
+    """They leave the shared cache alone, unless a test wants it clean. They import no fake early."""
     (tmp_path / "test_mine.py").write_text(
         textwrap.dedent("""
             import sys
@@ -613,7 +614,7 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
             seen = []
 
 
-            def test_first(fake_kuzzle, fake_circle):
+            def test_first(fake_kuzzle, fake_circle CLEAN):
                 assert not early
                 assert fake_circle.knows(fake_circle.sign_in())
                 jwt = fake_kuzzle.login(ago=1800)
@@ -628,10 +629,14 @@ def test_fixtures_leave_the_cache_clean(tmp_path, monkeypatch):
 
             def test_second():
                 kuzzle, jwt = seen
+                if not "CLEAN":
+                    refresh_kuzzle_token(kuzzle.url, jwt)
+                    assert len(kuzzle.requests) == 2
+                    return
                 with kuzzle, pytest.raises(SignInRequiredError):
                     refresh_kuzzle_token(kuzzle.url, jwt)
                 assert len(kuzzle.requests) == 3
-        """)
+        """).replace("CLEAN", clean)
     )
     # Nor do other plugins, which pytest would find.
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)

@@ -320,7 +320,7 @@ def quotes(request: Request, text: str) -> bool:
 def _retry_after(reply: Reply) -> float | None:
     """Read ``Retry-After``, in seconds from now. A slip of a proxy must not bind everybody for years."""
     value = reply.headers.get("Retry-After", "").strip()
-    if re.fullmatch("[0-9]{1,99}", value):
+    if re.fullmatch("[0-9]{1,9}", value):
         return min(float(value), _LONGEST_WAIT)
     date = read_date(value)
     # By the service's own clock: ours may be hours off.

@@ -142,12 +142,9 @@ class CircleCredential:
                 pair, reply = send(step.request(user_token, request_id), step.parse)
             except RequestRefusedError as error:
                 own, last_key = self.given_key, step.idempotency_key
-                if error.code != _NEW_KEY or own == last_key or is_again:
+                if error.code != _NEW_KEY or own == last_key or is_again or not (own or send.retry):
                     raise
                 step, is_again = attrs.evolve(step, given_key=own or _as_uuid(key_of(last_key, "refused"))), True
-                if not (own or send.retry):
-                    error.idempotency_key, error.retryable = step.idempotency_key, True  # the next call has to send it
-                    raise
             else:
                 step, user_token, is_again = step.following(pair), Secret(pair.user_token), False
                 # If two were issued when they were asked for, and are valid by the local clock, the `Date` is wrong.
