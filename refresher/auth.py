@@ -409,8 +409,9 @@ class KuzzleAuth(Auth[KuzzleToken]):
 
     def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:
         """Leave out the cookie of a login in cookie mode, which the session may have: Kuzzle takes one or the other."""
-        if (cookies := request.headers.pop("Cookie", None)) is not None:
+        if isinstance(cookies := request.headers.get("Cookie"), str):
             others = [each for each in cookies.split("; ") if each.partition("=")[0] != kuzzle.COOKIE]
+            del request.headers["Cookie"]
             if others:
                 request.headers["Cookie"] = "; ".join(others)
 

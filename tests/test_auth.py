@@ -932,6 +932,8 @@ def test_session_that_logged_in_with_a_cookie(running_target, others):
         sent = answer.request.headers.get("Cookie", "")
         assert sorted(filter(None, sent.split("; "))) == [f"{name}={value}" for name, value in others.items()]
         assert "authToken" in session.get(f"{running_target.url}/_me", timeout=10).request.headers["Cookie"]
+    by_hand = requests.get(f"{running_target.url}/_me", auth=auth, headers={"Cookie": b"other=1"}, timeout=10)
+    assert (kuid(by_hand), by_hand.request.headers["Cookie"]) == (running_target.kuid, b"other=1")
 
 
 def test_contract(running_target):
