@@ -2244,7 +2244,7 @@ def test_entry_of_another_chain(kuzzle, store, clock, root):
 
 def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
     """It is the trouble of one session. The service is in order, and the others are refreshed."""
-    ended, *others = logins(kuzzle, 3)
+    ended, *others = (kuzzle.login(f"user-{number}", ago=2000) for number in range(3))
     requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {ended}"}, timeout=5)
     store.set(key_of("kuzzle", kuzzle.url, ended), "no entry", HOUR)
     cache = TokenCache(store, clock=clock, ahead=HOUR)
@@ -2255,7 +2255,7 @@ def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
 
 def test_keeper_and_a_session_that_another_refreshes(kuzzle, clock, store):
     """That one session's lock cannot be had is no sign of an outage."""
-    held, *others = logins(kuzzle, 3)
+    held, *others = (kuzzle.login(f"user-{number}", ago=2000) for number in range(3))
     store.acquire(key_of("kuzzle", kuzzle.url, held), "another", HOUR)
     cache = TokenCache(store, clock=clock, ahead=HOUR)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (held, *others)]
