@@ -541,7 +541,8 @@ class Flight(Patience, Generic[T]):
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
                     raise error
             self._wait_for_news(poll, error.status)
-            poll = min(1.5 * poll, 4 * _rules.LONGEST_POLL)
+            # A store that drops entries may not have it for long.
+            poll = min(1.5 * poll, _rules.LONGEST_POLL * (1 if now - refused_at < 2 * _rules.SETTLED else 4))
 
     def _time_for_news(self, chain: Chain[T]) -> float:
         """Seconds to wait for others to save the successor of a token: a job with little time has to be told, too."""

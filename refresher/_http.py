@@ -41,7 +41,7 @@ _MOST_INTERIM_ANSWERS = 100
 # How often to ask whether the caller still waits, in seconds: while a thread works, while a socket is read.
 _THREAD_SLICE, _SOCKET_SLICE = 0.04, 0.5
 # How many pieces of an answer to read after the caller's time is up, if they are there.
-_OVERTIME = 20
+_OVERTIME = 5
 # By how many seconds the caller may decide to wait longer, on a connection of its own.
 _EXTENSION = 60.0
 # For how many seconds we keep our connections, and what the environment says of proxies and CA bundles.
