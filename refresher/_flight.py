@@ -542,7 +542,8 @@ class Flight(Patience, Generic[T]):
                     raise error
             self._wait_for_news(poll, error.status)
             # A store that drops entries may not have it for long.
-            poll = min(1.5 * poll, _rules.LONGEST_POLL * (1 if now - refused_at < 2 * _rules.SETTLED else 4))
+            is_soon = now - refused_at < 2 * _rules.SETTLED
+            poll = min(1.5 * poll, 2 * _rules.POLL if is_soon else 4 * _rules.LONGEST_POLL)
 
     def _time_for_news(self, chain: Chain[T]) -> float:
         """Seconds to wait for others to save the successor of a token: a job with little time has to be told, too."""
