@@ -41,7 +41,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 from urllib.parse import urlsplit
 
-from . import __version__, errors
+from . import __version__, _rules, errors
 from ._cache import TokenCache, current
 from ._exchange import Exchange, Observed, Patience
 from ._ledger import Call
@@ -359,12 +359,11 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     run.is_over = True
     run.sent += any(flight.has_departed for flight in list(cache._flights.values()))
     _wait_for_answer(cache, run)
-    newest = cache._peek(credential).token
+    last = cache._peek(credential)
+    newest = last.token
     outcome = outcome if newest in (None, before) else newest
-    attempt, _ = cache._ledger.last_attempt(cache._peek(credential))
-    is_spent = attempt is not None and attempt.is_open  # by another process: Kuzzle may have answered it already
     is_failure = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
-    is_kept = is_failure and not (isinstance(outcome, RequestRefusedError) or is_spent)
+    is_kept = is_failure and not isinstance(outcome, RequestRefusedError) and not _is_being_spent(cache, last)
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):
         if not run.is_quiet:
             run.complain(f"{outcome}, going on with the old token")
@@ -372,6 +371,13 @@ def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run
     if isinstance(outcome, BaseException):
         raise outcome
     return _written(credential, outcome, arguments.output)
+
+
+def _is_being_spent(cache: TokenCache, credential: Any) -> bool:
+    """Whether another process is spending a credential: the service may have answered it already."""
+    ledger = cache._ledger
+    attempt, _ = ledger.last_attempt(credential)
+    return attempt is not None and attempt.is_under_way("", cache._lease + _rules.LEASE, ledger.age(attempt))
 
 
 def _look_up(
