@@ -350,8 +350,11 @@ def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]
         return "Cookie" in requests.Request("POST", url, cookies=jar).prepare().headers
 
     # Those that name no domain are for their host alone, though jars send them to its subdomains as well.
-    cookies = (each for each in session.cookies if each.domain_specified or each.domain in ("", _host(url)))
-    return [cookie for cookie in cookies if cookie.name == name and is_sent(cookie)]
+    hosts = "", _host(url)
+    cookies = (
+        each for each in session.cookies if each.name == name and (each.domain_specified or each.domain in hosts)
+    )
+    return list(filter(is_sent, cookies))
 
 
 def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
