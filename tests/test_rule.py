@@ -1554,6 +1554,20 @@ def test_flush_while_another_process_has_the_newest_token(kuzzle, clock, is_new)
     assert call(other) == newest
 
 
+def test_sign_out_after_a_flush(kuzzle, clock):
+    """If the token was refused, its session may live on with one that the store has lost: that is signed out."""
+    store = SharedStore(clock)
+    busy, other = (TokenCache(store, clock=clock) for _ in range(2))
+    root = kuzzle.login(ago=1800)
+    newest = refresh_kuzzle_token(kuzzle.url, root, cache=busy)
+    wait_for_copies(busy)
+    clock.advance(2)  # Kuzzle accepts a spent token for a second
+    store.memory = MemoryStore(timer=clock)
+    threading.Timer(1.0, refresh_kuzzle_token, [kuzzle.url, root], {"cache": busy}).start()
+    KuzzleAuth(kuzzle.url, root, cache=other, timeout=10).sign_out()
+    assert not kuzzle.knows(newest.jwt)
+
+
 def test_suspended_after_a_refusal(kuzzle, clock, root):
     """A process that was suspended does not know how the store was meanwhile: it gives others time once more."""
     store, elsewhere, runtime, slept = SharedStore(clock), SharedStore(clock), Runtime(), []
@@ -2215,6 +2229,17 @@ def test_key_that_was_refused_to_a_single_attempt(circle, clock, store):
     assert first != second
 
 
+def test_own_key_that_was_refused_to_a_single_attempt(circle, clock, store):
+    """A later call without a key of its own does not send it either."""
+    call = call_with(circle, circle.sign_in())
+    own = str(uuid.uuid4())
+    circle.fail_next(156020)
+    with pytest.raises(RequestRefusedError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False, idempotency_key=own)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False))
+    assert [request.json()["idempotencyKey"] == own for request in circle.requests] == [True, False]
+
+
 def test_lifetime_that_is_refused(kuzzle, cache, root):
     """A call that asks for more than it may have is told so, and does not get less without a word."""
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
@@ -2252,6 +2277,18 @@ def test_keeper_and_a_session_that_another_refreshes(kuzzle, clock, store):
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (held, *others)]
     found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
     assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
+
+
+def test_keeper_and_two_sessions_that_others_refresh(kuzzle, clock, store):
+    """Two that cannot be had are an outage, and the rest does not wait for it."""
+    jwts = [kuzzle.login(f"user-{number}", ago=2000) for number in range(5)]
+    for jwt in jwts:
+        store.acquire(key_of("kuzzle", kuzzle.url, jwt), "another", HOUR)
+    cache = TokenCache(store, clock=clock, ahead=HOUR)
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in jwts]
+    found = list(keep_alive(auths, at_once=1))
+    assert [each.outcome for each in found] == ["skipped"] * 5
+    assert sum(each.seconds > 0.3 for each in found) == 2
 
 
 def test_fresh_token_while_the_store_hangs(kuzzle, clock, root):
