@@ -163,3 +163,4 @@ class Faults:
         if caller is task:
             raise error
         caller.pending, caller.due = error, self.world.time
+        self.world.others_due = self.world.time

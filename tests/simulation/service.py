@@ -39,7 +39,7 @@ class Session:
         self.is_leaving = False  # whether its user wants to sign out
         self.must_stay = False  # whether its service has refused to sign it out
         self.left_at = math.inf  # when that was done, as far as the core says
-        self.exchanged = Event()  # the next time that it is
+        self.exchanged = Event(server.world)  # the next time that it is
         self.forgotten_at = math.inf
         self.disturbed_at = -math.inf  # when its service last was out of order for it
         self.spent_at = self.asked_at = 0.0
@@ -75,7 +75,7 @@ class Session:
         """Its newest token was exchanged for another."""
         self._begin(newest)
         self.exchanged.set()
-        self.exchanged = Event()
+        self.exchanged = Event(self.server.world)
         self.in_last_moments, self.spent_at = in_last_moments, self.server.world.time
         self.asked_at = min(self.departed_at, self.spent_at)  # when that was asked for
 
@@ -265,7 +265,7 @@ class _Mail:
 
     def __init__(self, world: World, process: Process, session: Session, request: Request) -> None:
         self.world, self.process, self.session, self.request = world, process, session, request
-        self.written, self.departed_at, self.slept_before = Event(), world.time, process.asleep_for
+        self.written, self.departed_at, self.slept_before = Event(world), world.time, process.asleep_for
         self.answer: Answer | None = None
         self.due = self.lost_at = math.inf
         self.not_before: float | None = None  # what its Retry-After means
@@ -304,7 +304,7 @@ class _Mail:
         if self.brings_newest():
             session.on_the_way = (self.process, world.time)
         self.written.set()
-        self.written = Event()  # from now on it is a matter of time
+        self.written = Event(world)  # from now on it is a matter of time
 
     def _act(self) -> Answer:
         answer = self.session.server.act(self.request)

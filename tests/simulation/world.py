@@ -11,6 +11,7 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+_MOST_SWITCHES = 40_000
 EPOCH = 1_800_000_000  # where true time begins, in seconds since 1970
 
 
@@ -21,10 +22,11 @@ class InterruptError(Exception):
 class Event:
     """Something that threads wait for: what `Runtime.event` makes."""
 
-    happened = False
+    def __init__(self, world: World) -> None:
+        self.world, self.happened = world, False
 
     def set(self) -> None:
-        self.happened = True
+        self.happened, self.world.others_due = True, -math.inf
 
     def is_set(self) -> bool:
         return self.happened
@@ -69,7 +71,9 @@ class World:
         self.keep_trace = keep_trace
         self.violation: tuple[str, str] | None = None
         self.counts: Counter[str] = Counter()
-        self.closing = Event()  # happens when servers are to end
+        self.closing = Event(self)  # happens when servers are to end
+        self.until = -math.inf  # when the run ends
+        self.others_due = -math.inf  # before that, none of the others can run
         self.looks = 0  # at the clock, since something last happened
         self.reading = False  # whether the core is in a function that must not switch
 
@@ -94,6 +98,7 @@ class World:
         """Start a task."""
         task = Task(self, process, name, work, daemon)
         self.tasks.append(task)
+        self.others_due = -math.inf
         return task
 
     def park(self, seconds: float, event: Event | None = None) -> bool:
@@ -106,13 +111,29 @@ class World:
             raise GreenletExit
         task.due, task.event = self.time + max(0.0, seconds), event
         self.looks = 0
-        self.main.switch()
+        if not self._goes_on(task):
+            self.main.switch()
         if process is not None and not process.alive:
             raise GreenletExit
         if task.pending is not None:
             error, task.pending = task.pending, None
             raise error
         return event is not None and event.happened
+
+    def _goes_on(self, task: Task) -> bool:
+        """Let time pass for a task, without a switch, if no other can run before it."""
+        due = self._due(task)
+        if not due < self.others_due or due > self.until or self.violation is not None:
+            return False
+        self.time = max(self.time, due)
+        self.counts["switches"] += 1
+        return self.counts["switches"] < _MOST_SWITCHES
+
+    def _due(self, task: Task) -> float:
+        """Tell when a task can run."""
+        due = self.time if task.event is not None and task.event.happened else task.due
+        process = task.process
+        return process.asleep_until if process is not None and process.asleep_until > due else due
 
     def step(self, kind: str, detail: str = "") -> None:
         """Come by here before every effect: others may run first, and something may go wrong."""
@@ -135,13 +156,11 @@ class World:
 
     def run(self, until: float) -> None:
         """Run what can be run till then."""
+        self.until = until
         while self.violation is None:
             ready, soonest, now = [], math.inf, self.time
             for task in self.tasks:
-                due = now if task.event is not None and task.event.happened else task.due
-                process = task.process
-                if process is not None and process.asleep_until > due:
-                    due = process.asleep_until
+                due = self._due(task)
                 if due <= now:
                     ready.append(task)
                 elif due < soonest:
@@ -153,8 +172,9 @@ class World:
                 self.time = soonest
                 continue
             task = ready[0] if len(ready) == 1 else ready[int(self.random.random() * len(ready))]
+            self.others_due = soonest if len(ready) == 1 else -math.inf
             self.counts["switches"] += 1
-            if self.counts["switches"] > 40_000:
+            if self.counts["switches"] > _MOST_SWITCHES:
                 self.violated("never comes to rest", f"{task.name} of {task.process and task.process.name}")
             task.switch()
             if task.dead and task in self.tasks:
@@ -203,10 +223,10 @@ class Process:
         self.nap = "", 0.0  # before which effect it is to be suspended, and for how long
         self.returned_at: float | None = None  # when the last of its callers had what it wanted
         self.groups: list[set[str]] = []  # tokens that it knows to be of one session
-        self.leaving = Event()  # happens when it is to end, as soon as its calls have
+        self.leaving = Event(world)  # happens when it is to end, as soon as its calls have
         self.first_use: dict[str, float] = {}  # when each token was the newest for the first time in a call of it
         self.departures = 0  # how many requests it has sent
-        self.gone = Event()
+        self.gone = Event(world)
         self.heard: dict[str, float] = {}  # since when it knows the time of which services
         self.told: set[str] = set()  # and for certain, by a token of theirs
         self.wrote_at = -math.inf  # when it last wrote something into the store
@@ -241,7 +261,7 @@ class Process:
         return self.number
 
     def event(self) -> Event:
-        return Event()
+        return Event(self.world)
 
     def caller(self) -> Callable[[], bool]:
         return lambda: True  # a process that ends waits for all of its threads
