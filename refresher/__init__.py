@@ -65,9 +65,17 @@ Coming from the JavaScript SDKs:
 from __future__ import annotations
 
 import importlib
+import logging  # noqa: F401  # before a fork, locks are taken in reverse, and this one's has to come after ours
+import os
+import threading
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+
+# A child that is forked in the middle of an import would wait for ever for the thread that was at it.
+importing = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
 
 if TYPE_CHECKING:
     from . import auth as auth
@@ -134,12 +142,14 @@ _HOMES = {
 if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in _MODULES:
-            return importlib.import_module(f".{name}", __name__)
-        if name not in __all__:
+        if name not in (*__all__, *_MODULES):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = next((home for home, names in _HOMES.items() if name in names), "errors")
-        value = getattr(importlib.import_module(f".{home}", __name__), name)
+        home = name if name in _MODULES else next((home for home, names in _HOMES.items() if name in names), "errors")
+        with importing:
+            module = importlib.import_module(f".{home}", __name__)
+        if home == name:
+            return module
+        value = getattr(module, name)
         if home != "stores":  # what one of them needs may be installed later
             globals()[name] = value
         return value

@@ -134,7 +134,7 @@ def _in_cookie_mode(
 
     base = check.url("url", url, https=False)
     found = hide(find_cookie(jar, base, kuzzle.COOKIE)) if jwt is None else jwt
-    if found is None:
+    if found is None or reveal(found) == kuzzle.NO_COOKIE:
         check.fail("jwt", "is missing, and the session has no authToken cookie")
     in_cookie_mode, in_cookie = True, jwt is None
     token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)

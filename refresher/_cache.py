@@ -10,14 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import re
-import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 
-from . import _rules
+from . import _rules, importing
 from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import FINAL, Call, Ledger
@@ -425,16 +423,8 @@ def _find_pair(
 
 def get_ready() -> None:
     """Import what sends, before any clock is running: requests takes a while, and calls that hit need it not."""
-    with _importing:
+    with importing:
         from . import _http  # noqa: F401
-
-
-# A child that is forked in the middle of an import would wait for ever for the thread that was at it.
-_importing = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
-    )
 
 
 #: The cache of all calls that are not given another.

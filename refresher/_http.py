@@ -342,7 +342,7 @@ def _host(url: str) -> str:
 
 
 def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]:
-    """List the session's cookies of one *name* that are for *url*."""
+    """List the session's cookies of one *name* that are for *url*, in the order in which they are sent."""
 
     def is_sent(cookie: Cookie) -> bool:
         jar = RequestsCookieJar()
@@ -354,7 +354,7 @@ def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]
     cookies = (
         each for each in session.cookies if each.name == name and (each.domain_specified or each.domain in hosts)
     )
-    return list(filter(is_sent, cookies))
+    return sorted(filter(is_sent, cookies), key=lambda cookie: -len(cookie.path))
 
 
 def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
@@ -364,19 +364,22 @@ def find_cookie(session: requests.Session, url: str, name: str) -> str | None:
 
 def keep_cookie(session: requests.Session, url: str, name: str, value: Secret[str]) -> None:
     """
-    Put a cookie for the host of *url* into the session's jar, in place of all of its *name* that are for *url*.
+    Put a cookie for the host of *url* into the session's jar, in place of that of its *name* which is sent there first.
 
-    It expires in the year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one
-    that is saved would leave out what has no expiry.
+    What is for more paths than that one may be another service's, behind the same proxy. The new one expires in the
+    year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one that is saved would
+    leave out what has no expiry.
     """
-    is_secure = any(old.secure for old in _cookies_for(session, url, name))
-    details: Any = {"domain": _host(url), "path": "/", "secure": is_secure, "rest": {"HttpOnly": ""}}
+    there = _cookies_for(session, url, name)
+    path = there[0].path if there else "/"
+    is_secure = any(old.secure for old in there)
+    details: Any = {"domain": _host(url), "path": path, "secure": is_secure, "rest": {"HttpOnly": ""}}
     details |= {"expires": 4102444800, "discard": False}
     new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
     new.domain_specified = False
     session.cookies.set_cookie(new)  # before others go: another thread may be looking for one
-    for old in _cookies_for(session, url, name):
-        if (old.domain, old.path) != (new.domain, new.path):
+    for old in there:
+        if old.path == path and old.domain != new.domain:
             with contextlib.suppress(KeyError):  # another thread has removed it
                 session.cookies.clear(old.domain, old.path, old.name)
 

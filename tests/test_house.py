@@ -45,7 +45,7 @@ MODULES = {
 
 
 def imports_of(name):
-    """The modules of ours that one imports, inside functions too. The version is there before all else."""
+    """The modules of ours that one imports, inside functions too. Version and lock are there before all else."""
     path = MODULES[name]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -54,7 +54,9 @@ def imports_of(name):
             # What is only passed on, for type checkers, is not known.
             names = [".".join([*start, alias.name]) for alias in node.names if alias.asname != alias.name]
             yield from {
-                name if name in MODULES else ".".join(start) or "__init__" for name in names if name != "__version__"
+                name if name in MODULES else ".".join(start) or "__init__"
+                for name in names
+                if name not in ("__version__", "importing")
             }
 
 

@@ -1154,8 +1154,20 @@ def test_cookie_of_a_session():
         assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") is None
         _http.keep_cookie(session, url, "authToken", Secret("new"))
         assert _http.find_cookie(session, url, "authToken") == "new"
-        assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") == "new"
+        assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") is None
         assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
+
+
+def test_cookies_of_two_services_on_one_host():
+    """A proxy that gives each its path gives each a token of its own, also if one has all paths that are left."""
+    urls = {"/": "https://kuzzle.example", "/a": "https://kuzzle.example/a", "/b": "https://kuzzle.example/b"}
+    with requests.Session() as session:
+        for path in urls:
+            session.cookies.set("authToken", f"old of {path}", domain="kuzzle.example", path=path)
+        for path, url in urls.items():
+            assert _http.find_cookie(session, url, "authToken") == f"old of {path}"
+            _http.keep_cookie(session, url, "authToken", Secret(f"new of {path}"))
+        assert {cookie.path: cookie.value for cookie in session.cookies} == {path: f"new of {path}" for path in urls}
 
 
 @pytest.mark.parametrize("kind", [MozillaCookieJar, LWPCookieJar])

@@ -601,6 +601,18 @@ def test_expired_cookie_is_none(kuzzle):
         refresh_kuzzle_token(kuzzle.url, session=session, cookie_auth=True)
 
 
+def test_cookie_after_a_sign_out(kuzzle):
+    """What Kuzzle puts in its place then is not a token, and is not sent as one."""
+    session = requests.Session()
+    login = {"username": "foo", "password": "bar"}
+    session.post(f"{kuzzle.url}/_login/local?cookieAuth", json=login, timeout=5)
+    session.post(f"{kuzzle.url}/_logout?cookieAuth", timeout=5)
+    kuzzle.requests.clear()
+    with pytest.raises(InvalidArgumentError, match="jwt is missing"):
+        refresh_kuzzle_token(kuzzle.url, session=session, cookie_auth=True)
+    assert not kuzzle.requests
+
+
 def test_infinite_cookie(kuzzle):
     """If a strategy decides for a token for ever, its cookie has no end, and the session is not lost."""
     kuzzle.strategies["demo"] = lambda: "-1"

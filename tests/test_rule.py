@@ -1181,21 +1181,25 @@ def test_daemon_thread_whose_main_thread_has_ended():
 
 FORK = """
 import importlib.abc, os, sys, threading, time, warnings
-import refresher._cache
+import refresher
 
 class Slowly(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *others):
-        if name == "refresher._http":
+        if name == "refresher." + sys.argv[1]:
             began.set()
             time.sleep(1)
+
+def work():
+    refresher.TokenCache
+    refresher._cache.get_ready()
 
 began = threading.Event()
 warnings.simplefilter("ignore")  # that this process has threads, and forks
 sys.meta_path.insert(0, Slowly())
-threading.Thread(target=refresher._cache.get_ready).start()
+threading.Thread(target=work).start()
 began.wait()
 child = os.fork()
-refresher._cache.get_ready()
+work()
 if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -1203,9 +1207,10 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_fork_in_the_middle_of_an_import():
+@pytest.mark.parametrize("module", ["_cache", "_http"])
+def test_fork_in_the_middle_of_an_import(module):
     """The child does not wait for a thread that only its parent has."""
-    run(FORK)
+    run(FORK, module)
 
 
 def test_work_that_begins_at_the_very_end(monkeypatch):

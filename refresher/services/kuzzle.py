@@ -20,7 +20,7 @@ from ..errors import InvalidArgumentError
 from ..tokens import KuzzleToken, duration, instant
 from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Done, Headers, Reply, Request, Send, failure, meaning, quotes
 
-COOKIE = "authToken"
+COOKIE, NO_COOKIE = "authToken", "null"  # after a sign-out
 check: Checks = Checks("kuzzle")
 
 # The grammar of npm's `ms`, with which Kuzzle reads durations. ASCII, because JavaScript's \d and /i are.
