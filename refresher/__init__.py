@@ -147,9 +147,7 @@ if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
         home = name if name in _MODULES else next((home for home, names in _HOMES.items() if name in names), "errors")
         with importing:
             module = importlib.import_module(f".{home}", __name__)
-        if home == name:
-            return module
-        value = getattr(module, name)
+            value = module if home == name else getattr(module, name)
         if home != "stores":  # what one of them needs may be installed later
             globals()[name] = value
         return value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
-from ._cache import SHARED_CACHE, TokenCache, current
+from ._cache import SHARED_CACHE, TokenCache, current, get_ready
 from ._checks import Seconds
 from ._ledger import Call, check_call
 from ._text import Secret, hide, hide_all, reveal
@@ -130,9 +130,10 @@ def _in_cookie_mode(
     jar = check.session("session", session)
     if jar is None:
         check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
+    get_ready()
     from ._http import find_cookie, keep_cookie
 
-    base = check.url("url", url, https=False)
+    base = check.url("url", url, https=False) + "/"  # a cookie's path may end with a slash
     found = hide(find_cookie(jar, base, kuzzle.COOKIE)) if jwt is None else jwt
     if found is None or reveal(found) == kuzzle.NO_COOKIE:
         check.fail("jwt", "is missing, and the session has no authToken cookie")

@@ -7,6 +7,7 @@ each chain and process, which outlives its callers if something was sent. `_rule
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -247,7 +248,7 @@ class TokenCache:
 
     # What is known, and can be forgotten
 
-    def _aside(self, work: Callable[..., R], *arguments: Any) -> R:
+    def _aside(self, work: Callable[..., R], *arguments: Any, seconds: float | None = None) -> R:
         """
         Work with a store that others share in a thread of its own: no interrupt hits a transaction half way.
 
@@ -268,11 +269,21 @@ class TokenCache:
             done.set()
 
         runtime.start(run)
-        if not runtime.wait(done, _rules.LONGEST_DELAY):
+        if not runtime.wait(done, seconds or _rules.LONGEST_DELAY):
             self._fail("does not answer")
         if failed:
             raise failed.pop()
         return found[0]
+
+    def _find_out(self, work: Callable[..., R], subject: Any, call: Call[Any]) -> R:
+        """Do *work* by what the store has or, if it hangs, by what this process knows, if that is anything."""
+        ledger = self._ledger
+        if ledger.assess(ledger.recall(call.credential)[0], call)[0] is None:
+            return self._aside(work, subject)
+        if not ledger.is_hung():
+            with contextlib.suppress(UnavailableError):
+                return self._aside(work, subject, seconds=_rules.BRIEFLY)
+        return work(subject, by_store=False)
 
     @overload
     def peek(self, url: str, jwt: str) -> SessionStatus: ...
@@ -307,13 +318,14 @@ class TokenCache:
             ('foo', 'fresh', 1)
         """
         url, jwt, pair = hide_all(url, jwt, pair)
-        return self._aside(self._status, _find(url, jwt, pair))
+        credential = _find(url, jwt, pair)
+        return self._find_out(self._status, credential, Call(credential=credential))
 
-    def _status(self, credential: Credential[T]) -> SessionStatus:
+    def _status(self, credential: Credential[T], *, by_store: bool = True) -> SessionStatus:
         ledger = self._ledger
-        chain, newest, left, window, _ = self._assess(Call(credential=credential))
+        chain, newest, left, window, _ = self._assess(Call(credential=credential), by_store)
         last = newest or credential.unspent() or credential
-        is_refused = ledger.refusal(ledger.last_attempt(last)[0], last) is not None
+        is_refused = by_store and ledger.refusal(ledger.last_attempt(last)[0], last) is not None
         return SessionStatus(
             provider=credential.service,
             user=last.user,
@@ -323,14 +335,18 @@ class TokenCache:
             generation=chain.generation % FINAL if newest else 0,
         )
 
-    def _is_due(self, call: Call[T]) -> bool:
-        """Whether a session is to be refreshed, by what the store has."""
-        _, _, left, window, wanted = self._assess(call)
-        return wanted or left.least <= window
+    def _is_due(self, call: Call[T], *, by_store: bool = True) -> bool:
+        """Whether a session is to be refreshed. Without the store, that is done in its last moments."""
+        chain, _, left, window, wanted = self._assess(call, by_store)
+        is_due = wanted or left.least <= window
+        if not by_store and (is_due or chain.newest is None) and not self._ledger.is_in_the_way(call):
+            self._fail("does not answer", call.credential.service)
+        return is_due
 
-    def _assess(self, call: Call[T]) -> tuple[Chain[T], Credential[T] | None, Left, float, bool]:
+    def _assess(self, call: Call[T], by_store: bool) -> tuple[Chain[T], Credential[T] | None, Left, float, bool]:
         """Return a chain as the store has it, and how it stands with it."""
-        chain, is_readable = self._ledger.look(call.credential)
+        ledger, credential = self._ledger, call.credential
+        chain, is_readable = ledger.look(credential) if by_store else ledger.recall(credential)
         assessed = self._ledger.assess(chain, call)
         if assessed[0] is None and not is_readable:
             self._fail("cannot be read", call.credential.service)
@@ -339,9 +355,10 @@ class TokenCache:
     def _fail(self, what: str, service: str | None = None) -> NoReturn:
         raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
 
-    def _peek(self, credential: Credential[T]) -> Credential[T]:
+    def _peek(self, credential: Credential[T], *, by_store: bool = True) -> Credential[T]:
         """Return the newest known credential of a chain, as it is."""
-        return self._ledger.look(credential)[0].newest or credential
+        ledger = self._ledger
+        return (ledger.look(credential) if by_store else ledger.recall(credential))[0].newest or credential
 
     @overload
     def forget(self, url: str, jwt: str) -> None: ...
@@ -360,11 +377,16 @@ class TokenCache:
             UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
         """
         url, jwt, pair = hide_all(url, jwt, pair)
-        self._aside(self._forget, _find(url, jwt, pair))
+        credential = _find(url, jwt, pair)
+        known, _ = self._ledger.recall(credential)
+        if known.newest is not None:  # also if the store hangs
+            self._ledger.bury(known)
+        self._aside(self._forget, credential, known.newest)
 
-    def _forget(self, credential: Credential[Any]) -> None:
+    def _forget(self, credential: Credential[Any], known: Credential[Any] | None = None) -> None:
         chain, is_readable = self._ledger.look(credential)
-        keys = {credential.keys[0], *(chain.newest.keys if chain.newest else ())}
+        newest = chain.newest or known
+        keys = {credential.keys[0], *(newest.keys if newest else ())}
         self._flights.pop(chain.key, None)
         if not (self._ledger.drop(chain, keys) and is_readable):
             self._fail(
@@ -380,13 +402,17 @@ class TokenCache:
         Raises:
             UnavailableError: The store could not be reached. This process has forgotten them. Call again.
         """
-        self._aside(self._clear)
-
-    def _clear(self) -> None:
         ledger = self._ledger
         ledger.observed.forget()
+        flights, self._flights = self._flights, {}
+        known = ledger.chains.keys()
+        for key in known:  # also if the store hangs
+            ledger.bury(ledger.chains.get(key) or Chain(key=key))
+        self._aside(self._clear, flights)
+
+    def _clear(self, flights: dict[str, Flight[Any]]) -> None:
+        ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
-        flights, self._flights, is_done = self._flights, {}, True
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
             chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)

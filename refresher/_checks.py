@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from . import importing
 from ._text import Secret, hide, is_uuid, number, reveal
 from .errors import InvalidArgumentError
 
@@ -56,7 +57,8 @@ def _base_url(url: str, https: bool) -> tuple[str, str]:
     try:
         scheme, host, port = origin_of(url)
         if _URL.fullmatch(url) and not _PLAIN_HOST.fullmatch(host or ""):
-            from requests import PreparedRequest
+            with importing:
+                from requests import PreparedRequest
 
             PreparedRequest().prepare_url(url, None)
     except ValueError:  # requests' own complaints are of this kind too
@@ -155,7 +157,8 @@ class Checks:
         value = hide(value)
         if value is None:
             return None
-        from requests import Session
+        with importing:
+            from requests import Session
 
         self.need(isinstance(reveal(value), Session), name, "must be a requests.Session")
         session: Session = reveal(value)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal
 
 import attrs
@@ -103,23 +104,23 @@ class _Keeper:
 
     def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
-        with ThreadPoolExecutor(self._at_once, thread_name_prefix="refresher") as pool:
+        try:
             try:
-                try:
-                    for auth in map(_check, auths):
-                        yield from self._step(auth, pool)
-                except Exception:
-                    yield from self._rest()
-                    raise
+                for auth in map(_check, auths):
+                    yield from self._step(auth)
+            except Exception:
                 yield from self._rest()
-            finally:
-                self._is_left = True
+                raise
+            yield from self._rest()
+        finally:
+            self._is_left = True
+            wait(self._running)
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
             yield from self._done()
 
-    def _step(self, auth: Auth[Any], pool: ThreadPoolExecutor) -> Iterator[KeepAliveOutcome]:
+    def _step(self, auth: Auth[Any]) -> Iterator[KeepAliveOutcome]:
         """Begin with one auth object, when there is room for it, and tell what came of others meanwhile."""
         outcome = self._look(auth)
         yield from self._done(0)
@@ -131,10 +132,23 @@ class _Keeper:
         if outcome is not None:
             yield outcome
         else:
+            self._begin(auth)
+
+    def _begin(self, auth: Auth[Any]) -> None:
+        """Refresh one session in a thread. Python would wait for a pool's, even if this one is a daemon."""
+        outcome: Future[KeepAliveOutcome] = Future()
+
+        def run() -> None:
             try:
-                self._running.add(pool.submit(contextvars.copy_context().run, self._refresh, auth))
-            except RuntimeError:  # the process is ending
-                yield self._refresh(auth)
+                outcome.set_result(self._refresh(auth))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self._running.add(outcome)
+        try:
+            threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher").start()
+        except RuntimeError:  # too many threads, or the process is ending
+            run()
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""

@@ -468,17 +468,22 @@ class Ledger:
 
     def drop(self, chain: Chain[Any], keys: set[str], *, has_ended: bool = False) -> bool:
         """Forget a chain. Not just by removing it: what is remembered elsewhere, or in progress, must not count."""
+        tombstone = self.bury(chain, has_ended=has_ended)
+        if tombstone.has_ended:  # who has looked already, and writes late, looks for this
+            mark = f"{chain.key}-ended", str(tombstone.text), math.ceil(_GONE)
+            if not self.ask("cannot be written", self.store.set, *mark)[1]:
+                return False
+        return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in sorted(keys))])
+
+    def bury(self, chain: Chain[Any], *, has_ended: bool = False) -> Chain[Any]:
+        """Forget a chain in this process. What the store has is left to `save`."""
         has_ended = has_ended or chain.has_ended
         # Others may have tokens of a session that has ended which they could never write down.
         generation = max(0, chain.generation) + (FINAL if has_ended and not chain.has_ended else 2)
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)
-        if has_ended:  # who has looked already, and writes late, looks for this
-            mark = f"{chain.key}-ended", str(tombstone.text), math.ceil(_GONE)
-            if not self.ask("cannot be written", self.store.set, *mark)[1]:
-                return False
-        return all([self.save(tombstone), *(self.delete(f"{key}-attempt") for key in sorted(keys))])
+        return tombstone
 
     def save_until(self, key: str, limit: float) -> None:
         """Write a chain down, for some seconds at most, or let the thread go on for as long that is at it."""

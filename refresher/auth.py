@@ -178,9 +178,9 @@ class Auth(AuthBase, Generic[_Token]):
         if credential is None:
             return None
         try:
-            return cache._aside(cache._peek, credential).secret
-        except UnavailableError:  # the store hangs
-            return (cache._ledger.recall(credential)[0].newest or credential).secret
+            return cache._find_out(cache._peek, credential, self._call(credential=credential)).secret
+        except UnavailableError:  # the store hangs, and the process knows nothing
+            return credential.secret
 
     @property
     def _runtime(self) -> Runtime:
@@ -196,7 +196,8 @@ class Auth(AuthBase, Generic[_Token]):
         first = self._credential
         if first is None or not first.can_expire:
             return None if first is None else False
-        return self._cache._aside(self._cache._is_due, self._call(credential=first))
+        call = self._call(credential=first)
+        return self._cache._find_out(self._cache._is_due, call, call)
 
     def _is_for_us(self, url: str | None) -> bool:
         return (url is not None and url.startswith(self._prefix)) or _goes_to(url, self._origin)

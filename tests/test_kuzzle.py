@@ -601,6 +601,17 @@ def test_expired_cookie_is_none(kuzzle):
         refresh_kuzzle_token(kuzzle.url, session=session, cookie_auth=True)
 
 
+@pytest.mark.parametrize("path", ["/app", "/app/"])
+def test_cookie_of_a_path(kuzzle, path):
+    """A proxy may give a cookie the path that it gives to Kuzzle, and the new one keeps it."""
+    session = requests.Session()
+    session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1", path=path)
+    answer = {"_id": "foo", "expiresAt": -1, "ttl": -1}
+    kuzzle.next_answers.append(Answer(200, {"result": answer}, {"Set-Cookie": "authToken=kauth-new; Path=/"}))
+    refresh_kuzzle_token(f"{kuzzle.url}/app", session=session, cookie_auth=True)
+    assert [(cookie.path, cookie.value) for cookie in session.cookies] == [(path, "kauth-new")]
+
+
 def test_cookie_after_a_sign_out(kuzzle):
     """What Kuzzle puts in its place then is not a token, and is not sent as one."""
     session = requests.Session()

@@ -620,21 +620,46 @@ def test_store_is_not_asked_in_the_callers_thread(kuzzle, watched):
 
 
 def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
-    """Nobody waits for it for ever, and what memory has is told."""
+    """Nobody waits for it for ever, what memory has is told, and what it is to forget is forgotten."""
     monkeypatch.setattr(_rules, "LONGEST_DELAY", 0.2)
-    jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched)
+    monkeypatch.setattr(_rules, "BRIEFLY", 0.2)
+    jwt, other, cache = kuzzle.login("foo", ago=1800), kuzzle.login("bar", ago=1800), TokenCache(watched)
     auth = KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5)
     token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, other, cache=cache)
+    stranger = kuzzle.login("baz", ago=1800)
     watched.go_on.clear()
-    for look in (cache.peek, cache.forget):
-        with pytest.raises(UnavailableError, match="Watched does not answer"):
-            look(kuzzle.url, jwt)
     assert auth.jwt == token.jwt
+    assert cache.peek(kuzzle.url, jwt).state == "fresh"
+    with pytest.raises(UnavailableError, match="Watched does not answer"):
+        cache.peek(kuzzle.url, stranger)
+    for forget in (lambda: cache.forget(kuzzle.url, jwt), cache.clear):
+        assert cache.peek(kuzzle.url, other).state == "fresh"
+        with pytest.raises(UnavailableError, match="Watched does not answer"):
+            forget()
+        with pytest.raises(UnavailableError, match="Watched does not answer"):
+            cache.peek(kuzzle.url, jwt)
+    with pytest.raises(UnavailableError, match="Watched does not answer"):
+        cache.peek(kuzzle.url, other)
     monkeypatch.setattr(_keeper, "_WASTE", 0.3)
     auths = [KuzzleAuth(kuzzle.url, kuzzle.login(str(number)), cache=cache) for number in range(20)]
     began = time.monotonic()
     assert {each.outcome for each in keep_alive(auths)} == {"skipped"}
     assert time.monotonic() - began < 20 * 0.2, "not for each of them"
+
+
+def test_store_that_hangs_and_a_session_that_is_kept_alive(kuzzle, watched):
+    """It is refreshed in its last moments all the same. Until then, it waits for the store."""
+    jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched, ahead=3)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache, expires_in="6s", timeout=1)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, expires_in="6s")
+    watched.go_on.clear()
+    outcomes = []
+    while kuzzle.knows(cache._ledger.recall(auth._credential)[0].newest.jwt.reveal()) and len(kuzzle.requests) == 1:
+        outcomes += [each.outcome for each in keep_alive([auth])]
+        time.sleep(0.1)
+    assert outcomes[0] == "fresh"
+    assert outcomes[-1] == "refreshed"
 
 
 def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):

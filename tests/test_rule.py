@@ -1130,7 +1130,7 @@ def test_daemon_that_comes_too_late(monkeypatch):
 
 DAEMONS = """
 import logging, sys, threading, time
-from refresher import RefreshError, refresh_kuzzle_token
+from refresher import KuzzleAuth, RefreshError, TokenCache, keep_alive, refresh_kuzzle_token
 
 def use(jwt, timeout):
     while True:
@@ -1139,7 +1139,13 @@ def use(jwt, timeout):
         except RefreshError:
             time.sleep(0.2)
 
+def keep():
+    while True:
+        list(keep_alive([KuzzleAuth(sys.argv[1], jwt, cache=due, timeout=None) for jwt in sys.argv[2:]]))
+
 logging.disable()
+due = TokenCache(ahead=3600)
+threading.Thread(target=keep, daemon=True).start()
 for jwt, timeout in zip(sys.argv[2:], (None, 2, 2, 2, 2)):
     threading.Thread(target=use, args=(jwt, timeout), daemon=True).start()
 time.sleep(1)
@@ -1185,13 +1191,14 @@ import refresher
 
 class Slowly(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *others):
-        if name == "refresher." + sys.argv[1]:
+        if name == sys.argv[1]:
             began.set()
             time.sleep(1)
 
 def work():
     refresher.TokenCache
     refresher._cache.get_ready()
+    refresher.EncryptedStore(refresher.MemoryStore(), [b"A" * 43 + b"="])
 
 began = threading.Event()
 warnings.simplefilter("ignore")  # that this process has threads, and forks
@@ -1207,7 +1214,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("module", ["_cache", "_http"])
+@pytest.mark.parametrize("module", ["refresher._cache", "refresher._http", "refresher.stores.encrypted"])
 def test_fork_in_the_middle_of_an_import(module):
     """The child does not wait for a thread that only its parent has."""
     run(FORK, module)

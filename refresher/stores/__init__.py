@@ -17,6 +17,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast, runtime_checkable
 
+from .. import importing
 from ..errors import InvalidArgumentError
 from .memory import MemoryStore
 
@@ -113,7 +114,8 @@ if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+            with importing:
+                return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         except ModuleNotFoundError as error:
             missing = str(error.name).partition(".")[0]
         problem = f"{name} needs {missing}: pip install 'refresher[{missing}]'"

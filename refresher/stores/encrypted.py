@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from .. import importing
 from .._text import hide_all, reveal
 from ..errors import InvalidArgumentError
 from . import Store, check_store
@@ -38,7 +39,8 @@ class EncryptedStore:
     def __init__(self, store: Store, keys: str | bytes | Iterable[str | bytes]) -> None:
         store, keys = hide_all(store, keys)  # both: they may be swapped, and a traceback shows what a frame has
         try:
-            from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+            with importing:
+                from cryptography.fernet import Fernet, InvalidToken, MultiFernet
         except ModuleNotFoundError:
             raise ModuleNotFoundError("EncryptedStore needs cryptography: pip install 'refresher[crypto]'") from None
         self._store = check_store(reveal(store))
