@@ -355,7 +355,8 @@ class KuzzleAuth(Auth[KuzzleToken]):
 
     Raises:
         InvalidArgumentError: An argument is wrong.
-        SignInRequiredError: Raised by requests. The session has ended: its newest token was refused.
+        SignInRequiredError: Raised by requests. The session has ended: its newest token was refused. Set `jwt` to None
+            before you send a new sign-in with this object, or that is not sent either.
         RefreshError: Raised by requests that need a refresh which fails in another way.
 
     Example:
