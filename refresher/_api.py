@@ -74,7 +74,8 @@ def refresh_kuzzle_token(
         expires_in: How long the new token is valid, at least one second: a string as npm's ``ms`` reads it (``"2h"``,
             ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token that was asked to be valid for less is
             refreshed. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides.
-        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, and is None in the result.
+        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, and is None in the result. Use
+            one session for each Kuzzle: cookies do not tell the ports of a host apart.
         trigger_events: Sent as the JavaScript SDK does. Kuzzle 2 triggers its events in any case.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*

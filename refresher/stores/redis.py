@@ -38,8 +38,8 @@ class RedisStore:
         client: A client of redis-py or valkey-py, also of a cluster or from a Sentinel, whatever its
             ``decode_responses``. It's yours: set password, TLS and timeouts on it. Give it a
             ``socket_timeout`` of half a second or so, and no retries of its own (``retry=None``). A server that
-            hangs delays no call past its timeout, but the thread that asked it waits on, and in a token's last
-            seconds it asks several times.
+            hangs delays no call past its timeout, but the thread that asked it waits on, and the process with that.
+            In a token's last seconds it asks several times.
         prefix: What all keys begin with.
 
     Raises:
