@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 
 from . import _rules, importing
@@ -258,22 +258,20 @@ class TokenCache:
         runtime, ledger = self._runtime, self._ledger
         if ledger.is_local:
             return work(*arguments)
-        done, found, failed = runtime.event(), [], []
+        done, outcome = runtime.event(), Future[R]()
 
         def run() -> None:
             try:
-                found.append(work(*arguments))
+                outcome.set_result(work(*arguments))
             except BaseException as error:
-                failed.append(error)
+                outcome.set_exception(error)
             ledger.close()
             done.set()
 
         runtime.start(run)
         if not runtime.wait(done, seconds or _rules.LONGEST_DELAY):
             self._fail("does not answer")
-        if failed:
-            raise failed.pop()
-        return found[0]
+        return outcome.result()
 
     def _find_out(self, work: Callable[..., R], subject: Any, call: Call[Any]) -> R:
         """Do *work* by what the store has or, if it hangs, by what this process knows, if that is anything."""

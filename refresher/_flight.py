@@ -39,7 +39,6 @@ class _Abandoned(Exception):  # noqa: N818
     """Nobody waits for this flight any more, and nothing was spent."""
 
     spent = idempotency_key = retry_after = None
-    retryable = False
 
 
 class _LookAgain(Exception):  # noqa: N818
@@ -291,7 +290,7 @@ class Flight(Patience, Generic[T]):
                 step = _rules.next_step(attrs.evolve(view, announced=announced))
                 if step is Step.SEND and (successor := self._spend(chain, spend, attempt, announced)) is not None:
                     return successor
-            if view.left.most > 0 and ledger.is_held_back(chain.key, view.left, call):
+            if ledger.is_held_back(chain.key, view.left, call):
                 return spend
             if step is Step.USE:
                 if call.rejected != spend.headers:
@@ -406,21 +405,27 @@ class Flight(Patience, Generic[T]):
 
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
-        ledger, before = self._ledger, attempt or Attempt(by="", at=self._ledger.now())
-        self._key = before.idempotency_key or spend.key_for(_anew(attempt, chain))
-        known: Any = {"errors": before.others(spend.keys[-1]), "idempotency_key": self._key, "is_open": True}
+        self._key = (attempt and attempt.idempotency_key) or spend.key_for(_anew(attempt, chain))
         room = max(_rules.ROOM, len(chain.text or "")) * " "
 
         def announce() -> bool:
-            begun = attrs.evolve(before, by=self._name, at=ledger.now(), pause=0.0, **known)
             self._announced_at = self._runtime.steady()
-            return ledger.note(spend, begun, room)
+            return self._ledger.note(spend, self._attempt(spend, attempt, is_open=True), room)
 
         if self._is_alone:
             self._announced_at = math.inf
             return False
         self._lease.announce = announce
         return announce()
+
+    def _attempt(self, spend: Credential[T], before: Attempt | None, **details: Any) -> Attempt:
+        """Describe what this flight does with a credential. What the service has said of that before stays known."""
+        at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
+        own = Attempt(by=self._name, at=at, idempotency_key=key, **details)
+        if before is None:
+            return own
+        errors = {key: error for key, error in before.errors.items() if key != spend.keys[-1]}
+        return attrs.evolve(own, refusals=before.refusals, errors=errors)
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -473,9 +478,7 @@ class Flight(Patience, Generic[T]):
         ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
-        before = attempt or Attempt(by="", at=now)
-        known: Any = {"idempotency_key": self._key or before.idempotency_key, "errors": before.others(spend.keys[-1])}
-        done = Attempt(by=self._name, at=now, refusals=before.refusals, pause=pause, **known)
+        done = self._attempt(spend, attempt, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 # So that the next process knows for how long it has been there.

@@ -140,8 +140,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
             names = "took", "asked_for", "lifetime"
             took, asked_for, lifetime = (number(entry.reveal().get(name)) for name in names)
             newest = credential.following(credential.read(entry.reveal()["token"]))
-            if newest.lifetime is not None:
-                lifetime = max(0.0, min(newest.lifetime, newest.lifetime if lifetime is None else lifetime))
+            most = newest.lifetime
             return Chain(
                 key=key,
                 generation=generation,
@@ -149,7 +148,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
                 requested=Instant.read(entry.reveal()["requested"]),
                 took=min(max(took or 0.0, 0.0), DAY),
                 asked_for=math.inf if asked_for == -1 else asked_for,
-                lifetime=None if newest.lifetime is None else lifetime,
+                lifetime=None if most is None else max(0.0, min(most, math.inf if lifetime is None else lifetime)),
                 text=text,
             )
     except (KeyError, TypeError, AttributeError):
@@ -232,10 +231,6 @@ class Attempt:
             return SignInRequiredError(**self.errors[key])
         except (KeyError, TypeError):
             return None
-
-    def others(self, key: str) -> dict[str, Mapping[str, Any]]:
-        """Return what it said of other keys."""
-        return {other: error for other, error in self.errors.items() if other != key}
 
     def pause_left(self, now: Instant) -> float:
         """Seconds for which the service still asks callers to wait."""
