@@ -155,25 +155,21 @@ class TokenCache:
             soon = min(end, self._runtime.steady() + _rules.BRIEFLY) if can_go_on else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
-            newest, left, window, wanted = ledger.assess(chain, call)
-            is_valid = newest is not None and left.most > 0 and call.rejected != newest.headers
+            newest, left, _, wanted = ledger.assess(chain, call)
+            valid = newest if newest is not None and left.most > 0 and call.rejected != newest.headers else None
             if isinstance(outcome, RefreshError):
-                if not flight.is_for_all and flight.call is not call and not is_valid:
+                if not flight.is_for_all and flight.call is not call and valid is None:
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
-                if newest is not None and is_valid and outcome.spent is False and not (call.patient or is_wrong):
+                if valid is not None and outcome.spent is False and not (call.patient or is_wrong):
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
-                    return newest
+                    return valid
                 raise _own(outcome)
             has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
-                found: Credential[T] = outcome
-                if newest is not None and not wanted:
-                    ledger.keep_hit(call, chain, newest, left.least - window)
-                    found = newest if is_valid else found  # another flight may have been faster
-                return found
-            if newest is not None and is_valid and self._runtime.steady() >= soon:
-                return newest
+                return outcome if valid is None or wanted else valid  # another flight may have been faster
+            if valid is not None and self._runtime.steady() >= soon:
+                return valid
             if self._runtime.steady() >= end:
                 raise _own(flight.too_late())
 

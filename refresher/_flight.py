@@ -16,14 +16,7 @@ from ._ledger import Call, Lease, Ledger
 from ._rules import Attempt, Chain, Instant, Left, Lock, Step, View
 from ._runtime import Event
 from ._text import fingerprint
-from .errors import (
-    OutcomeUnknownError,
-    RefreshError,
-    ReplyError,
-    RequestRefusedError,
-    SignInRequiredError,
-    UnavailableError,
-)
+from .errors import OutcomeUnknownError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
 from .services import Credential, T
 from .tokens import Outcome, RefreshEvent
 
@@ -583,7 +576,7 @@ class Flight(Patience, Generic[T]):
             ledger.save_later()
         for key, orphan in list(ledger.orphans.items()):
             patience = Patience(self._runtime, self._limit, True, _log.debug)
-            with contextlib.suppress(UnavailableError, RequestRefusedError, ReplyError):  # the next flight tries again
+            with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
                 ledger.orphans.pop(key, None)

@@ -391,10 +391,7 @@ class Ledger:
         """Return the generation that the store has, and if the session has ended. What is malformed forbids nothing."""
         if chain.newest is None:
             return self.generation(chain.key), False
-        try:
-            there = _rules.read(chain.key, self._text(chain.key), chain.newest)
-        except ValueError:
-            there = None
+        there = self._read(chain.key, chain.newest)
         return (there.generation, there.has_ended) if there else (-1, False)
 
     def _seconds(self, chain: Chain[Any]) -> float:
