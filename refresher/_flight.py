@@ -130,22 +130,20 @@ class Flight(Patience, Generic[T]):
             _log.exception("on_event has failed")
         while self.waiters:
             waiter = self.waiters.pop()
-            waiter.tell(None if self._may_ask_again(waiter, outcome) else outcome)
+            waiter.tell(None if self._may_ask_again(waiter) else outcome)
 
-    def _may_ask_again(self, waiter: Waiter, outcome: Any) -> bool:
+    def _may_ask_again(self, waiter: Waiter) -> bool:
         """Whether a call that joined when the last attempt was just failing has time for another."""
-        error = self._failure
-        if error is None or outcome is not error or not (error.retryable and waiter.retry):
-            return False
-        pause = self._ledger.observed.pause(self.call.credential.scope)
-        return waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
+        error, pause = self._failure, self._ledger.observed.pause(self.call.credential.scope)
+        is_allowed = error is not None and error.retryable and waiter.retry
+        return is_allowed and waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
 
     def _report(self, outcome: Any) -> None:
         """Say what came of it, if that is an exchange or a verdict, or news of one."""
         if self._on_event is None:
             return
         credential, chain = self._spent or self.call.credential, self._ledger.chains.get(self.chain)
-        error = outcome if isinstance(outcome, RefreshError) else self._failure
+        error = outcome if isinstance(outcome, RefreshError) else None
         if error is not None:
             newest, left, _, _ = self._ledger.assess(chain or Chain(key=self.chain), self.call)
             credential = newest or credential
@@ -448,7 +446,7 @@ class Flight(Patience, Generic[T]):
                 ledger.failed_at.put(chain.key, self._runtime.steady())
             self._close(spend, attempt, error.retry_after or 0.0)
             raise
-        self._spent, self._failure = spend, None
+        self._spent = spend
         if self.call.rejected is not None:
             ledger.replaced_at.put(chain.key, self._runtime.steady())
         exchange.learn(successor)

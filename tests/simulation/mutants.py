@@ -346,7 +346,7 @@ MUTANTS = [
     ),
     Mutant(
         "who joins a call that is just failing fails with it",
-        (_FLIGHT, "None if self._may_ask_again(waiter, outcome) else outcome", "outcome"),
+        (_FLIGHT, "None if self._may_ask_again(waiter) else outcome", "outcome"),
     ),
     Mutant(
         "who joins does not extend the time",
