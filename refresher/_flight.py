@@ -88,6 +88,8 @@ class Flight(Patience, Generic[T]):
         self.waiters: list[Waiter] = []
         self._departed_at: Instant | None = None
         self._announced_at = math.inf
+        # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
+        self._held_since: dict[int, float] = {}
         self._key: str | None = None  # with which the answer can be asked for again
         self._spent: Credential[T] | None = None
         self._exchange: Exchange | None = None
@@ -265,8 +267,7 @@ class Flight(Patience, Generic[T]):
 
     def _refresh(self) -> Credential[T] | None:
         """Do what the rules say, until there is an answer. None if its callers have to ask again."""
-        call, lease, ledger = self.call, self._lease, self._ledger
-        waited_for, poll = -1, _rules.POLL  # a generation: whoever has refreshed that one may be at the next
+        call, lease, ledger, poll = self.call, self._lease, self._ledger, _rules.POLL
         while True:
             self._check()
             if lease.lock is Lock.OURS and not lease.is_ours():
@@ -274,7 +275,7 @@ class Flight(Patience, Generic[T]):
             chain, is_readable = self._look()
             if chain.key != self.chain:
                 return None  # it belongs to another chain, which may have a flight already
-            view, spend, attempt = self._view(chain, is_readable, waited_for == chain.generation)
+            view, spend, attempt = self._view(chain, is_readable)
             step = _rules.next_step(view)
             if step is Step.ANNOUNCE:
                 announced = self._announce(spend, attempt, chain)
@@ -297,13 +298,12 @@ class Flight(Patience, Generic[T]):
             if step is Step.LOCK:
                 lease.take()
             elif step is Step.WAIT_FOR_LOCK:
-                self._wait_for_lock(view.patience)
-                waited_for = chain.generation
+                self._wait_for_lock(min(poll, _rules.LONGEST_POLL), view.patience)
             elif step is not Step.SEND:
                 self._wait_or_fail(step, view, poll)
-                poll = min(1.5 * poll, 2 * _rules.LONGEST_POLL)
                 if lease.lock is not Lock.OURS:
                     lease.lock = Lock.UNTRIED
+            poll = min(1.2 * poll, 2 * _rules.LONGEST_POLL)
 
     def _look(self) -> tuple[Chain[T], bool]:
         """Look at what the store has, unless that would take the rest of a token's life."""
@@ -322,7 +322,7 @@ class Flight(Patience, Generic[T]):
         waits_for_answer = self.has_departed and self._spent is None
         return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
 
-    def _view(self, chain: Chain[T], is_readable: bool, waited: bool) -> tuple[View, Credential[T], Attempt | None]:
+    def _view(self, chain: Chain[T], is_readable: bool) -> tuple[View, Credential[T], Attempt | None]:
         """Put together what is known, what would be spent, and what was last tried with that."""
         call, ledger = self.call, self._ledger
         newest, left, window, wanted = ledger.assess(chain, call)
@@ -331,16 +331,18 @@ class Flight(Patience, Generic[T]):
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
         patience = _rules.patience(left, window)
-        if newest is None and self._lease.lock is Lock.HELD:  # unless the caller's own is about to expire for sure
-            _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
-            patience = _rules.patience(Left(own.least, own.least), its_window)
+        if self._lease.lock is Lock.HELD:
+            if newest is None:  # the caller's own may be about to expire for sure
+                _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
+                patience = _rules.patience(Left(own.least, own.least), its_window)
+            now = self._runtime.steady()
+            patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(
             left=left,
             window=window,
             wanted=wanted,
             readable=is_readable,
             lock=self._lease.lock,
-            waited=waited,
             patience=patience,
             refusal=ledger.refusal(attempt, spend),
             hold=ledger.hold(spend, chain, attempt),
@@ -354,20 +356,13 @@ class Flight(Patience, Generic[T]):
         age, limit = self._ledger.age, self._limit + _rules.LEASE
         return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
-    def _wait_for_lock(self, seconds: float = math.inf) -> None:
-        """Wait until nobody else has the lock, or there is a newer token, for some seconds at most."""
-        runtime, poll, credential = self._runtime, _rules.POLL, self.call.credential
-        generation = self._ledger.recall(credential)[0].generation
+    def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:
+        """Try again soon to take the lock that another has."""
         self.status = f"another process is refreshing the {self._service} token"
-        end = runtime.steady() + max(_rules.ONE_EXCHANGE, seconds)
-        while self._lease.lock is Lock.HELD and (remaining := end - runtime.steady()) > 0:
-            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-                raise self._unknown(f"Time is up, and {self.status}")
-            self.pause(min(runtime.pick(0.5, 1.5) * poll, remaining, time_left))
-            poll = min(1.2 * poll, _rules.LONGEST_POLL)
-            self._lease.take()
-            if self._lease.lock is Lock.HELD and self._ledger.look(credential)[0].generation > generation:
-                break  # whoever has it may have ended since
+        if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
+            raise self._unknown(f"Time is up, and {self.status}")
+        self.pause(min(self._runtime.pick(0.5, 1.5) * poll, longest, time_left))
+        self._lease.take()
 
     def _wait_or_fail(self, step: Step, view: View, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
@@ -621,8 +616,7 @@ class SignOut(Flight[T]):
         ledger, lease, credential = self._ledger, self._lease, self.call.credential
         newest = credential if chain.newest is None else chain.newest
         if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():
-            lease.take()
-            return self._wait_for_lock()
+            return self._wait_for_lock(_rules.LONGEST_POLL) if lease.lock is Lock.HELD else lease.take()
         attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
             return self._wait_for_news(_rules.LONGEST_POLL)

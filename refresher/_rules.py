@@ -411,8 +411,8 @@ class View:
         wanted: Whether a successor is wanted, however long that is.
         readable: Whether the store could be read.
         lock: Whether the lock is ours.
-        waited: Whether it was waited for.
-        patience: Seconds to wait for it. Also a token that is not known here, but brought by the caller, has an end.
+        patience: Seconds to wait for it, if another has it. Also a token that is not known here, but brought by the
+            caller, has an end.
         announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
         refusal: What the service said if it has refused the token lately.
         hold: Seconds until it may be refreshed.
@@ -425,7 +425,6 @@ class View:
     wanted: bool
     readable: bool
     lock: Lock
-    waited: bool
     patience: float
     refusal: RefreshError | None
     hold: float
@@ -450,7 +449,7 @@ def next_step(view: View) -> Step:
         return Step.WAIT_FOR_BIRTH
     if view.lock is Lock.UNTRIED:
         return Step.LOCK
-    if view.lock is Lock.HELD and not (view.patience <= 0 and view.waited):
+    if view.lock is Lock.HELD and view.patience > 0:
         return Step.WAIT_FOR_LOCK
     if view.lock is Lock.LOST and not urgent:
         return without_store

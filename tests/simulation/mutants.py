@@ -165,11 +165,11 @@ MUTANTS = [
     ),
     Mutant(
         "in the last moments of a caller's own token the lock is still waited for",
-        (_FLIGHT, "        if newest is None and self._lease.lock is Lock.HELD:", "        if False:"),
+        (_FLIGHT, "            if newest is None:  # the", "            if False:  # the"),
     ),
     Mutant(
         "in a token's last moments the lock is still waited for",
-        (_RULES, "view.lock is Lock.HELD and not (view.patience <= 0 and view.waited):", "view.lock is Lock.HELD:"),
+        (_RULES, "view.lock is Lock.HELD and view.patience > 0:", "view.lock is Lock.HELD:"),
     ),
     # What is written down before
     Mutant(
