@@ -12,9 +12,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ._clocks import find_clock, read_boot
 
 if TYPE_CHECKING:
     import requests
@@ -89,20 +90,7 @@ class Event:
         return self._has_happened
 
 
-def _read_boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return str(uuid.uuid4())
-
-
-def _clock() -> Callable[[], float]:
-    """Find a clock that nobody sets. On Linux, there is one that goes on while the machine sleeps."""
-    read, boottime = getattr(time, "clock_gettime", None), getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic if read is None or boottime is None else functools.partial(read, boottime)
-
-
-_STEADY = _clock()
+_STEADY = find_clock()
 
 
 def _is_ending() -> bool:
@@ -122,7 +110,7 @@ class Runtime:
 
     def __init__(self) -> None:
         # Names what `steady` counts from: readings of one boot can be compared, also between processes.
-        self.boot = _read_boot()
+        self.boot = read_boot() or str(uuid.uuid4())
         self._running: dict[object, int] = {}  # in which process: a forked child has none of its parent's threads
         self._is_over = False
         atexit.register(self._end)

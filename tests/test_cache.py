@@ -21,6 +21,7 @@ from helpers import call_with
 
 import refresher._api
 import refresher._cache
+import refresher._clocks
 import refresher._ledger
 import refresher._runtime
 from refresher import (
@@ -619,8 +620,8 @@ def test_entry_of_another_boot(kuzzle, clock, root, store, monkeypatch):
 
 def test_no_boot_id(monkeypatch):
     """Where the system has no name for a boot, each process is one of its own."""
-    monkeypatch.setattr(refresher._runtime.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
-    assert refresher._runtime._read_boot() != refresher._runtime._read_boot()
+    monkeypatch.setattr(refresher._clocks.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    assert Runtime().boot != Runtime().boot
 
 
 # Forgetting

@@ -24,7 +24,7 @@ import refresher.testing
 PACKAGE = Path(refresher.__file__).parent
 # Each imports from those before it only. A folder of alternatives is one; of the services, each is one.
 FLOORS = [
-    ["_notebook", "_text", "errors"],
+    ["_clocks", "_notebook", "_text", "errors"],
     ["_checks", "services", "stores"],
     ["_http", "tokens"],
     ["_rules", "_runtime", "services.circle", "services.kuzzle"],

@@ -10,13 +10,13 @@ import os
 import random
 import re
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .._clocks import find_clock, read_boot
 from ..errors import InvalidArgumentError
 
 _LARGEST_FILE = 1024 * 1024
@@ -36,25 +36,10 @@ _FOLDER = re.compile(r"[0-9a-z-]{1,2}", re.ASCII)
 _OURS = re.compile(r"refresher-[0-9a-z-]+\.(entry|lock|[0-9a-f]{16}\.tmp)", re.ASCII)
 # Windows has none of the first three, and opens files as text by default.
 _FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
-# On Linux, the clock that goes on while the machine sleeps.
-_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+# The steady clock, and what it counts from.
+_steady = find_clock()
+_boot = functools.cache(read_boot)
 _T = TypeVar("_T")
-
-
-def _steady() -> float:
-    # Asked this way round, so that a type checker for Windows does not look for it.
-    if sys.platform == "win32" or _BOOTTIME is None:
-        return time.monotonic()
-    return time.clock_gettime(_BOOTTIME)
-
-
-@functools.cache
-def _boot() -> str | None:
-    """Name what the steady clock counts from. None if processes can't compare it on this system."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return None
 
 
 def _stamp(seconds: float) -> str:
@@ -174,17 +159,12 @@ def _guard(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _touch(folder: Path) -> float:
-    """Return the time by the clock that dates a folder's files. It's not always this machine's."""
-    guard = folder / "refresher.guard"
-    os.utime(guard)
-    return guard.lstat().st_mtime
-
-
 def _is_over(file: Path) -> bool:
     """Whether an entry or a lock has expired, or what was written aside was left by a crash."""
     if file.suffix == ".tmp":
-        return file.lstat().st_mtime + _ABANDONED < _touch(file.parent)
+        guard = file.parent / "refresher.guard"
+        os.utime(guard)  # by the clock that dates a folder's files: it's not always this machine's
+        return file.lstat().st_mtime + _ABANDONED < guard.lstat().st_mtime
     return not _left(_read(file)) > 0
 
 
