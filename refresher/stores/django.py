@@ -26,10 +26,9 @@ from django.utils import timezone
 
 from ..errors import InvalidArgumentError
 from . import Store
-from .redis import RedisStore
+from .redis import LONGEST_LEASE, RedisStore
 
 _PREFIX = "refresher:2:"
-_LONGEST_LEASE = 86_400.0
 # The last second that Memcached can count.
 _LAST = 2**31 - 1
 # Of Memcached. A column for keys has five characters more.
@@ -341,9 +340,9 @@ request_finished.connect(_close_caches)
 
 
 def _span(lease: float) -> timedelta:
-    return timedelta(seconds=min(lease, _LONGEST_LEASE))
+    return timedelta(seconds=min(lease, LONGEST_LEASE))
 
 
 def _whole(lease: float) -> int:
     """Round up. Memcached's clock ticks once a second, so it could end a lease a second early."""
-    return math.ceil(min(lease, _LONGEST_LEASE)) + 1
+    return math.ceil(min(lease, LONGEST_LEASE)) + 1

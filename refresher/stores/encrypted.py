@@ -16,6 +16,7 @@ T = TypeVar("T")
 _log = logging.getLogger("refresher.keys")
 # What a store may have beyond the protocol.
 _EXTRAS = ("check", "close")
+_KEY = re.compile(b"[A-Za-z0-9_-]{43}=")
 
 
 class EncryptedStore:
@@ -103,16 +104,10 @@ class EncryptedStore:
 
 
 def _ciphers(make: Callable[[bytes], T], keys: str | bytes | Iterable[str | bytes]) -> list[T]:
-    """Make a cipher of each key. None at all if one is wrong."""
+    """Make a cipher of each key. None at all if one is wrong: Fernet passes over quotes, commas and what follows it."""
     try:
-        return [_cipher(make, key) for key in ([keys] if isinstance(keys, (str, bytes)) else keys)]
+        several = [keys] if isinstance(keys, (str, bytes)) else keys
+        texts = [key.encode() if isinstance(key, str) else key for key in several]
+        return [make(text) for text in texts] if all(map(_KEY.fullmatch, texts)) else []
     except (TypeError, ValueError):
         return []
-
-
-def _cipher(make: Callable[[bytes], T], key: str | bytes) -> T:
-    """Make a cipher. Fernet itself would pass over quotes, commas and what follows a key."""
-    text = key.encode() if isinstance(key, str) else key
-    if not re.fullmatch(b"[A-Za-z0-9_-]{43}=", text):
-        raise ValueError
-    return make(text)

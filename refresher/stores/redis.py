@@ -27,7 +27,7 @@ _RELEASE = """
 if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('del', KEYS[1])
 """
-_LONGEST_LEASE = 86_400.0
+LONGEST_LEASE = 86_400.0
 
 
 class RedisStore:
@@ -91,4 +91,4 @@ class RedisStore:
 
 
 def _milliseconds(lease: float) -> int:
-    return math.ceil(min(lease, _LONGEST_LEASE) * 1000)
+    return math.ceil(min(lease, LONGEST_LEASE) * 1000)
