@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import gc
 import inspect
 import io
@@ -275,23 +274,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"refresher {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(group: Any, name: str, command: Callable[..., object], about: object, title: str) -> Any:
+    def add(group: Any, name: str, title: str, about: object, **does: Callable[..., object]) -> Any:
         added = group.add_parser(name, help=title, description=inspect.getdoc(about), epilog=exits, **shape)
-        added.set_defaults(command=command, forgets=group is not commands)
+        added.set_defaults(**does)
         return added
 
     exits = (__doc__ or "").strip().partition("\n\n")[2]
-    print_kuzzle = add(commands, "kuzzle", functools.partial(_refresh, _kuzzle), _kuzzle, "print a valid Kuzzle token")
-    print_circle = add(commands, "circle", functools.partial(_refresh, _circle), _circle, "print a valid Circle token")
-    status = add(commands, "status", _status, _status, "tell how it stands with a session")
+    print_kuzzle = add(commands, "kuzzle", "print a valid Kuzzle token", _kuzzle, command=_refresh, find=_kuzzle)
+    print_circle = add(commands, "circle", "print a valid Circle token", _circle, command=_refresh, find=_circle)
+    status = add(commands, "status", "tell how it stands with a session", _status, command=_status)
     status = status.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
-    status_kuzzle = add(status, "kuzzle", functools.partial(_status, _kuzzle), _status, "a Kuzzle session")
-    status_circle = add(status, "circle", functools.partial(_status, _circle), _status, "a Circle session")
-    forget = add(commands, "forget", _forget, _forget, "forget a session")
+    status_kuzzle = add(status, "kuzzle", "a Kuzzle session", _status, find=_kuzzle)
+    status_circle = add(status, "circle", "a Circle session", _status, find=_circle)
+    forget = add(commands, "forget", "forget a session", _forget, command=_forget)
     forget = forget.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
-    forget_kuzzle = add(forget, "kuzzle", functools.partial(_forget, _kuzzle), _forget, "a Kuzzle session")
-    forget_circle = add(forget, "circle", functools.partial(_forget, _circle), _forget, "a Circle session")
-    add(commands, "demo", _demo, _demo, "show a refresh of each service, on servers of our own")
+    forget_kuzzle = add(forget, "kuzzle", "a Kuzzle session", _forget, find=_kuzzle)
+    forget_circle = add(forget, "circle", "a Circle session", _forget, find=_circle)
+    add(commands, "demo", "show a refresh of each service, on servers of our own", _demo, command=_demo)
 
     for each in (print_kuzzle, status_kuzzle, forget_kuzzle):
         each.add_argument("url", metavar="URL", help="where Kuzzle answers")
@@ -338,14 +337,14 @@ def _lifetime(text: str) -> str:
 # The commands. Their docstrings are the help.
 
 
-def _refresh(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> Secret[str]:
+def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
     """Return what to print of a session's newest token, refreshed if it is about to expire."""
     run.is_quiet = arguments.quiet
     if sys.stdout is None:
         raise InvalidArgumentError("standard output is closed, so no token could be printed")
     if not 0 < arguments.timeout <= threading.TIMEOUT_MAX:
         raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
-    cache, credential = _look_up(find, arguments, run)
+    cache, credential = _look_up(arguments, run)
     run.unsaved = cache._ledger.unsaved
     options: Any = {"retry": not arguments.no_retry, "timeout": arguments.timeout, "patient": True}
     call: Call[Any] = Call(credential=credential, **options)
@@ -380,11 +379,9 @@ def _is_being_spent(cache: TokenCache, credential: Any) -> bool:
     return attempt is not None and attempt.is_under_way("", cache._lease + _rules.LEASE, ledger.age(attempt))
 
 
-def _look_up(
-    find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run
-) -> tuple[TokenCache, Credential]:
+def _look_up(arguments: argparse.Namespace, run: _Run) -> tuple[TokenCache, Credential]:
     """Find out which session is meant, and look it up in the store."""
-    credential = find(arguments, run)
+    credential: Credential = arguments.find(arguments, run)
     cache = TokenCache(_store(arguments, run), ahead=arguments.ahead, on_wait=run.show_wait, on_event=run.count)
     ledger = cache._ledger
     for key in [name for own in credential.keys for name in (own, f"{own}-alias")]:
@@ -408,7 +405,7 @@ def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
         run.show_wait("", None)
 
 
-def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> str:
+def _status(arguments: argparse.Namespace, run: _Run) -> str:
     """
     Tell how it stands with a session, without refreshing it.
 
@@ -420,7 +417,7 @@ def _status(find: Callable[..., Credential], arguments: argparse.Namespace, run:
     The exit status is 77 if it is known here that the user has to sign in again.
     Only the service knows of a sign-out elsewhere, say: --check asks Kuzzle.
     """
-    cache, credential = _look_up(find, arguments, run)
+    cache, credential = _look_up(arguments, run)
     while True:
         status, newest = cache._status(credential), cache._peek(credential)
         shown = status.to_dict()
@@ -444,14 +441,14 @@ def _is_valid(newest: Any, run: _Run) -> bool:
         run.show_wait("", None)
 
 
-def _forget(find: Callable[..., Credential], arguments: argparse.Namespace, run: _Run) -> None:
+def _forget(arguments: argparse.Namespace, run: _Run) -> None:
     """
     Forget a session: remove its tokens from the store.
 
     Give any token of the session, as you would to print one. The service is not
     told: there, the session stays valid until it expires.
     """
-    cache, credential = _look_up(find, arguments, run)
+    cache, credential = _look_up(arguments, run)
     if run.full:
         raise run.full
     cache._forget(credential)
@@ -514,7 +511,7 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
       refresher circle --device-id "$DEVICE" <first-pair.json
     """
     run.about = ["circle"]
-    api_key = Secret("none") if arguments.forgets else _setting("CIRCLE_WEB3_API_KEY", "API key")
+    api_key = Secret("none") if arguments.command is not _refresh else _setting("CIRCLE_WEB3_API_KEY", "API key")
     if not api_key.reveal():
         raise InvalidArgumentError("the API key is missing: set CIRCLE_WEB3_API_KEY")
     device_id = arguments.device_id or _setting("CIRCLE_DEVICE_ID", "device id").reveal()
