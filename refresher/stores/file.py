@@ -148,15 +148,12 @@ def _hold(path: Path, owner: str, lease: float) -> None:
 @contextlib.contextmanager
 def _guard(folder: Path) -> Iterator[None]:
     """Be the only one who changes locks of a folder, or puts entries in their place."""
-    handle = _open(folder / "refresher.guard", os.O_RDWR | os.O_CREAT)
-    try:
-        _retry(lambda: _lock(handle), OSError, _PATIENCE)
+    with os.fdopen(_open(folder / "refresher.guard", os.O_RDWR | os.O_CREAT), "rb") as file:
+        _retry(lambda: _lock(file.fileno()), OSError, _PATIENCE)
         try:
             yield
         finally:
-            _unlock(handle)
-    finally:
-        os.close(handle)
+            _unlock(file.fileno())
 
 
 def _is_over(file: Path) -> bool:
