@@ -157,7 +157,7 @@ class _Keeper:
 
     def _look(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session that is not due."""
-        cache, began = auth._cache, auth._runtime.steady()
+        cache, began = auth._cache, auth._cache._runtime.steady()
         wasted = self._wasted.get(cache, 0.0)
         try:
             if wasted > _WASTE:
@@ -167,7 +167,7 @@ class _Keeper:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
         finally:
             if cache._ledger.is_failing or cache._ledger.is_hung():
-                self._wasted[cache] = wasted + auth._runtime.steady() - began
+                self._wasted[cache] = wasted + cache._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")
         return None if is_due else KeepAliveOutcome(auth=auth, outcome="fresh")
@@ -179,7 +179,7 @@ class _Keeper:
 
     def _wait_for_turn(self, auth: Auth[Any]) -> Iterator[KeepAliveOutcome]:
         """Begin no more refreshes in a second than the service takes."""
-        rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._runtime
+        rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._cache._runtime
         if rate is not None:
             now = runtime.steady()
             turn = max(now, self._next.get(auth._scope, now))
@@ -192,8 +192,8 @@ class _Keeper:
 
     def _refresh(self, auth: Auth[Any]) -> KeepAliveOutcome:
         """Refresh one session."""
-        began = auth._runtime.steady()
-        first = auth._credential
+        runtime, first = auth._cache._runtime, auth._credential
+        began = runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.
         before = None if first is None else (auth._cache._ledger.recall(first)[0].newest or first).secret
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
@@ -218,7 +218,7 @@ class _Keeper:
                 auth._hand_over()
             except Exception as error:  # on_refresh may raise whatever it likes
                 failure = error
-        seconds = auth._runtime.steady() - began
+        seconds = runtime.steady() - began
         return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=seconds, error=failure)
 
 
