@@ -488,7 +488,7 @@ def _kuzzle(arguments: argparse.Namespace, run: _Run) -> Credential:
     run.about = ["kuzzle"]
     options = {name: getattr(arguments, name) for name in ("url", "expires_in", "trigger_events", "strategy")}
     credential = kuzzle.credential(jwt=_secrets("jwt")["jwt"], **options)
-    run.about += [urlsplit(credential.url).netloc, fingerprint(credential.jwt.reveal())]
+    run.about += [urlsplit(credential.url).netloc, fingerprint(credential.secret.reveal())]
     return credential
 
 

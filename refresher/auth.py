@@ -21,7 +21,6 @@ from ._cache import SHARED_CACHE, TokenCache
 from ._checks import Checks, Seconds, origin_of
 from ._ledger import Call
 from ._notebook import Printer, as_html, as_text
-from ._runtime import Runtime
 from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError, UnavailableError
 from .services import Credential, Headers, circle, kuzzle
@@ -181,10 +180,6 @@ class Auth(AuthBase, Generic[_Token]):
             return cache._find_out(cache._peek, credential, self._call(credential=credential)).secret
         except UnavailableError:  # the store hangs, and the process knows nothing
             return credential.secret
-
-    @property
-    def _runtime(self) -> Runtime:
-        return self._cache._runtime
 
     def _is_due(self) -> bool | None:
         """
@@ -407,7 +402,8 @@ class KuzzleAuth(Auth[KuzzleToken]):
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:
         (jwt,) = hide_all(jwt)
-        self._set(None if jwt is None else attrs.evolve(self._anybody, jwt=kuzzle.credential(self._prefix, jwt).jwt))
+        token = None if jwt is None else kuzzle.credential(self._prefix, jwt).secret
+        self._set(None if token is None else attrs.evolve(self._anybody, secret=token))
 
     def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:
         """Leave out the cookie of a login in cookie mode, which the session may have: Kuzzle takes one or the other."""

@@ -168,7 +168,7 @@ def test_chain_without_its_token_is_written_as_a_tombstone():
 def test_entry_shows_no_secret():
     """The entry has the token, and its representation does not."""
     chain = WRITTEN.with_text()
-    secret = chain.newest.jwt.reveal()
+    secret = chain.newest.secret.reveal()
     assert secret in chain.text
     assert secret not in repr(chain)
 
@@ -312,7 +312,7 @@ def test_pointer_into_another_chain(text):
 
 def test_alias_tells_no_secret():
     """A pointer holds hashes only."""
-    assert credential().jwt.reveal() not in write_alias("chain", credential())
+    assert credential().secret.reveal() not in write_alias("chain", credential())
 
 
 # Attempts

@@ -96,13 +96,13 @@ def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
 
 @attrs.frozen(kw_only=True)
 class KuzzleCredential:
-    """A Kuzzle token, and how it is to be refreshed. *in_cookie*: it travels in the session's cookie."""
+    """A Kuzzle token, the jwt, and how it is to be refreshed. *in_cookie*: it travels in the session's cookie."""
 
     service: ClassVar[str] = "kuzzle"
     idempotency_key = None
 
     url: str
-    jwt: Secret[str]
+    secret: Secret[str]
     cookie_auth: bool = False
     expires_in: str | timedelta | None = None
     trigger_events: bool = False
@@ -111,7 +111,7 @@ class KuzzleCredential:
     token: KuzzleToken | None = attrs.field(default=None, eq=False)
 
     def _keys(self) -> tuple[str, ...]:
-        return (key_of("kuzzle", self.url, self.jwt),)
+        return (key_of("kuzzle", self.url, self.secret),)
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))
 
@@ -121,19 +121,14 @@ class KuzzleCredential:
         return key_of("kuzzle", self.url)
 
     @property
-    def secret(self) -> Secret[str]:
-        """The jwt."""
-        return self.jwt
-
-    @property
     def user(self) -> str | None:
         """The user's id."""
-        return claims(self.jwt).subject
+        return claims(self.secret).subject
 
     @property
     def headers(self) -> Headers:
         """What a request carries that is made with it."""
-        return {"Authorization": Secret(f"Bearer {self.jwt.reveal()}")}
+        return {"Authorization": Secret(f"Bearer {self.secret.reveal()}")}
 
     @property
     def requested(self) -> float | None:
@@ -147,7 +142,7 @@ class KuzzleCredential:
         Its ``iat``: within that second of Kuzzle's clock, a refresh to the same ``exp`` returns the token itself,
         which expires a second later.
         """
-        known = claims(self.jwt)
+        known = claims(self.secret)
         if known.iat is None or known.exp is None:
             return None
         # A strategy may choose another lifetime than the one asked for.
@@ -167,7 +162,7 @@ class KuzzleCredential:
 
     def is_valid(self, send: Send, /) -> bool:
         """Ask Kuzzle whether it accepts the token. That spends nothing."""
-        body = Secret(json.dumps({"token": self.jwt.reveal()}).encode())
+        body = Secret(json.dumps({"token": self.secret.reveal()}).encode())
         request = self._post("_checkToken", [], spends=False)
         # In the body alone: Kuzzle refuses a request whose own token is no good.
         headers = {"X-Kuzzle-Request-Id": request.request_id, "Content-Type": "application/json"}
@@ -176,7 +171,7 @@ class KuzzleCredential:
 
     def following(self, token: KuzzleToken, /) -> Self:
         """Return the credential for a successor's token."""
-        return attrs.evolve(self, jwt=Secret(token.jwt) if token.jwt else self.jwt, token=token)
+        return attrs.evolve(self, secret=Secret(token.jwt) if token.jwt else self.secret, token=token)
 
     def request(self) -> Request:
         """Write the request down. Kuzzle reads its options from the query alone; a flag is on by being there."""
@@ -196,31 +191,31 @@ class KuzzleCredential:
             service="kuzzle",
             url=f"{self.url}/{route}" + ("?" + "&".join(query) if query else ""),
             headers={"X-Kuzzle-Request-Id": request_id, **({} if self.in_cookie else self.headers)},
-            secret=self.jwt,
+            secret=self.secret,
             request_id=request_id,
             # Bearer and cookie together are a 500, so the session's own stays back.
-            cookies={COOKIE: self.jwt if self.in_cookie else None},
+            cookies={COOKIE: self.secret if self.in_cookie else None},
             spends=spends,
         )
 
     def read(self, values: Mapping[str, Any], /) -> KuzzleToken:
         """Read a successor's token from a store."""
         token = KuzzleToken.from_dict(values)
-        if token.jwt is None or _is_of_another(token, self.jwt):
+        if token.jwt is None or _is_of_another(token, self.secret):
             check.fail("jwt", "must be there, and of the same user")
         return token
 
     @property
     def expiry(self) -> float | None:
         """When it expires, by Kuzzle's clock."""
-        return claims(self.jwt).exp
+        return claims(self.secret).exp
 
     @property
     def lifetime(self) -> float | None:
         """For how many seconds it is valid, from when it was asked for."""
         if self.token is None or self.token.ttl is None:
             return None
-        known = claims(self.jwt).lifetime
+        known = claims(self.secret).lifetime
         return self.token.ttl.total_seconds() if known is None else known
 
     refreshable_for = lifetime
@@ -228,16 +223,16 @@ class KuzzleCredential:
     @property
     def can_expire(self) -> bool:
         """Whether it is ever to be refreshed: Kuzzle refuses that for API keys and infinite tokens."""
-        return claims(self.jwt).exp is not None
+        return self.expiry is not None
 
     def unspent(self) -> Self | None:
         """Return it with a result of its own, if it says how long it is valid."""
-        known = claims(self.jwt)
+        known = claims(self.secret)
         if known.exp is None:
             return None
         ttl = duration(1000 * (known.exp - (known.iat or 0)))
         return self.following(
-            KuzzleToken(known.subject or "unknown", self.jwt.reveal(), instant(1000 * known.exp), ttl)
+            KuzzleToken(known.subject or "unknown", self.secret.reveal(), instant(1000 * known.exp), ttl)
         )
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
@@ -273,7 +268,7 @@ def credential(
     check.need(is_alone, "jwt", "must be the token alone, without quotes, JSON or a name before it")
     return KuzzleCredential(
         url=base_url,
-        jwt=token,
+        secret=token,
         cookie_auth=in_cookie_mode,
         expires_in=_lifetime(expires_in, in_cookie_mode),
         trigger_events=check.flag("trigger_events", trigger_events),
