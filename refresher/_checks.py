@@ -36,11 +36,6 @@ _INVISIBLE = "must not be empty or have white space, control or non-ASCII charac
 _PORTS = {"http": 80, "https": 443}
 
 
-def is_token(value: object) -> bool:
-    """Whether *value* can travel in a header: visible ASCII characters, at least one."""
-    return isinstance(value, str) and _VISIBLE.fullmatch(value) is not None
-
-
 def origin_of(url: str) -> tuple[str, str | None, int | None]:
     """Return what has to be the same for a token to be sent: scheme, host and port."""
     parts = urlsplit(url)
@@ -105,7 +100,7 @@ class Checks:
         """Accept a secret that fits into a header."""
         value = hide(value)
         secret = self.string(name, value)
-        self.need(is_token(secret.reveal()), name, _INVISIBLE)
+        self.need(_VISIBLE.fullmatch(secret.reveal()) is not None, name, _INVISIBLE)
         return secret
 
     def text(self, name: str, value: Any, shortest: int = 1, longest: int = 1000) -> str:

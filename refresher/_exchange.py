@@ -218,8 +218,12 @@ class Exchange:
     def _ask(self, request: Request, parse: Callable[[Reply, Request], R]) -> tuple[R, Reply]:
         """Send a request once, read the reply, and learn what time it is there, if the service itself wrote it."""
         self._date, self._asked = None, self._runtime.steady()
+        answer_by, depart = self._patience.answer_by, self._patience.depart
+        if request.idempotency_key is not None or not request.spends:
+            silent_at = self._asked + _SILENCE
+            answer_by = lambda: min(silent_at, self._patience.answer_by())  # noqa: E731
         try:
-            reply = self._send(request)
+            reply = self._runtime.send(request, session=self._session, answer_by=answer_by, depart=depart)
             self._date = reply.date
             token = parse(reply, request)
         except RefreshError as error:
@@ -233,13 +237,6 @@ class Exchange:
     def learn(self, came: Credential[Any] | None = None) -> None:
         """Learn what time it is at the service from the last answer, and the token that came with it."""
         self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
-
-    def _send(self, request: Request) -> Reply:
-        answer_by = self._patience.answer_by
-        if request.idempotency_key is not None or not request.spends:
-            silent_at = self._runtime.steady() + _SILENCE
-            answer_by = lambda: min(silent_at, self._patience.answer_by())  # noqa: E731
-        return self._runtime.send(request, session=self._session, answer_by=answer_by, depart=self._patience.depart)
 
     def _pause(self, error: RefreshError, attempts: int) -> float | None:
         if not self._patience.retry():

@@ -90,10 +90,8 @@ def number(value: object) -> float | None:
 
 def json_object(text: str | bytes | None) -> dict[str, Any]:
     """Read a JSON object. Anything else reads as an empty one."""
-    if not text:
-        return {}
     try:
-        value = json.loads(text)
+        value = json.loads(text or "")
     except (ValueError, TypeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
