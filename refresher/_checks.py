@@ -136,10 +136,9 @@ class Checks:
         given: Any = reveal(value)
         value = hide(given.total_seconds() if isinstance(given, timedelta) else value)
         del given
-        is_number = number(reveal(value)) is not None or (
-            isinstance(reveal(value), float) and reveal(value) == math.inf
-        )
-        self.need(value is None or is_number, name, "must be a number of seconds, a timedelta, or None")
+        is_endless = isinstance(reveal(value), float) and reveal(value) == math.inf
+        is_right = value is None or is_endless or number(reveal(value)) is not None
+        self.need(is_right, name, "must be a number of seconds, a timedelta, or None")
         if value is None or reveal(value) == -1:
             return None
         seconds: float = reveal(value)

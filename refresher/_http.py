@@ -351,10 +351,9 @@ def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]
 
     # Those that name no domain are for their host alone, though jars send them to its subdomains as well.
     hosts = "", _host(url)
-    cookies = (
-        each for each in session.cookies if each.name == name and (each.domain_specified or each.domain in hosts)
-    )
-    return sorted(filter(is_sent, cookies), key=lambda cookie: -len(cookie.path))
+    cookies = [each for each in session.cookies if each.name == name and is_sent(each)]
+    ours = [each for each in cookies if each.domain_specified or each.domain in hosts]
+    return sorted(ours, key=lambda cookie: -len(cookie.path))
 
 
 def find_cookie(session: requests.Session, url: str, name: str) -> str | None:

@@ -381,9 +381,7 @@ class KuzzleAuth(Auth[KuzzleToken]):
     ) -> None:
         url, jwt, expires_in, trigger_events, strategy = hide_all(url, jwt, expires_in, trigger_events, strategy)
         queuable, timeout, cache, session, on_refresh = hide_all(queuable, timeout, cache, session, on_refresh)
-        self._anybody = kuzzle.credential(
-            url=url, jwt=Secret("none"), expires_in=expires_in, trigger_events=trigger_events, strategy=strategy
-        )
+        self._anybody = kuzzle.credential(url, Secret("none"), expires_in, trigger_events, strategy)
         retry = kuzzle.check.flag("queuable", queuable)
         super().__init__(kuzzle.check, self._anybody.url, None, retry, timeout, cache, session, on_refresh)
         self.jwt = jwt

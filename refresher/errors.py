@@ -111,11 +111,10 @@ class RefreshError(Exception):
         import traceback
 
         here = str(Path(__file__).parent)
-        frames = itertools.takewhile(
-            lambda frame: not frame.filename.startswith(here), traceback.extract_tb(self.__traceback__)
-        )
+        frames = traceback.extract_tb(self.__traceback__)
+        before = itertools.takewhile(lambda frame: not frame.filename.startswith(here), frames)
         others = f"{os.sep}IPython{os.sep}", f"{os.sep}requests{os.sep}"
-        own = [frame for frame in frames if not any(other in frame.filename for other in others)]
+        own = [frame for frame in before if not any(other in frame.filename for other in others)]
         return "".join([*traceback.format_list(own), f"{type(self).__name__}: {self}"]).splitlines()
 
 

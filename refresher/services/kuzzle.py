@@ -231,9 +231,8 @@ class KuzzleCredential:
         if known.exp is None:
             return None
         ttl = duration(1000 * (known.exp - (known.iat or 0)))
-        return self.following(
-            KuzzleToken(known.subject or "unknown", self.secret.reveal(), instant(1000 * known.exp), ttl)
-        )
+        token = KuzzleToken(known.subject or "unknown", self.secret.reveal(), instant(1000 * known.exp), ttl)
+        return self.following(token)
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool | None:
         """Whether an error means that the token was not accepted."""
