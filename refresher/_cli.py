@@ -518,9 +518,8 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     if not device_id:
         raise InvalidArgumentError("the device id is missing: give --device-id or set CIRCLE_DEVICE_ID")
     secrets = _secrets(*(["refreshToken"] if arguments.user_id else ["userToken", "refreshToken"]))
-    who: Any = {"user_id": arguments.user_id, "user_token": secrets.get("userToken"), "device_id": device_id}
-    where: Any = {"base_url": arguments.base_url, "api_key": api_key}
-    credential = circle.credential(refresh_token=secrets["refreshToken"], **who, **where)
+    who = secrets.get("userToken"), arguments.user_id
+    credential = circle.credential(secrets["refreshToken"], device_id, api_key, *who, arguments.base_url)
     run.about += [urlsplit(credential.base_url).netloc, fingerprint(credential.refresh_token.reveal())]
     return credential
 
