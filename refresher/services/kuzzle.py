@@ -25,7 +25,7 @@ check: Checks = Checks("kuzzle")
 
 # The grammar of npm's `ms`, with which Kuzzle reads durations. ASCII, because JavaScript's \d and /i are.
 _TIMESPAN = (
-    r"(?P<number>-?(?:\d+)?\.?\d+) *(?P<unit>milliseconds?|msecs?|ms|seconds?|secs?|s|minutes?|mins?|m"
+    r"(?ai)(?P<number>-?(?:\d+)?\.?\d+) *(?P<unit>milliseconds?|msecs?|ms|seconds?|secs?|s|minutes?|mins?|m"
     r"|hours?|hrs?|h|days?|d|weeks?|w|years?|yrs?|y)?"
 )
 _DAY = 86_400_000
@@ -65,7 +65,7 @@ def milliseconds(timespan: str | timedelta) -> float | None:
     """
     if isinstance(timespan, timedelta):
         return timespan / timedelta(milliseconds=1)
-    match = re.fullmatch(_TIMESPAN, timespan, re.ASCII | re.IGNORECASE) if len(timespan) <= 100 else None
+    match = re.fullmatch(_TIMESPAN, timespan) if len(timespan) <= 100 else None
     if match is None:
         return None
     unit = (match["unit"] or "ms").lower()
