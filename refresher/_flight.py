@@ -313,7 +313,7 @@ class Flight(Patience, Generic[T]):
             return self._ledger.recall(self.call.credential)[0], False
         chain, is_readable = self._ledger.look(self.call.credential)
         self._first = min(self._first, chain.generation)
-        if chain.newest is None and chain.generation > self._first:  # it was forgotten: what comes now is not kept
+        if chain.newest is None:  # if it was forgotten since, what comes now is not kept
             chain = attrs.evolve(chain, generation=int(self._first))
         return chain, is_readable
 
@@ -493,11 +493,8 @@ class Flight(Patience, Generic[T]):
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
-        ledger.keep(
-            attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime),
-            spend,
-            in_memory=self._is_alone,
-        )
+        newer = attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime)
+        ledger.keep(newer, spend, in_memory=self._is_alone)
 
     def _verify(
         self, chain: Chain[T], spend: Credential[T], before: Attempt | None, wait: float, error: SignInRequiredError
