@@ -446,7 +446,10 @@ class Flight(Patience, Generic[T]):
             ledger.replaced_at.put(chain.key, self._runtime.steady())
         exchange.learn(successor)
         self._keep(chain, spend, successor)
-        return None if successor.keys[0] in ledger.orphans else successor
+        if successor.keys[0] in ledger.orphans:  # what is asked for now is asked for after the sign-out
+            self._first = math.inf
+            return None
+        return successor
 
     def _next_key(self, spend: Credential[T], error: RefreshError | _Abandoned) -> str | None:
         """Return the idempotency key for the next attempt: one that was refused is not sent again. None: the usual."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import itertools
 import json
@@ -379,6 +380,23 @@ def test_a_successor_that_comes_too_late(kuzzle, tmp_path, forget, monkeypatch):
     late = [request for request in kuzzle.requests if request.path == "/_logout"][1]
     assert not is_alive(kuzzle, late.headers["Authorization"].removeprefix("Bearer "))
     assert mine.peek(kuzzle.url, jwt).state in ("unknown", "refused")
+
+
+def test_a_pair_of_circles_that_comes_too_late(circle, tmp_path, monkeypatch):
+    """Circle has no sign-out, and repeats its answer: who has waited is not kept asking for what is not kept."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    pair = circle.sign_in("user-1")
+    theirs, mine = TokenCache(FileStore(tmp_path)), TokenCache(Unlocked(tmp_path), lease=0.2)
+    circle.next_answers.append(lambda request: circle.truly(request, after=2.0))
+    with ThreadPoolExecutor() as pool:
+        refresh = pool.submit(functools.partial(refresh_user_token, **call_with(circle, pair), cache=theirs, timeout=6))
+        while not circle.requests:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        circle_auth(circle, pair, cache=mine).sign_out()
+        with pytest.raises(SignInRequiredError):
+            refresh.result()
+    assert len(circle.requests) <= 3
 
 
 def test_the_end_cannot_be_written_down_at_once(kuzzle, tmp_path):

@@ -294,6 +294,22 @@ def serve(process: Process, sessions: list[Session], until: float, how: str) -> 
     process.returned_at = world.time
 
 
+def hurry(process: Process, sessions: list[Session], until: float) -> None:
+    """Be one thread of a server that is called when something has just gone wrong."""
+    world, rng = process.world, process.world.random
+    for _ in range(10):
+        if not process.leaving.happened:
+            world.park(1e9, world.jolted)
+        if world.time >= until or process.leaving.happened:
+            break
+        world.park(rng.choice((0.0, 0.001, 0.01, 0.1, 1.0)) * rng.random(), process.leaving)
+        session, timeout = rng.choice(sessions), rng.choice((0.3, 5.0, 30.0))
+        token = rng.choice((session.first, session.first, *session.handed))
+        Call(process, session, token, timeout=timeout, retry=rng.random() < 0.85, asked=None).make(by_function)
+    world.park(1e9, process.leaving)
+    process.returned_at = world.time
+
+
 def serve_long(process: Process, session: Session, times: int, footprints: list[int]) -> None:
     """Refresh a session again and again, and tell what is remembered each time."""
     world = process.world

@@ -61,6 +61,8 @@ class Faults:
             self.aim = "send" if kind in _AT_SEND else "depart" if kind in _AT_DEPARTURE else rng.choice([*_WEIGHTS])
             self.before = rng.choice((math.inf, 60.0, 6.0, 3.0))
             self.rate, self.crowd = rng.choice((0.02, 0.1, 0.4)), rng.choice((0.0, 0.5, 5.0, 30.0))
+        # Whether there are calls at once when something goes wrong.
+        self.hurry = random.Random(world.seed + 2_000_003).random() < 0.1
         self.happened: list[str] = []
         self.healed = False
         self._commands: dict[Process, str] = {}
@@ -114,6 +116,7 @@ class Faults:
         self.crowd_until = self.world.time + self.crowd
         self.happened.append(kind)
         self.world.say(f"*** {kind}, before: {effect} {detail[:8]}")
+        self.world.jolt()
         self._blow(kind, task, callers)
 
     def _seconds(self) -> float:

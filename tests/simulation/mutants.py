@@ -444,6 +444,10 @@ MUTANTS = [
         (_LEDGER, "(FINAL if has_ended and not chain.has_ended else 2)", "2"),
     ),
     Mutant(
+        "what came too late for a sign-out is asked for again and again",
+        (_FLIGHT, "            self._first = math.inf\n", "            pass\n"),
+    ),
+    Mutant(
         "one failed write ends a sign-out",
         (
             _FLIGHT,

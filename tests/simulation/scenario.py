@@ -116,6 +116,9 @@ def _start_server(world: World, name: str, machine: Machine, until: float) -> No
         name_ = "main" if thread == 0 else f"thread {thread}"
         world.spawn(process, name_, lambda how=how: clients.serve(process, world.sessions, until, how))
 
+    if world.faults.hurry:
+        world.spawn(process, "hurried", lambda: clients.hurry(process, world.sessions, until))
+
     def replace() -> None:
         world.park(1e9, process.gone)
         world.park(rng.uniform(0.1, 5.0))
@@ -142,7 +145,8 @@ def _play_long(world: World) -> None:
         newcomer, results = clients.start(world, "newcomer", machine), []
         world.spawn(newcomer, "main", lambda: clients.run_once(newcomer, session, 60.0, results))
         world.run(world.time + 61.0)
-        if results in ([], [None]):
+        # After a refused request, the key of the next one is known to the store alone.
+        if results in ([], [None]) and "request refused" not in world.faults.happened:
             world.violated("does not work after a flush", session.user)
 
 
@@ -176,6 +180,7 @@ def _close(world: World) -> None:
     world.closing.set()
     for process in world.processes:
         process.leaving.set()
+    world.jolt()
     world.run(world.time + 95.0)  # the latest answer comes after 91
     for process in world.processes:
         left = [task for task in world.tasks if task.process is process and not task.daemon]

@@ -244,6 +244,7 @@ class Network:
             world.park(max(0.001, min(left, 1.0)))
         if refused or takes == 75.0 or process.steady() < done:
             world.say(f"POST {session.user}: could not connect")
+            world.jolt()
             raise failure(UNREACHED, request, reason="simulated")
 
     def _await(self, mail: _Mail, process: Process, request: Request, answer_by: Callable[[], float]) -> None:
@@ -255,6 +256,7 @@ class Network:
             world.reading = False
             if left <= 0 or mail.is_lost():
                 world.say(f"POST {mail.session.user}: no answer")
+                world.jolt()
                 mail.give_up()
                 raise failure(LOST, request, reason="simulated")
             world.park(min(left, 1.0, max(0.001, mail.due - world.time)), mail.written)

@@ -71,6 +71,7 @@ class World:
         self.keep_trace = keep_trace
         self.violation: tuple[str, str] | None = None
         self.counts: Counter[str] = Counter()
+        self.jolted = Event(self)  # the next time that something goes wrong
         self.closing = Event(self)  # happens when servers are to end
         self.until = -math.inf  # when the run ends
         self.others_due = -math.inf  # before that, none of the others can run
@@ -93,6 +94,11 @@ class World:
         if self.violation is None:
             self.say(f"VIOLATION {kind}: {what}")
             self.violation = (kind, what)
+
+    def jolt(self) -> None:
+        """Something has gone wrong just now."""
+        self.jolted.set()
+        self.jolted = Event(self)
 
     def spawn(self, process: Process | None, name: str, work: Callable[[], object], *, daemon: bool = False) -> Task:
         """Start a task."""
