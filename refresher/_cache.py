@@ -274,9 +274,8 @@ class TokenCache:
         ledger = self._ledger
         if ledger.assess(ledger.recall(call.credential)[0], call)[0] is None:
             return self._aside(work, subject)
-        if not ledger.is_hung():
-            with contextlib.suppress(UnavailableError):
-                return self._aside(work, subject, seconds=_rules.BRIEFLY)
+        with contextlib.suppress(UnavailableError):
+            return self._aside(work, subject, seconds=_rules.BRIEFLY)
         return work(subject, by_store=False)
 
     @overload
@@ -373,7 +372,7 @@ class TokenCache:
         url, jwt, pair = hide_all(url, jwt, pair)
         credential = _find(url, jwt, pair)
         known, _ = self._ledger.recall(credential)
-        if known.newest is not None:  # also if the store hangs
+        if known.newest is not None or known.key in self._flights:  # also if the store hangs
             self._ledger.bury(known)
         self._aside(self._forget, credential, known.newest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -101,6 +102,7 @@ class _Keeper:
         self._doubts: set[str] = set()  # whose failures looked like one
         self._running: set[Future[KeepAliveOutcome]] = set()
         self._is_left = False  # nobody wants the rest
+        self._process = os.getpid()
 
     def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
@@ -114,7 +116,8 @@ class _Keeper:
             yield from self._rest()
         finally:
             self._is_left = True
-            wait(self._running)
+            if self._process == os.getpid():  # a forked child has none of these threads
+                wait(self._running)
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
@@ -144,11 +147,11 @@ class _Keeper:
             except BaseException as error:
                 outcome.set_exception(error)
 
-        self._running.add(outcome)
         try:
             threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher").start()
         except RuntimeError:  # too many threads, or the process is ending
             run()
+        self._running.add(outcome)  # not before: an interrupt may have kept the thread from its start
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""
@@ -160,9 +163,7 @@ class _Keeper:
         cache, began = auth._cache, auth._cache._runtime.steady()
         wasted = self._wasted.get(cache, 0.0)
         try:
-            if wasted > _WASTE:
-                cache._fail("cannot be read", auth._service)
-            is_due = auth._is_due()
+            is_due = auth._is_due(by_store=wasted <= _WASTE)
         except UnavailableError as error:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
         finally:

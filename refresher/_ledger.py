@@ -335,7 +335,11 @@ class Ledger:
 
     def keep(self, chain: Chain[Any], spent: Credential[Any] | None = None, *, in_memory: bool = False) -> None:
         """Remember a chain with a new token, and write it down, unless the store has a higher generation."""
-        chain = chain.with_text()
+        chain, known = chain.with_text(), self.chains.get(chain.key)
+        if known is not None and known.newest is None and known.generation > chain.generation:
+            if chain.newest is not None and known.has_ended:
+                self.orphans[chain.newest.keys[0]] = chain.newest
+            return  # it was forgotten here, and the store may not know that yet
         self.unsaved[chain.key] = chain
         self._remember(chain)
         if in_memory or self.save(chain) or spent is None or self.save(chain):

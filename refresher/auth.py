@@ -181,9 +181,9 @@ class Auth(AuthBase, Generic[_Token]):
         except UnavailableError:  # the store hangs, and the process knows nothing
             return credential.secret
 
-    def _is_due(self) -> bool | None:
+    def _is_due(self, *, by_store: bool) -> bool | None:
         """
-        Whether its token is to be refreshed, by what the store has. None if nobody has signed in.
+        Whether its token is to be refreshed, by what the store has, or without it. None if nobody has signed in.
 
         Raises:
             UnavailableError: The store could not be read, and this process knows nothing of the session.
@@ -191,8 +191,8 @@ class Auth(AuthBase, Generic[_Token]):
         first = self._credential
         if first is None or not first.can_expire:
             return None if first is None else False
-        call = self._call(credential=first)
-        return self._cache._find_out(self._cache._is_due, call, call)
+        cache, call = self._cache, self._call(credential=first)
+        return cache._find_out(cache._is_due, call, call) if by_store else cache._is_due(call, by_store=False)
 
     def _is_for_us(self, url: str | None) -> bool:
         return (url is not None and url.startswith(self._prefix)) or _goes_to(url, self._origin)

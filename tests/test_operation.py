@@ -8,8 +8,11 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -673,7 +676,7 @@ def test_store_that_hangs_and_a_session_that_is_kept_alive(kuzzle, watched):
     refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, expires_in="6s")
     watched.go_on.clear()
     outcomes = []
-    while kuzzle.knows(cache._ledger.recall(auth._credential)[0].newest.jwt.reveal()) and len(kuzzle.requests) == 1:
+    while kuzzle.knows(cache._ledger.recall(auth._credential)[0].newest.secret.reveal()) and len(kuzzle.requests) == 1:
         outcomes += [each.outcome for each in keep_alive([auth])]
         time.sleep(0.1)
     assert outcomes[0] == "fresh"
@@ -805,6 +808,45 @@ def test_at_once(kuzzle):
     auths = [KuzzleAuth(kuzzle.url, kuzzle.login(f"u{i}", ago=3590), cache=cache) for i in range(9)]
     assert [each.outcome for each in keep_alive(auths, at_once=3)] == ["refreshed"] * 9
     assert most == 3
+
+
+FORKED = """
+import os, sys
+from refresher import KuzzleAuth, TokenCache, keep_alive
+
+cache = TokenCache(ahead=1800)
+for outcome in keep_alive([KuzzleAuth(sys.argv[1], jwt, cache=cache) for jwt in sys.argv[2:]], at_once=2):
+    if outcome.outcome == "refreshed" and os.fork() == 0:
+        sys.exit()
+while True:
+    try:
+        assert os.wait()[1] == 0
+    except ChildProcessError:
+        break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_keep_alive_and_a_fork(kuzzle):
+    """A child that is forked in the loop does not wait for the threads of its parent."""
+    jwts = [kuzzle.login(str(number), ago=2000) for number in range(6)]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, kuzzle.url, *jwts]
+    subprocess.run(command, timeout=30, check=True)
+    assert len(kuzzle.requests) == 6
+
+
+def test_keep_alive_that_is_interrupted(kuzzle, monkeypatch):
+    """It does not wait for a thread that an interrupt kept from its start."""
+
+    def interrupt(thread):
+        raise KeyboardInterrupt
+
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache())]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(keep_alive(auths))
+    assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
 
 
 def test_keep_alive_of_the_dead(kuzzle):

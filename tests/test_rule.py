@@ -1245,6 +1245,25 @@ def test_forgotten_while_the_store_is_down(kuzzle, store, root):
     assert TokenCache(store).peek(kuzzle.url, root).state == "unknown"
 
 
+@pytest.mark.parametrize("forget", ["forget", "clear"])
+def test_forgotten_in_a_refresh_while_the_store_is_down(kuzzle, store, root, forget):
+    """Its result is not kept: neither here nor, later, in the store."""
+    cache, gone = TokenCache(store), threading.Event()
+    kuzzle.next_answers.append(lambda request: gone.wait(10) and kuzzle.truly(request))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        while not kuzzle.requests:
+            time.sleep(0.001)
+        store.is_down = True
+        with pytest.raises(UnavailableError, match="call again"):
+            getattr(cache, forget)(*((kuzzle.url, root) if forget == "forget" else ()))
+        gone.set()
+        assert waiting.result(10).kuid == "foo"
+    store.is_down = False
+    wait_for_copies(cache)
+    assert [each.peek(kuzzle.url, root).state for each in (cache, TokenCache(store))] == ["unknown"] * 2
+
+
 def test_write_that_hangs(kuzzle, clock, root):
     """While a write hangs, the token is used and refreshed all the same, and threads do not pile up."""
 
