@@ -1886,7 +1886,7 @@ def test_tombstone_of_another_session(kuzzle, store, cache, root):
     """It is no reason to forget this one."""
     token, other = (refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in (root, kuzzle.login("bar", ago=1800)))
     cache.forget(kuzzle.url, other.jwt)
-    (gone,) = (text for key, text in entries(store).items() if json.loads(text).get("generation") == 3)
+    (gone,) = (text for text in entries(store).values() if json.loads(text).get("generation", 0) > 1)
     store.set(key_of("kuzzle", kuzzle.url, root), gone, HOUR)
     time.sleep(0.6)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
