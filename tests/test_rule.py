@@ -2407,3 +2407,47 @@ def test_refusals_by_two_names(circle, clock, store):
             asked += [minute] * (len(circle.requests) > sent)
         clock.advance(60)
     assert len(asked) <= 6
+
+
+class SlowToConnect(Runtime):
+    """A network that takes a while before anything is sent."""
+
+    def send(self, request, *, depart, **others):
+        return super().send(request, depart=lambda: depart_late(depart), **others)
+
+
+def depart_late(depart):
+    time.sleep(0.4)
+    depart()
+
+
+def test_announcement_that_is_old_and_cannot_be_renewed(kuzzle, root, monkeypatch):
+    """Nothing is sent on it: others would take it for given up."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    sent = []
+
+    class Failing(SharedStore):
+        def set(self, key, value, seconds):
+            if key.endswith("-attempt"):
+                sent.append(len(kuzzle.requests))
+                if len(sent) == 2:
+                    raise ConnectionError
+            return super().set(key, value, seconds)
+
+    refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(Failing(), runtime=SlowToConnect()))
+    assert len(kuzzle.requests) == 1
+    assert sent[:4] == [0, 0, 0, 0], "announced, not renewed, looked again, and renewed"
+
+
+def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
+    """A refusal that is remembered is no verdict if the session goes on in a chain that the store cannot lead to."""
+    second = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store)).jwt
+    key = key_of("kuzzle", kuzzle.url, second)
+    store.delete(f"{key}-alias")
+    refresh_kuzzle_token(kuzzle.url, second, expires_in="2h", cache=TokenCache(store))
+    refusal = {"message": "no", "provider": "kuzzle"}
+    at = Instant(time.time(), Runtime().steady(), Runtime().boot)
+    store.set(f"{key}-attempt", Attempt(by="one", at=at, refusals=1, errors={key: refusal}).write(), HOUR)
+    token = refresh_kuzzle_token(kuzzle.url, root, expires_in="3h", cache=TokenCache(store))
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 3
