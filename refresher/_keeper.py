@@ -139,11 +139,11 @@ class _Keeper:
 
     def _begin(self, auth: Auth[Any]) -> None:
         """Refresh one session in a thread. Python would wait for a pool's, even if this one is a daemon."""
-        outcome: Future[KeepAliveOutcome] = Future()
+        outcome, consumer = Future[KeepAliveOutcome](), threading.current_thread()
 
         def run() -> None:
             try:
-                outcome.set_result(self._refresh(auth))
+                outcome.set_result(self._refresh(auth, consumer))
             except BaseException as error:
                 outcome.set_exception(error)
 
@@ -191,8 +191,8 @@ class _Keeper:
                 else:
                     runtime.sleep(seconds)
 
-    def _refresh(self, auth: Auth[Any]) -> KeepAliveOutcome:
-        """Refresh one session."""
+    def _refresh(self, auth: Auth[Any], consumer: threading.Thread) -> KeepAliveOutcome:
+        """Refresh one session, unless nobody wants the rest, or who took the outcomes has ended with the process."""
         runtime, first = auth._cache._runtime, auth._credential
         began = runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.
@@ -200,7 +200,7 @@ class _Keeper:
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
-            last = auth._advance(patient=True, is_left=lambda: self._is_left)
+            last = auth._advance(patient=True, is_left=lambda: self._is_left or not consumer.is_alive())
             outcome = "fresh" if last is None or last.secret == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error

@@ -1159,6 +1159,23 @@ def test_process_whose_daemon_threads_call_for_ever():
     run(DAEMONS, kuzzle.url, *jwts)
 
 
+NOBODY_GOES_ON = """
+import sys
+from refresher import KuzzleAuth, TokenCache, keep_alive
+
+due, auth = TokenCache(ahead=3600), KuzzleAuth(sys.argv[1])
+outcomes = keep_alive([*(KuzzleAuth(sys.argv[1], jwt, cache=due, timeout=None) for jwt in sys.argv[2:]), auth])
+print(next(outcomes).outcome)
+"""
+
+
+def test_process_that_leaves_keep_alive_in_the_middle():
+    """It ends all the same: nobody takes the outcomes that are to come."""
+    with FakeKuzzle() as kuzzle:
+        jwts = [kuzzle.login(f"user-{number}", ago=3000) for number in range(3)]
+    assert run(NOBODY_GOES_ON, kuzzle.url, *jwts) == "skipped\n"
+
+
 MAIN_ENDS = """
 import sys, threading, time
 from refresher import refresh_kuzzle_token
