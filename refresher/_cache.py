@@ -16,6 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 
+import attrs
+
 from . import _rules, importing
 from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
@@ -407,9 +409,9 @@ class TokenCache:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
-            there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
-            chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
-            is_done &= ledger.drop(chain, {key})
+            chain: Chain[Any] = ledger.chains.get(key) or Chain(key=key)
+            there = ledger.ask("cannot be read", ledger.generation, key)[0] or 0  # others may have come far
+            is_done &= ledger.drop(attrs.evolve(chain, generation=max(chain.generation, there)), {key})
         for key in kept:
             if key.endswith("-attempt"):  # also of what has no entry, since it was refused
                 ledger.delete(key)

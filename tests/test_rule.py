@@ -1160,9 +1160,10 @@ def test_process_whose_daemon_threads_call_for_ever():
 
 
 NOBODY_GOES_ON = """
-import sys
+import logging, sys
 from refresher import KuzzleAuth, TokenCache, keep_alive
 
+logging.disable()
 due, auth = TokenCache(ahead=3600), KuzzleAuth(sys.argv[1])
 outcomes = keep_alive([*(KuzzleAuth(sys.argv[1], jwt, cache=due, timeout=None) for jwt in sys.argv[2:]), auth])
 print(next(outcomes).outcome)
@@ -1260,6 +1261,16 @@ def test_forgotten_while_the_store_is_down(kuzzle, store, root):
     refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=1800), cache=cache)
     wait_for_copies(cache)
     assert TokenCache(store).peek(kuzzle.url, root).state == "unknown"
+
+
+def test_cleared_by_a_process_that_is_behind(kuzzle, store, root):
+    """What others have refreshed many times since it looked is forgotten, too."""
+    mine, theirs = TokenCache(store), TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=mine)
+    for hours in range(2, 8):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in=f"{hours}h", cache=theirs)
+    mine.clear()
+    assert [each.peek(kuzzle.url, root).state for each in (mine, theirs, TokenCache(store))] == ["unknown"] * 3
 
 
 @pytest.mark.parametrize("forget", ["forget", "clear"])
