@@ -21,7 +21,7 @@ import attrs
 from . import _rules, importing
 from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
-from ._ledger import FINAL, Call, Ledger
+from ._ledger import LEAP, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
@@ -327,7 +327,7 @@ class TokenCache:
             fingerprint=fingerprint(last.secret.reveal()),
             state=_rules.state_of(left, window, is_known=newest is not None, is_refused=is_refused),
             expires_at=last.token.expires_at if last.token else None,
-            generation=chain.generation % FINAL if newest else 0,
+            generation=chain.generation % LEAP if newest else 0,
         )
 
     def _is_due(self, call: Call[T], *, by_store: bool = True) -> bool:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
-FINAL = 2**40  # generations: no session that goes on has so many
+# Generations: no process is behind by so many, and no session that goes on has so many.
+LEAP, FINAL = 2**20, 2**40
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -480,7 +481,7 @@ class Ledger:
         """Forget a chain in this process. What the store has is left to `save`."""
         has_ended = has_ended or chain.has_ended
         # Others may have tokens of a session that has ended which they could never write down.
-        generation = max(0, chain.generation) + (FINAL if has_ended and not chain.has_ended else 2)
+        generation = max(0, chain.generation) + (FINAL if has_ended and not chain.has_ended else LEAP)
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)

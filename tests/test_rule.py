@@ -1263,13 +1263,20 @@ def test_forgotten_while_the_store_is_down(kuzzle, store, root):
     assert TokenCache(store).peek(kuzzle.url, root).state == "unknown"
 
 
-def test_cleared_by_a_process_that_is_behind(kuzzle, store, root):
+@pytest.mark.parametrize("is_down", [False, True], ids=["", "while the store is down"])
+@pytest.mark.parametrize("forget", ["forget", "clear"])
+def test_forgotten_by_a_process_that_is_behind(kuzzle, store, root, forget, is_down):
     """What others have refreshed many times since it looked is forgotten, too."""
     mine, theirs = TokenCache(store), TokenCache(store)
     refresh_kuzzle_token(kuzzle.url, root, cache=mine)
     for hours in range(2, 8):
         refresh_kuzzle_token(kuzzle.url, root, expires_in=f"{hours}h", cache=theirs)
-    mine.clear()
+    store.is_down = is_down
+    with pytest.raises(UnavailableError, match="call again") if is_down else contextlib.nullcontext():
+        getattr(mine, forget)(*((kuzzle.url, root) if forget == "forget" else ()))
+    store.is_down = False
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=1800), cache=mine)
+    wait_for_copies(mine)
     assert [each.peek(kuzzle.url, root).state for each in (mine, theirs, TokenCache(store))] == ["unknown"] * 3
 
 
