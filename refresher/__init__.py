@@ -64,15 +64,16 @@ Coming from the JavaScript SDKs:
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401
 import importlib
-import logging  # noqa: F401  # before a fork, locks are taken in reverse, and this one's has to come after ours
 import os
 import threading
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
-# A child that is forked in the middle of an import would wait for ever for the thread that was at it.
+# A child that is forked in the middle of an import would wait for ever for the thread that was at it. Before a fork,
+# locks are taken in reverse: those of concurrent.futures and logging, imported above, come after this one.
 importing = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
