@@ -400,8 +400,7 @@ class TokenCache:
         ledger = self._ledger
         ledger.observed.forget()
         flights, self._flights = self._flights, {}
-        known = ledger.chains.keys()
-        for key in known:  # also if the store hangs
+        for key in {*ledger.chains.keys(), *flights}:  # also if the store hangs
             ledger.bury(ledger.chains.get(key) or Chain(key=key))
         self._aside(self._clear, flights)
 

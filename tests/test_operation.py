@@ -669,6 +669,27 @@ def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
     assert time.monotonic() - began < 20 * 0.2, "not for each of them"
 
 
+@pytest.mark.parametrize("forget", ["forget", "clear"])
+def test_store_that_hangs_and_a_refresh_that_is_forgotten(kuzzle, watched, monkeypatch, forget):
+    """What it brings is not kept."""
+    monkeypatch.setattr(_rules, "LONGEST_DELAY", 0.2)
+    jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched)
+    sent = threading.Event()
+    kuzzle.next_answers.append(lambda request: sent.set() or kuzzle.truly(request, after=1.0))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=cache, timeout=5)
+        assert sent.wait(10)
+        watched.go_on.clear()
+        with pytest.raises(UnavailableError, match="does not answer"):
+            getattr(cache, forget)(*((kuzzle.url, jwt) if forget == "forget" else ()))
+        time.sleep(1.2)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            cache.peek(kuzzle.url, jwt)
+        watched.go_on.set()
+        assert waiting.result(10).kuid == "foo"
+    assert cache.peek(kuzzle.url, jwt).state == "unknown"
+
+
 def test_store_that_hangs_and_a_session_that_is_kept_alive(kuzzle, watched):
     """It is refreshed in its last moments all the same. Until then, it waits for the store."""
     jwt, cache = kuzzle.login("foo", ago=1800), TokenCache(watched, ahead=3)
