@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 
 _LARGEST_BODY = 1024 * 1024
 _MOST_INTERIM_ANSWERS = 100
+_MOST_CHUNKS = 2000
 # How often to ask whether the caller still waits, in seconds: while a thread works, while a socket is read.
 _THREAD_SLICE, _SOCKET_SLICE = 0.04, 0.5
 # How many pieces of an answer to read after the caller's time is up, if they are there.
@@ -275,9 +276,11 @@ def _unread(response: Any) -> Any:
 
 
 def _body(response: Any) -> bytes:
-    """Read the body. One of more than 1 MiB reads as empty."""
+    """Read the body. One of more than 1 MiB reads as empty. To read a flood of chunks would take too long."""
     received = io.BytesIO()
-    for _ in map(received.write, response.stream(65536, decode_content=False)):
+    for number, _ in enumerate(map(received.write, response.stream(65536, decode_content=False))):
+        if number >= _MOST_CHUNKS:
+            raise ResponseNotReady
         if received.tell() > _LARGEST_BODY:
             return b""
     return _decoded(received.getvalue(), response.headers.get("Content-Encoding", ""))

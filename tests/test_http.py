@@ -8,6 +8,7 @@ import functools
 import gc
 import gzip
 import io
+import itertools
 import math
 import os
 import signal
@@ -22,8 +23,10 @@ import weakref
 import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.client import ResponseNotReady
 from http.cookiejar import LWPCookieJar, MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -553,6 +556,12 @@ def test_no_handshake(behave, lent):
         assert caught.value.spent is False
         assert caught.value.__context__ is None
     gc.collect()
+
+
+def test_flood_of_chunks():
+    """An answer in thousands of pieces is none: to read them all would take too long."""
+    with pytest.raises(ResponseNotReady):
+        _http._body(SimpleNamespace(stream=lambda *_, **__: itertools.repeat(b" "), headers={}))
 
 
 def test_fast_drip():

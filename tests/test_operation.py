@@ -870,6 +870,29 @@ def test_keep_alive_that_is_interrupted(kuzzle, monkeypatch):
     assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
 
 
+def test_keep_alive_without_threads(kuzzle, monkeypatch):
+    """Where no thread can be started, as at the end of a process, it refreshes all the same."""
+
+    truly = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "refresher":
+            raise RuntimeError
+        truly(thread)
+
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache())]
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
+
+
+@pytest.mark.holds
+def test_young_token_without_a_cache_and_without_time(kuzzle):
+    """A call that cannot wait for the end of the second of the sign-in says so."""
+    with pytest.raises(UnavailableError, match="may have issued this token just now"):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo"), cache=None, timeout=0.01)
+    assert not kuzzle.requests
+
+
 def test_keep_alive_of_the_dead(kuzzle):
     """Who has to sign in again, and who never did, is told apart from who was refreshed."""
     cache = TokenCache()
