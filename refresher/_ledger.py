@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
-# Generations: no process is behind by so many, and no session that goes on has so many.
-LEAP, FINAL = 2**20, 2**40
+LEAP = 2**20  # generations: no process is ahead or behind by so many
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -479,9 +478,8 @@ class Ledger:
 
     def bury(self, chain: Chain[Any], *, has_ended: bool = False) -> Chain[Any]:
         """Forget a chain in this process. What the store has is left to `save`."""
-        has_ended = has_ended or chain.has_ended
-        # Others may have tokens of a session that has ended which they could never write down.
-        generation = max(0, chain.generation) + (FINAL if has_ended and not chain.has_ended else LEAP)
+        # Others may have tokens of it that are not in the store, or that are there and not known here.
+        generation, has_ended = max(0, chain.generation) + LEAP, has_ended or chain.has_ended
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
         self.unsaved[chain.key] = tombstone
         self.chains.put(chain.key, tombstone)
