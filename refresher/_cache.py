@@ -16,8 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
 
-import attrs
-
 from . import _rules, importing
 from ._exchange import Exchange, Observed, Patience, not_yet
 from ._flight import Flight, OnEvent, SignOut, Waiter
@@ -340,8 +338,7 @@ class TokenCache:
 
     def _assess(self, call: Call[T], by_store: bool) -> tuple[Chain[T], Credential[T] | None, Left, float, bool]:
         """Return a chain as the store has it, and how it stands with it."""
-        ledger, credential = self._ledger, call.credential
-        chain, is_readable = ledger.look(credential) if by_store else ledger.recall(credential)
+        chain, is_readable = self._chain(call.credential, by_store)
         assessed = self._ledger.assess(chain, call)
         if assessed[0] is None and not is_readable:
             self._fail("cannot be read", call.credential.service)
@@ -352,8 +349,11 @@ class TokenCache:
 
     def _peek(self, credential: Credential[T], *, by_store: bool = True) -> Credential[T]:
         """Return the newest known credential of a chain, as it is."""
-        ledger = self._ledger
-        return (ledger.look(credential) if by_store else ledger.recall(credential))[0].newest or credential
+        return self._chain(credential, by_store)[0].newest or credential
+
+    def _chain(self, credential: Credential[T], by_store: bool) -> tuple[Chain[T], bool]:
+        """Return a chain as the store has it, or as this process remembers it, and whether that is sure."""
+        return self._ledger.look(credential) if by_store else self._ledger.recall(credential)
 
     @overload
     def forget(self, url: str, jwt: str) -> None: ...
@@ -408,9 +408,9 @@ class TokenCache:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
-            chain: Chain[Any] = ledger.chains.get(key) or Chain(key=key)
-            there = ledger.ask("cannot be read", ledger.generation, key)[0] or 0  # others may have come far
-            is_done &= ledger.drop(attrs.evolve(chain, generation=max(chain.generation, there)), {key})
+            there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
+            chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
+            is_done &= ledger.drop(chain, {key})
         for key in kept:
             if key.endswith("-attempt"):  # also of what has no entry, since it was refused
                 ledger.delete(key)

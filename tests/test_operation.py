@@ -662,6 +662,7 @@ def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
             cache.peek(kuzzle.url, jwt)
     with pytest.raises(UnavailableError, match="Watched does not answer"):
         cache.peek(kuzzle.url, other)
+    assert threading.current_thread() not in watched.threads
     monkeypatch.setattr(_keeper, "_WASTE", 0.3)
     auths = [KuzzleAuth(kuzzle.url, kuzzle.login(str(number)), cache=cache) for number in range(20)]
     began = time.monotonic()

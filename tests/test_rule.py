@@ -1299,6 +1299,18 @@ def test_forgotten_in_a_refresh_while_the_store_is_down(kuzzle, store, root, for
     assert [each.peek(kuzzle.url, root).state for each in (cache, TokenCache(store))] == ["unknown"] * 2
 
 
+def test_successor_of_a_session_that_is_known_to_have_ended(kuzzle, store, root):
+    """It is kept to be signed out, and for nothing else, also if the store has not heard of the end."""
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    ledger = cache._ledger
+    chain = ledger.chains.get(key_of("kuzzle", kuzzle.url, root))
+    ledger.bury(chain, has_ended=True)
+    ledger.keep(chain)
+    assert list(ledger.orphans.values()) == [chain.newest]
+    assert ledger.chains.get(chain.key).newest is None
+
+
 def test_write_that_hangs(kuzzle, clock, root):
     """While a write hangs, the token is used and refreshed all the same, and threads do not pile up."""
 
