@@ -73,11 +73,11 @@ def milliseconds(timespan: str | timedelta) -> float | None:
     return float(match["number"]) * _UNITS[unit]
 
 
-def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
-    """Accept a lifetime that Kuzzle understands and that does not end the session."""
+def _lifetime(value: Any, cookie_auth: bool) -> tuple[str | None, float | None]:
+    """Accept a lifetime that Kuzzle understands and that does not end the session: as it is sent, and in seconds."""
     value = hide(value)  # it might be a secret in the wrong place
     if value is None:
-        return None
+        return None, None
     is_right = isinstance(reveal(value), (str, timedelta))
     check.need(is_right, "expires_in", 'must be a string such as "2h" or "7200000ms", or a timedelta')
     lifetime = milliseconds(reveal(value))
@@ -90,13 +90,20 @@ def _lifetime(value: Any, cookie_auth: bool) -> str | timedelta | None:
     check.need(is_right, "expires_in", "must be at least one second, in whole milliseconds; -1 means for ever")
     is_right = lifetime <= (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST)
     check.need(is_right, "expires_in", "is longer than Kuzzle can count; -1 means for ever")
-    found: str | timedelta = reveal(value)
-    return check.string("expires_in", value).reveal() if isinstance(found, str) else found
+    is_text = isinstance(reveal(value), str)
+    text = check.string("expires_in", value).reveal() if is_text else str(int(lifetime))
+    return text, math.inf if is_infinite else lifetime / 1000
 
 
 @attrs.frozen(kw_only=True)
 class KuzzleCredential:
-    """A Kuzzle token, the jwt, and how it is to be refreshed. *in_cookie*: it travels in the session's cookie."""
+    """
+    A Kuzzle token, the jwt, and how it is to be refreshed.
+
+    Args:
+        requested: The lifetime asked for, in seconds. *expires_in* says it as Kuzzle is told.
+        in_cookie: It travels in the session's cookie.
+    """
 
     service: ClassVar[str] = "kuzzle"
     idempotency_key = None
@@ -104,7 +111,8 @@ class KuzzleCredential:
     url: str
     secret: Secret[str]
     cookie_auth: bool = False
-    expires_in: str | timedelta | None = None
+    expires_in: str | None = None
+    requested: float | None = None
     trigger_events: bool = False
     strategy: str | None = None
     in_cookie: bool = False
@@ -118,7 +126,7 @@ class KuzzleCredential:
     @property
     def scope(self) -> str:
         """Kuzzle limits rates for each user, and is busy for all of them: a pause is for everybody."""
-        return key_of("kuzzle", self.url)
+        return self.url
 
     @property
     def user(self) -> str | None:
@@ -129,12 +137,6 @@ class KuzzleCredential:
     def headers(self) -> Headers:
         """What a request carries that is made with it."""
         return {"Authorization": Secret(f"Bearer {self.secret.reveal()}")}
-
-    @property
-    def requested(self) -> float | None:
-        """The lifetime asked for, in seconds."""
-        found = None if self.expires_in is None else milliseconds(self.expires_in)
-        return None if found is None else math.inf if found < 0 else found / 1000
 
     @property
     def birth(self) -> float | None:
@@ -175,10 +177,8 @@ class KuzzleCredential:
 
     def request(self) -> Request:
         """Write the request down. Kuzzle reads its options from the query alone; a flag is on by being there."""
-        given = self.expires_in
-        lifetime = str(given // timedelta(milliseconds=1)) if isinstance(given, timedelta) else given
         query = [
-            *([] if lifetime is None else ["expiresIn=" + quote(lifetime, safe="")]),
+            *([] if self.expires_in is None else ["expiresIn=" + quote(self.expires_in, safe="")]),
             *(["cookieAuth"] if self.cookie_auth else []),
             *(["triggerEvents"] if self.trigger_events else []),
             *([] if self.strategy is None else ["strategy=" + quote(self.strategy, safe="")]),
@@ -265,11 +265,13 @@ def credential(
     # The grammar of RFC 6750. Tokens in cookies, replies and stores are taken as they come.
     is_alone = is_cookie or re.fullmatch("[A-Za-z0-9._~+/-]+=*", token.reveal()) is not None
     check.need(is_alone, "jwt", "must be the token alone, without quotes, JSON or a name before it")
+    lifetime, seconds = _lifetime(expires_in, in_cookie_mode)
     return KuzzleCredential(
         url=base_url,
         secret=token,
         cookie_auth=in_cookie_mode,
-        expires_in=_lifetime(expires_in, in_cookie_mode),
+        expires_in=lifetime,
+        requested=seconds,
         trigger_events=check.flag("trigger_events", trigger_events),
         strategy=None if strategy is None else check.text("strategy", strategy),
         in_cookie=is_cookie,
