@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
-from ._cache import SHARED_CACHE, TokenCache, current, get_ready
+from . import importing
+from ._cache import SHARED_CACHE, TokenCache, current
 from ._checks import Seconds
 from ._ledger import Call, check_call
 from ._text import Secret, hide, hide_all, reveal
@@ -74,8 +75,9 @@ def refresh_kuzzle_token(
         expires_in: How long the new token is valid, at least one second: a string as npm's ``ms`` reads it (``"2h"``,
             ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token that was asked to be valid for less is
             refreshed. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides.
-        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, and is None in the result. Use
-            one session for each Kuzzle: cookies do not tell the ports of a host apart.
+        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, unless another has come there
+            meanwhile, and is None in the result. Use one session for each Kuzzle: cookies do not tell the ports of a
+            host apart.
         trigger_events: Sent as the JavaScript SDK does. Kuzzle 2 triggers its events in any case.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
@@ -131,16 +133,18 @@ def _in_cookie_mode(
     jar = check.session("session", session)
     if jar is None:
         check.fail("session", "is needed in cookie mode: its cookie jar takes the new token")
-    get_ready()
-    from ._http import find_cookie, keep_cookie
+    with importing:
+        from . import _cookies
 
     base = check.url("url", url, https=False) + "/"  # a cookie's path may end with a slash
-    found = hide(find_cookie(jar, base, kuzzle.COOKIE)) if jwt is None else jwt
+    there = hide(_cookies.find(jar, base, kuzzle.COOKIE))
+    found = there if jwt is None else jwt
     if found is None or reveal(found) == kuzzle.NO_COOKIE:
         check.fail("jwt", "is missing, and the session has no authToken cookie")
-    in_cookie_mode, in_cookie = True, jwt is None
-    token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, in_cookie_mode, in_cookie)
-    keep_cookie(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
+    modes = True, jwt is None
+    token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, *modes)
+    if hide(_cookies.find(jar, base, kuzzle.COOKIE)) in (None, there):  # else somebody has signed in or out meanwhile
+        _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
     return attrs.evolve(token, jwt=None)
 
 

@@ -109,9 +109,8 @@ class TokenCache:
         self._start_empty(REAL if runtime is None else reveal(runtime))
 
     def _start_empty(self, runtime: Runtime) -> None:
-        self._runtime, self._process = runtime, runtime.process()
+        self._runtime = runtime
         self._ledger = Ledger(self._store, runtime, self._clock, self._ahead)
-        self._flights: dict[str, Flight[Any]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in _STATE}
@@ -185,19 +184,15 @@ class TokenCache:
             end: Until when the call has time.
             until: Until when it waits. It may have a token to go on with.
         """
-        runtime = self._runtime
-        if self._process != runtime.process():  # a forked child has none of its parent's threads
-            self._process, self._flights = runtime.process(), {}
-            self._ledger.forget_threads()
+        runtime, flights = self._runtime, self._ledger.flights
         waiter = Waiter(runtime.event(), end, call.retry, runtime.caller())
-        flight = self._flights.get(key)
+        flight = flights.get(key)
         if flight is not None and flight.is_stuck():
-            self._flights.pop(key, None)
+            flights.pop(key, None)
             flight = None
         is_ours, told = flight is None, False
         if flight is None:
-            new = kind(self._ledger, self._flights, key, call, self._lease, self._on_event)
-            flight = self._flights.setdefault(key, new)
+            flight = flights.setdefault(key, kind(self._ledger, key, call, self._lease, self._on_event))
         try:
             flight.join(waiter)
             if is_ours:
@@ -374,7 +369,7 @@ class TokenCache:
         url, jwt, pair = hide_all(url, jwt, pair)
         credential = _find(url, jwt, pair)
         known, _ = self._ledger.recall(credential)
-        if known.newest is not None or known.key in self._flights:  # also if the store hangs
+        if known.newest is not None or known.key in self._ledger.flights:  # also if the store hangs
             self._ledger.bury(known)
         self._aside(self._forget, credential, known.newest)
 
@@ -382,7 +377,7 @@ class TokenCache:
         chain, is_readable = self._ledger.look(credential)
         newest = chain.newest or known
         keys = {credential.keys[0], *(newest.keys if newest else ())}
-        self._flights.pop(chain.key, None)
+        self._ledger.flights.pop(chain.key, None)
         if not (self._ledger.drop(chain, keys) and is_readable):
             self._fail(
                 "cannot be reached, so other processes may still use the session: call again", credential.service
@@ -399,7 +394,7 @@ class TokenCache:
         """
         ledger = self._ledger
         ledger.observed.forget()
-        flights, self._flights = self._flights, {}
+        flights, ledger.flights = ledger.flights, {}
         for key in {*ledger.chains.keys(), *flights}:  # also if the store hangs
             ledger.bury(ledger.chains.get(key) or Chain(key=key))
         self._aside(self._clear, flights)

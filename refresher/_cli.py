@@ -356,7 +356,7 @@ def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
     except (RefreshError, _EndedError) as error:
         outcome = error
     run.is_over = True
-    run.sent += any(flight.has_departed for flight in list(cache._flights.values()))
+    run.sent += any(flight.has_departed for flight in list(cache._ledger.flights.values()))
     _wait_for_answer(cache, run)
     last = cache._peek(credential)
     newest = last.token
@@ -396,7 +396,7 @@ def _look_up(arguments: argparse.Namespace, run: _Run) -> tuple[TokenCache, Cred
 def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
     """Wait for the answer to what was sent. Python would do so anyway, at its end: now it can be printed."""
     polls = 0
-    while any(flight.is_running for flight in list(cache._flights.values())):
+    while any(flight.is_running for flight in list(cache._ledger.flights.values())):
         time.sleep(0.05)
         polls += 1
         if polls % 20 == 0:

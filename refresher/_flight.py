@@ -70,16 +70,8 @@ class Flight(Patience, Generic[T]):
     _done = _is_alone = _is_in_doubt = _has_let_go = False
     _first = math.inf  # the generation that it has found first
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        flights: dict[str, Flight[Any]],
-        chain: str,
-        call: Call[T],
-        limit: float,
-        on_event: OnEvent | None,
-    ) -> None:
-        self._ledger, self._runtime, self._flights = ledger, ledger.runtime, flights
+    def __init__(self, ledger: Ledger, chain: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
+        self._ledger, self._runtime = ledger, ledger.runtime
         self._on_event, self._began, self._known = on_event, self._runtime.steady(), ledger.chains.get(chain)
         self.chain, self.call, self._limit = chain, call, limit
         self._name = self._runtime.draw()
@@ -122,8 +114,8 @@ class Flight(Patience, Generic[T]):
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
-        if self._flights.get(self.chain) is self:
-            del self._flights[self.chain]
+        if self._ledger.flights.get(self.chain) is self:
+            del self._ledger.flights[self.chain]
         try:
             if self._on_event is not None and self.chain not in self._ledger.unsaved:
                 self._let_go()  # it may call the cache again
@@ -619,7 +611,7 @@ class SignOut(Flight[T]):
             return self._wait_for_lock(_rules.LONGEST_POLL) if lease.lock is Lock.HELD else lease.take()
         attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
-            return self._wait_for_news(_rules.LONGEST_POLL)
+            return self._wait_for_lock(_rules.LONGEST_POLL)
         if newest.keys[0] != self._told:
             self.status = f"{self._service} is slow"
             try:

@@ -119,14 +119,10 @@ class Ledger:
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
-        self._troubled_at = self._settled_at = -math.inf
+        self._troubled_at = self._settled_at = self._answered_at = -math.inf
         self._wrote_at = -math.inf, -math.inf  # when something was written down: lately, and some seconds before
         self._took = 0.0  # by the slowest command that failed lately
-        self.is_failing = False  # whether that was the last of all
-        self._asked: dict[object, float] = {}  # since when commands have been waited for
-        self._is_saving = False
-        # Chains that a thread writes down which the process waits for, and until when it tries.
-        self._saving: dict[str, float] = {}
+        self._forget_threads()
         self._calls = functools.lru_cache(maxsize=1)(_calls)
 
     # How it stands with a chain
@@ -141,6 +137,8 @@ class Ledger:
 
     def recall(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
         """Return what memory has of a chain, and whether that is to be trusted without asking the store."""
+        if self._process != self.runtime.process():
+            self._forget_threads()
         own = credential.keys[0]
         key = self._aliases.get(own) or own
         chain = self.chains.get(key)
@@ -238,7 +236,7 @@ class Ledger:
             self.warn(f"{what} ({type(error).__name__})")
             return None, False
         else:
-            self.is_failing = False
+            self._answered_at, self.is_failing = self.runtime.steady(), False
             return answer, True
         finally:
             self._asked.pop(mark, None)
@@ -250,8 +248,18 @@ class Ledger:
         return max(took, *(now - began for began in [now, *self._asked.values()]))
 
     def is_hung(self) -> bool:
-        """Whether the store has been asked for something, and does not answer."""
-        return self.runtime.steady() - min(self._asked.values(), default=math.inf) >= _rules.TOO_SLOW
+        """Whether the store has been asked for something, and answers nobody. It is asked again, ever less often."""
+        now = self.runtime.steady()
+        since = [began for began in list(self._asked.values()) if began > self._answered_at]
+        is_hung = now - min(since, default=now) >= _rules.TOO_SLOW
+        if is_hung and now - max(since) >= max(_rules.LONGEST_DELAY, (now - min(since)) / 2):
+            self.runtime.start(self._probe, daemon=True)
+        return is_hung
+
+    def _probe(self) -> None:
+        """Ask the store for anything: it may be one connection that is dead."""
+        self.ask("cannot be read", self.store.get, 64 * "0")
+        self.close()
 
     def unsettle(self, took: float = 0.0) -> None:
         """Give others time to write what the store does not have. Their commands may take as long as ours *took*."""
@@ -310,9 +318,13 @@ class Ledger:
         """Whether the store has an entry of a chain that could not be read: it may be newer than what is known."""
         return any(key in self.unread for key in (chain.key, *(f"{key}-alias" for key in credential.keys)))
 
-    def forget_threads(self) -> None:
+    def _forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""
-        self._asked, self.is_failing, self._is_saving, self._saving = {}, False, False, {}
+        self._process, self.is_failing, self._is_saving = self.runtime.process(), False, False
+        self.flights: dict[str, Any] = {}  # by the key of the chain
+        self._asked: dict[object, float] = {}  # since when commands have been waited for
+        # Chains that a thread writes down which the process waits for, and until when it tries.
+        self._saving: dict[str, float] = {}
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -501,8 +513,6 @@ class Ledger:
     def save_all(self) -> None:
         """Write down what could not be written before."""
         for chain in list(self.unsaved.values()):
-            if chain.key in self._saving:
-                continue
             lease = Lease(self, chain.key, self.runtime.draw())
             lease.take()
             if lease.lock is not Lock.LOST:  # who has it may be about to say that the session is over

@@ -387,7 +387,7 @@ def test_joining_a_refresh_as_it_ends(kuzzle, cache, root):
             return ended.pop() if ended else super().get(key, default)
 
     ended = []
-    cache._flights = Late()
+    cache._ledger.flights = Late()
     finish = Flight._finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flight, "_finish", lambda flight, outcome: (finish(flight, outcome), ended.append(flight)))
@@ -723,7 +723,7 @@ def test_fork_while_threads_refresh(kuzzle, cache, clock, root):
         if pid == 0:
             try:
                 mine = refresh_kuzzle_token(kuzzle.url, other, cache=cache, timeout=5)
-                os.write(write, f"{kuzzle.url} {mine.kuid} {len(cache._flights)}".encode())
+                os.write(write, f"{kuzzle.url} {mine.kuid} {len(cache._ledger.flights)}".encode())
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)

@@ -24,7 +24,6 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.client import ResponseNotReady
-from http.cookiejar import LWPCookieJar, MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -1147,84 +1146,6 @@ def test_secrets(how, lent, monkeypatch):
     assert "planted" not in "\n".join(frames(caught.value))
     assert "planted" not in str(caught.value)
     assert "planted" not in repr(vars(caught.value))
-
-
-# Cookies of a session
-
-
-def test_cookie_of_a_session():
-    """The cookie that would go to a URL is found, and replaced, wherever it came from; others stay."""
-    with requests.Session() as session:
-        session.cookies.set("authToken", "old", domain="kuzzle.example", path="/app")
-        session.cookies.set("authToken", "strangers", domain="other.example")
-        session.cookies.set("another", "x", domain="kuzzle.example")
-        url = "https://kuzzle.example/app/_refreshToken"
-        assert _http.find_cookie(session, url, "authToken") == "old"
-        assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") is None
-        _http.keep_cookie(session, url, "authToken", Secret("new"))
-        assert _http.find_cookie(session, url, "authToken") == "new"
-        assert _http.find_cookie(session, "https://kuzzle.example/", "authToken") is None
-        assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
-
-
-def test_cookies_of_two_services_on_one_host():
-    """A proxy that gives each its path gives each a token of its own, also if one has all paths that are left."""
-    urls = {"/": "https://kuzzle.example", "/a": "https://kuzzle.example/a", "/b": "https://kuzzle.example/b"}
-    with requests.Session() as session:
-        for path in urls:
-            session.cookies.set("authToken", f"old of {path}", domain="kuzzle.example", path=path)
-        for path, url in urls.items():
-            assert _http.find_cookie(session, url, "authToken") == f"old of {path}"
-            _http.keep_cookie(session, url, "authToken", Secret(f"new of {path}"))
-        assert {cookie.path: cookie.value for cookie in session.cookies} == {path: f"new of {path}" for path in urls}
-
-
-@pytest.mark.parametrize("kind", [MozillaCookieJar, LWPCookieJar])
-def test_jar_that_is_saved(tmp_path, kind):
-    """A token that was put into it is saved with the others, and found again, more than once."""
-    url = "https://kuzzle.example"
-    for value in ("first", "second"):
-        with requests.Session() as session:
-            session.cookies = kind(tmp_path / "jar")
-            if value == "second":
-                session.cookies.load()
-                assert _http.find_cookie(session, url, "authToken") == "first"
-            _http.keep_cookie(session, url, "authToken", Secret(value))
-            session.cookies.save()
-    jar = kind(tmp_path / "jar")
-    jar.load()
-    assert [cookie.value for cookie in jar] == ["second"]
-
-
-@pytest.mark.parametrize("secure", [True, False])
-def test_cookie_that_is_secure(secure):
-    """What takes its place goes no further than it."""
-    with requests.Session() as session:
-        session.cookies.set("authToken", "old", domain="kuzzle.example", secure=secure)
-        _http.keep_cookie(session, "https://kuzzle.example", "authToken", Secret("new"))
-        assert [(cookie.value, cookie.secure) for cookie in session.cookies] == [("new", secure)]
-
-
-@pytest.mark.holds
-@pytest.mark.parametrize("order", [1, -1])
-def test_cookies_of_a_host_and_of_its_subdomain(monkeypatch, order):
-    """Each token goes to the host that set it. A jar would send one host's to the other as well."""
-    look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *others, **named: look_up("127.0.0.1", *others, **named))
-    with FakeKuzzle() as kuzzle, FakeKuzzle() as staging, requests.Session() as session:
-        services = {"kuzzle.example": kuzzle, "staging.kuzzle.example": staging}
-        urls = [service.url.replace("127.0.0.1", host) for host, service in services.items()][::order]
-        for url in urls:
-            login = {"username": "foo", "password": "bar"}
-            session.cookies.update(requests.post(f"{url}/_login/local?cookieAuth", json=login, timeout=5).cookies)
-        before = {cookie.domain: cookie.value for cookie in session.cookies}
-        for url in (*urls, *urls):
-            refresh_kuzzle_token(url, cookie_auth=True, session=session)
-        after = {cookie.domain: cookie.value for cookie in session.cookies}
-        assert before.keys() == after.keys() == services.keys()
-        for host, service in services.items():
-            assert after[host] != before[host]
-            assert service.knows(after[host])
 
 
 # What the calls make of it

@@ -337,7 +337,7 @@ def test_joined_while_the_store_is_down(kuzzle, store, cache, root):
         theirs = pool.submit(requests.get, f"{kuzzle.url}/_me", auth=auth, timeout=10)
         asked.wait(10)
         ours = pool.submit(refresh_kuzzle_token, kuzzle.url, due, cache=cache, timeout=5)
-        (flight,) = cache._flights.values()
+        (flight,) = cache._ledger.flights.values()
         while len(flight.waiters) < 2:
             time.sleep(0.01)
         go_on.set()
@@ -1382,15 +1382,48 @@ def test_write_that_comes_too_late(kuzzle, store, root, monkeypatch):
     assert cache._ledger.unsaved[key].newest.token == token
 
 
-def test_child_of_a_process_that_waits_for_its_store(kuzzle, root):
-    """What a parent's threads wait for is no trouble of a forked child's."""
+def test_child_of_a_process_that_waits_for_its_store(kuzzle, store, root):
+    """What a parent's threads wait for is no trouble of a forked child's: it asks the store for what is newer."""
     runtime = Runtime()
-    cache = TokenCache(runtime=runtime)
-    cache._ledger._asked[object()] = runtime.steady() - 60
-    assert cache._ledger.delay() > 50
+    cache = TokenCache(store, runtime=runtime)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    newer = refresh_kuzzle_token(kuzzle.url, token.jwt, expires_in="2h", cache=TokenCache(store))
+    over = threading.Event()
+    threading.Thread(target=cache._ledger.ask, args=("is asked", over.wait)).start()
+    while not cache._ledger.is_hung():
+        time.sleep(0.01)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
     runtime.process = lambda: -1
-    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    assert cache._ledger.delay() < 50
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == newer
+    assert cache._ledger.delay() < 0.5
+    over.set()
+
+
+def test_one_command_that_never_ends(kuzzle, store, root):
+    """A connection that is dead says nothing of the store: others do what it is asked."""
+    cache = TokenCache(store)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    newer = refresh_kuzzle_token(kuzzle.url, token.jwt, expires_in="2h", cache=TokenCache(store))
+    cache._ledger._looked_at.clear()
+    cache._ledger._asked[object()], cache._ledger._answered_at = REAL.steady() - 60, -math.inf
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    until = time.monotonic() + 10
+    while refresh_kuzzle_token(kuzzle.url, root, cache=cache) != newer:
+        assert time.monotonic() < until
+
+
+def test_store_that_hangs_is_asked_ever_less_often(store):
+    """Each of those who ask may never come back."""
+    runtime, asked = Runtime(), []
+    ledger = TokenCache(store, runtime=runtime)._ledger
+    ledger._asked[object()] = 0.0
+    for second in range(3600):
+        runtime.steady = lambda now=float(second): now
+        runtime.start = lambda work, *, daemon, second=second: asked.append(second)
+        assert ledger.is_hung() == (second >= 1)
+        if second in asked:
+            ledger._asked[object()] = float(second)
+    assert asked == [10, 20, 40, 80, 160, 320, 640, 1280, 2560]
 
 
 def test_clock_of_a_service(clock):
@@ -2282,7 +2315,7 @@ def test_joined_while_a_failure_is_written_down(kuzzle, store, root, monkeypatch
 
     def note_late(spend, attempt, room=""):
         if not attempt.is_open and not calls:
-            (flight,) = cache._flights.values()
+            (flight,) = cache._ledger.flights.values()
             calls.append(pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=5))
             while len(flight.waiters) < 2:
                 time.sleep(0.01)
@@ -2393,7 +2426,7 @@ def test_forgotten_before_a_request_has_left(kuzzle, clock, store, root, forget)
     store.acquire(key, "another", HOUR)
     with ThreadPoolExecutor() as pool:
         call = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=10)
-        while not cache._flights or next(iter(cache._flights.values()))._lease.lock is not Lock.HELD:
+        while not cache._ledger.flights or next(iter(cache._ledger.flights.values()))._lease.lock is not Lock.HELD:
             time.sleep(0.01)
         cache.forget(kuzzle.url, root) if forget == "forget" else cache.clear()
         store.release(key, "another")
