@@ -146,11 +146,13 @@ class Auth(AuthBase, Generic[_Token]):
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the newest token on a request, if it goes to the service. `requests` calls this."""
+        sign_in = self._sign_in
         if self._is_for_us(request.url) and (headers := self._headers()) is not None:
             for name, value in headers.items():
                 request.headers[name] = reveal(value)
             self._leave_cookie_out(request)
-            request.register_hook("response", self._on_response)  # type: ignore[no-untyped-call]
+            hook = functools.partial(self._on_response, sign_in)
+            request.register_hook("response", hook)  # type: ignore[no-untyped-call]
         return request
 
     def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:
@@ -249,9 +251,9 @@ class Auth(AuthBase, Generic[_Token]):
             sign_in.unsaved = sign_in.unsaved or unsaved
             raise
 
-    def _on_response(self, response: requests.Response, **settings: Any) -> requests.Response:
+    def _on_response(self, sign_in: _SignIn[_Token], response: requests.Response, **settings: Any) -> requests.Response:
         (settings,) = hide_all(settings)  # a proxy's URL may have a password
-        sent, credential = response.request, self._credential
+        sent, credential = response.request, sign_in.credential
         if not self._is_for_us(sent.url):
             return response
         if credential is not None:
@@ -261,7 +263,7 @@ class Auth(AuthBase, Generic[_Token]):
                 date, took = read_date(response.headers.get("Date")), response.elapsed.total_seconds()
                 self._cache._ledger.observed.learn(credential.scope, date, took)
             rejected = self._is_rejected(response, credential)
-            if rejected is not False:
+            if rejected is not False and sign_in is self._sign_in:
                 response = self._again(response, credential, settings, sure=rejected is True)
         if response.is_redirect and not self._stays(response.headers["Location"]):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.

@@ -437,6 +437,21 @@ def test_successor_of_another_process(kuzzle, root, tmp_path):
     assert len(sent(kuzzle, "/_me")) == 2
 
 
+def test_request_of_a_former_user(kuzzle, root):
+    """What somebody began who has signed out meanwhile is not sent again with the token of who has signed in."""
+    auth = KuzzleAuth(kuzzle.url, root)
+
+    def meanwhile():
+        auth.sign_out()
+        auth.jwt = kuzzle.login("bar")
+
+    kuzzle.users["bar"] = "pass"
+    refuse_after(kuzzle, meanwhile)
+    response = me(kuzzle, auth)
+    assert (response.status_code, response.history) == (401, [])
+    assert kuid(me(kuzzle, auth)) == "bar"
+
+
 def test_session_has_ended(kuzzle, root):
     """Nothing leads on from here: sign in again. The service is asked once."""
     auth = KuzzleAuth(kuzzle.url, root)

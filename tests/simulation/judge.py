@@ -392,11 +392,12 @@ def _note_affirmed(world: World, call: Any, secret: str) -> None:
 def unknown(world: World, call: Any) -> None:
     """A call says that something may have been spent: somebody must have sent something, or have the lock."""
     locked_until = max([until for _, until in world.store.locks.values()] + [world.store.released_at])
-    is_sent = call.session.departed_at > call.began - 100.0 or world.network.pending
+    long_ago = call.began - 100.0 - call.process.asleep_for
+    is_sent = call.session.departed_at > long_ago or world.network.pending
     # Who went ahead without the lock does not know how it stands with the one who had it. Who has signed out may meet
     # a refresh that began before.
     is_over = call.session.is_leaving or call.session.signed_out
-    if not is_sent and locked_until < call.began - 100.0 and not (world.store.lost or is_over):
+    if not is_sent and locked_until < long_ago and not (world.store.lost or is_over):
         world.violated("an outcome is unknown though nothing was sent", call.session.user)
     call.session.refusals.clear()  # that was no verdict
 
