@@ -345,7 +345,8 @@ class Flight(Patience, Generic[T]):
 
     def _is_being_spent(self, *attempts: Attempt | None) -> bool:
         """Whether another process may come back with the successor of a token."""
-        age, limit = self._ledger.age, self._limit + _rules.LEASE
+        # A sign-out waits for no other longer than a lock lasts: who comes later signs out what it has.
+        age, limit = self._ledger.age, _rules.LEASE + (self._limit if self.kind == "refresh" else 0.0)
         return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
     def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:

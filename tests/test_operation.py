@@ -52,6 +52,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._rules import Attempt, Instant
+from refresher._runtime import REAL
 from refresher._text import key_of
 from refresher.services.kuzzle import KuzzleCredential
 from refresher.testing import FakeCircle, FakeKuzzle
@@ -723,6 +724,22 @@ def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
     store.is_full = False
     again.sign_out()
     assert again.jwt is None
+
+
+@pytest.mark.parametrize("is_spent", [False, True])
+def test_sign_out_after_a_refresh_that_was_killed(kuzzle, tmp_path, is_spent):
+    """Who was killed has no lock any more, and needs not be waited for as long as a slow answer may take."""
+    jwt, store = kuzzle.login("foo", ago=1800), FileStore(tmp_path)
+    if is_spent:  # and the answer has died with who asked for it
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=None)
+        kuzzle.clock.advance(2)
+    long_ago = Instant(time.time() - 6, REAL.steady() - 6, REAL.boot)
+    attempt = Attempt(by="another", at=long_ago, is_open=True)
+    store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=5)
+    auth.sign_out()
+    assert auth.jwt is None
+    assert not kuzzle.knows(jwt)
 
 
 def test_refresh_that_begins_beside_a_sign_out(kuzzle, tmp_path):
