@@ -26,9 +26,9 @@ Coming from the JavaScript SDKs:
     ``kuzzle.auth.refreshToken(options)`` is ``refresh_kuzzle_token(url, jwt, ...)``.
 
     ===================================  ===============================================================================
-    ``expiresIn``                        ``expires_in``: the same strings, or a timedelta. ``"-1"`` means for ever. A
-                                         bare number is refused, since it could be seconds or milliseconds, and so is a
-                                         lifetime that would end the session, such as ``"-2h"``.
+    ``expiresIn``                        ``expires_in``: the same strings, or a timedelta. ``"-1"`` means for ever, and
+                                         ``"3600"`` 3.6 seconds. A number is refused, since it could be seconds, and so
+                                         is a lifetime that would end the session, such as ``"-2h"``.
     ``queuable``, true                   ``queuable=True``: there is no connection to queue for, so a call waits until
                                          Kuzzle can be reached, and asks again if the response was lost.
     ``timeout``, -1                      ``timeout=30.0``: seconds for the whole call, not milliseconds. None, -1:

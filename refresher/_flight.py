@@ -136,7 +136,8 @@ class Flight(Patience, Generic[T]):
         """Say what came of it, if that is an exchange or a verdict, or news of one."""
         if self._on_event is None:
             return
-        credential, chain = self._spent or self.call.credential, self._ledger.chains.get(self.chain)
+        last = self._known and self._known.newest
+        credential, chain = self._spent or last or self.call.credential, self._ledger.chains.get(self.chain)
         error = outcome if isinstance(outcome, RefreshError) else None
         if error is not None:
             newest, left, _, _ = self._ledger.assess(chain or Chain(key=self.chain), self.call)
@@ -155,7 +156,7 @@ class Flight(Patience, Generic[T]):
                 fingerprint=fingerprint(credential.secret.reveal()),
                 successor=fingerprint(successor.secret.reveal()) if successor else None,
                 outcome=what,
-                spent=error.spent if error else what == "refreshed",
+                spent=True if error is None else error.spent,
                 attempts=self._exchange.attempts if self._exchange else 0,
                 seconds=self._runtime.steady() - self._began,
                 error=error,
@@ -608,7 +609,8 @@ class SignOut(Flight[T]):
         """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""
         ledger, lease, credential = self._ledger, self._lease, self.call.credential
         newest = credential if chain.newest is None else chain.newest
-        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():
+        has_ended = is_readable and chain.has_ended and chain.newest is None  # but this may be a token that others lack
+        if is_readable and lease.lock is not Lock.LOST and not (lease.is_ours() or has_ended):
             return self._wait_for_lock(_rules.LONGEST_POLL) if lease.lock is Lock.HELD else lease.take()
         attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
@@ -622,9 +624,10 @@ class SignOut(Flight[T]):
             except SignInRequiredError:  # it has ended already, or been refreshed
                 self._wait = self._time_for_news(chain)
             self.has_departed, self._told = False, newest.keys[0]
-        if not is_readable:
+        if has_ended or not is_readable:
+            self.is_over = has_ended
             self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
-            return self.pause(_rules.LONGEST_POLL)
+            return None if has_ended else self.pause(_rules.LONGEST_POLL)
         verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)
         try:
             return self._verify(chain, newest, attempt, self._wait, verdict)

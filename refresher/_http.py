@@ -30,6 +30,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from . import __version__
+from ._system import start_thread
 from ._text import reveal
 from .services import LOST, UNREACHED, Reply, Request, failure
 
@@ -190,10 +191,7 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
             is_odd = isinstance(error, Exception) and not isinstance(error, _FAILURES)
             outcome.set_exception(HTTPException(error) if is_odd else error)  # an adapter may raise whatever it likes
 
-    try:
-        context = contextvars.copy_context()  # traces and request ids flow along
-        threading.Thread(target=context.run, args=(run,), name="refresher", daemon=True).start()
-    except RuntimeError:  # too many threads, or the interpreter is shutting down
+    if not start_thread(run, daemon=True):
         run()
     while not outcome.done():
         is_late = remaining() <= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from ._cache import TokenCache
+from ._system import start_thread
 from ._text import hide, hide_all, number, reveal
 from .auth import Auth
 from .errors import (
@@ -147,9 +147,7 @@ class _Keeper:
             except BaseException as error:
                 outcome.set_exception(error)
 
-        try:
-            threading.Thread(target=contextvars.copy_context().run, args=(run,), name="refresher").start()
-        except RuntimeError:  # too many threads, or the process is ending
+        if not start_thread(run, daemon=False):
             run()
         self._running.add(outcome)  # not before: an interrupt may have kept the thread from its start
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import contextvars
 import functools
 import os
 import random
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ._clocks import find_clock, read_boot
+from ._system import find_clock, read_boot, start_thread
 
 if TYPE_CHECKING:
     import requests
@@ -169,12 +168,7 @@ class Runtime:
         if not daemon and self._is_over:
             return work()
         task = work if daemon else functools.partial(self._wait_for, work)
-        context = contextvars.copy_context()  # traces and request ids flow along
-        try:
-            threading.Thread(target=context.run, args=(task,), name="refresher", daemon=daemon).start()
-        except RuntimeError:  # too many threads, or the interpreter is shutting down
-            if not daemon:
-                work()
+        return None if start_thread(task, daemon=daemon) or daemon else work()
 
     def _wait_for(self, work: Callable[[], None]) -> None:
         """Do something that the process waits for, also if Python has waited for its threads already."""

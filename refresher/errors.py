@@ -39,8 +39,8 @@ Many callers refresh one token at once.
     One request is sent and all get its result, if they share a cache or a store.
 A caller passes a token that has been spent.
     It gets the newest token of the chain.
-A lifetime is one that Kuzzle refuses, or that would end the session.
-    `InvalidArgumentError`. Nothing was sent: fix the call.
+A lifetime is one that would end the session, or that Kuzzle cannot read.
+    `InvalidArgumentError`. Nothing was sent: fix the call. Above the server's limit it is `RequestRefusedError`.
 The session has ended.
     `SignInRequiredError`: sign in again. It is remembered, so that calls in a loop send one request in a minute, then
     one in five minutes, then one in an hour.
@@ -63,7 +63,7 @@ class RefreshError(Exception):
     Anything this package raises on purpose.
 
     An error holds no secret and no object of the HTTP library, so you may log it, pickle it and paste it into a public
-    issue. Its message quotes nothing that the service wrote.
+    issue. Its message quotes nothing that the service wrote but the name or number of an error.
 
     Attributes:
         provider: ``"kuzzle"`` or ``"circle"``.

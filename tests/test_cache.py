@@ -21,9 +21,9 @@ from helpers import call_with
 
 import refresher._api
 import refresher._cache
-import refresher._clocks
 import refresher._ledger
 import refresher._runtime
+import refresher._system
 from refresher import (
     SHARED_CACHE,
     FileStore,
@@ -620,7 +620,7 @@ def test_entry_of_another_boot(kuzzle, clock, root, store, monkeypatch):
 
 def test_no_boot_id(monkeypatch):
     """Where the system has no name for a boot, each process is one of its own."""
-    monkeypatch.setattr(refresher._clocks.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    monkeypatch.setattr(refresher._system.Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
     assert Runtime().boot != Runtime().boot
 
 

@@ -117,6 +117,7 @@ def test_wrong_types(kuzzle, name, value):
         pytest.param({"jwt": '{"jwt":"planted"}'}, "jwt must be the token alone", id="JSON"),
         pytest.param({"jwt": "KUZZLE_JWT=planted"}, "jwt must be the token alone", id="a name before the token"),
         pytest.param({"jwt": "="}, "jwt must be the token alone", id="nothing but padding"),
+        pytest.param({"jwt": "null"}, "jwt must be the token alone", id="JSON's null"),
         pytest.param({"url": ""}, "url must not be empty", id="no URL"),
         pytest.param({"url": "planted"}, "url", id="no scheme"),
         pytest.param({"url": "ftp://planted"}, "url must look like", id="another scheme"),

@@ -51,6 +51,8 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._flight import Flight
+from refresher._ledger import Lease
 from refresher._rules import Attempt, Instant
 from refresher._runtime import REAL
 from refresher._text import key_of
@@ -742,6 +744,19 @@ def test_sign_out_after_a_refresh_that_was_killed(kuzzle, tmp_path, is_spent):
     assert not kuzzle.knows(jwt)
 
 
+def test_sign_out_of_a_session_that_was_signed_out(kuzzle, tmp_path, monkeypatch):
+    """Nobody has to be waited for, and a token that the store never had is signed out as well."""
+    jwt = kuzzle.login("foo", ago=1800)
+    cache = TokenCache(FileStore(tmp_path))
+    KuzzleAuth(kuzzle.url, jwt, cache=cache).sign_out()
+    monkeypatch.setattr(Flight, "_verify", None)
+    monkeypatch.setattr(Lease, "take", None)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+    auth.sign_out()
+    assert auth.jwt is None
+    assert [request.path for request in kuzzle.requests] == ["/_logout"] * 2
+
+
 def test_refresh_that_begins_beside_a_sign_out(kuzzle, tmp_path):
     """Whoever has written down that it spends the token may have a newer one: that is not known to be over."""
     jwt, store = kuzzle.login("foo", ago=1800), FileStore(tmp_path)
@@ -886,6 +901,37 @@ def test_keep_alive_that_is_interrupted(kuzzle, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             list(keep_alive(auths))
     assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(lambda auth, *session: auth._cache.peek(*session), id="peek"),
+        pytest.param(lambda auth, *session: refresh_kuzzle_token(*session, cache=auth._cache), id="refresh"),
+        pytest.param(lambda auth, *_: list(keep_alive([auth])), id="keep_alive"),
+    ],
+)
+def test_interrupt_while_a_thread_starts(kuzzle, monkeypatch, tmp_path, work):
+    """It is raised, though `Thread.start` hides it if it hits a lock, and nothing is done twice."""
+    truly, threads = threading.Thread.start, []
+
+    def start(thread):
+        truly(thread)
+        if thread.name == "refresher":
+            threads.append(thread)
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("release unlocked lock")
+
+    jwt = kuzzle.login(ago=3595)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work(auth, kuzzle.url, jwt)
+    for thread in threads:
+        thread.join()
+    assert caught.value.__suppress_context__
 
 
 def test_keep_alive_without_threads(kuzzle, monkeypatch):
@@ -1189,6 +1235,10 @@ def test_adopted(kuzzle, events, tmp_path):
         token = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
         time.sleep(0.6)
     assert [(each.outcome, each.successor, each.attempts) for each in events] == [("adopted", token.fingerprint, 0)]
+    newer = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h", cache=TokenCache(FileStore(tmp_path)))
+    assert refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) == newer
+    found = [(each.outcome, each.fingerprint, each.successor, each.spent) for each in events[1:]]
+    assert found == [("adopted", token.fingerprint, newer.fingerprint, True)]
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])

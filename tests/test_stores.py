@@ -33,6 +33,7 @@ import valkey
 from cryptography.fernet import Fernet
 from django.conf import settings
 from django.core.cache import caches
+from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import request_finished
 from django.db import connections, transaction
@@ -1812,6 +1813,52 @@ def test_lock_that_is_released_at_that_moment():
             return None
 
     assert refresher.stores.django._CacheStore(Released()).acquire(KEY, "owner", 5) == 0.0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_entry_that_two_write_at_once(monkeypatch, is_first):
+    """What another process writes right after this one is no failure of the cache. What was there before is one."""
+    key, write = os.urandom(32).hex(), LocMemCache.set
+
+    def write_two(cache, name, value, *rest):
+        write(cache, name, "theirs", *rest)
+
+    with django_caches(local={"BACKEND": BACKENDS + "locmem.LocMemCache", **ROOM}):
+        store = DjangoStore("local", single_process=True)
+        if not is_first:
+            store.set(key, "before", 60)
+        monkeypatch.setattr(LocMemCache, "set", write_two)
+        store.set(key, "ours", 60)
+        assert store.get(key) == "theirs"
+        monkeypatch.setattr(LocMemCache, "set", lambda *_: None)
+        with pytest.raises(ConnectionError, match="did not keep an entry"):
+            store.set(key, "ours", 60)
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows cannot set the zone of a process")
+def test_lock_while_local_time_is_set(monkeypatch):
+    """It lasts for as long as its lease, also where a database has local times."""
+    store, key = DjangoStore("sqlite"), os.urandom(32).hex()
+
+    def set_clocks(zone):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    with override_settings(USE_TZ=False):
+        for before, after in (("X+5", "X+4"), ("X-9", "X-10")):
+            set_clocks(before)
+            assert store.acquire(key, "first", 5) == 0.0
+            store.set(key, "value", 60)  # this removes what is too old
+            set_clocks(after)
+            store.set(key, "value", 60)
+            assert store.acquire(key, "second", 5) > 0.0
+            assert store.renew(key, "first", 5)
+            set_clocks(before)
+            assert store.acquire(key, "second", 5) > 0.0
+            store.release(key, "first")
+    monkeypatch.undo()
+    time.tzset()
+    DjangoStore.close()
 
 
 def test_entry_that_two_write_first(monkeypatch):

@@ -263,8 +263,8 @@ def credential(
     base_url, token = check.url("url", url, https=False), check.token("jwt", jwt)
     in_cookie_mode, is_cookie = check.flag("cookie_auth", cookie_auth), check.flag("in_cookie", in_cookie)
     # The grammar of RFC 6750. Tokens in cookies, replies and stores are taken as they come.
-    is_alone = is_cookie or re.fullmatch("[A-Za-z0-9._~+/-]+=*", token.reveal()) is not None
-    check.need(is_alone, "jwt", "must be the token alone, without quotes, JSON or a name before it")
+    is_alone = re.fullmatch("[A-Za-z0-9._~+/-]+=*", token.reveal()) is not None and token.reveal() != NO_COOKIE
+    check.need(is_cookie or is_alone, "jwt", "must be the token alone, without quotes, JSON or a name before it")
     lifetime, seconds = _lifetime(expires_in, in_cookie_mode)
     return KuzzleCredential(
         url=base_url,

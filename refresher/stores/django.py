@@ -8,9 +8,10 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from django import conf
 from django.core import checks
 from django.core.cache import caches
 from django.core.cache.backends.db import BaseDatabaseCache
@@ -126,9 +127,10 @@ class _CacheStore:
         return value if isinstance(value, str) else None
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
+        before = self._cache.get(_PREFIX + key)
         self._cache.set(_PREFIX + key, value, min(seconds, _LAST - int(time.time())))
-        # Some caches say nothing when they can't.
-        if self._cache.get(_PREFIX + key) != value:
+        # Some caches say nothing when they can't. What is new there was written by another process since.
+        if (there := self._cache.get(_PREFIX + key)) != value and there in (None, before):
             raise ConnectionError("the cache did not keep an entry")
 
     def delete(self, key: str, /) -> None:
@@ -197,7 +199,7 @@ class _DatabaseStore:
         self._run("DELETE FROM {table} WHERE {cache_key} = %s", self._name(key))
 
     def acquire(self, key: str, owner: str, lease: float, /) -> float:
-        now = timezone.now()
+        now = _tomorrow()
         row = owner, now + _span(lease), self._name(f"{key}:lock")
         if not self._run(_UPDATE + " AND ({value} = %s OR {expires} < %s)", *row, owner, now)[0]:
             try:
@@ -207,7 +209,7 @@ class _DatabaseStore:
         return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        now = timezone.now()
+        now = _tomorrow()
         row = owner, now + _span(lease), self._name(f"{key}:lock")
         return bool(self._run(_UPDATE + " AND {value} = %s AND {expires} > %s", *row, owner, now)[0])
 
@@ -237,7 +239,8 @@ class DjangoStore:
     Entries in one of Django's caches. Needs ``refresher[django]``.
 
     With Redis, with Memcached through ``PyMemcacheCache``, and with a database, a lock is taken, renewed and
-    released in one step each. Machines that share a database need clocks that agree within a second or two.
+    released in one step each. Machines that share a database need clocks that agree within a second or two. One that
+    hangs delays no call past its timeout, but the thread that asked it waits on, and the process with that.
 
     Settings under which sessions would be lost are refused. If your module has ``tokens = TokenCache(DjangoStore())``,
     its import fails, and so does ``manage.py check``. Where the error is caught, ``manage.py check`` reports it with an
@@ -337,6 +340,12 @@ def _close_caches(**_: object) -> None:
 
 
 request_finished.connect(_close_caches)
+
+
+def _tomorrow() -> datetime:
+    """Return the time from which locks are counted. Local time is set twice a year, and what is older gets swept."""
+    now = datetime.now(UTC) + timedelta(days=1)
+    return now if conf.settings.USE_TZ else now.replace(tzinfo=None)
 
 
 def _span(lease: float) -> timedelta:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .._clocks import find_clock, read_boot
+from .._system import find_clock, read_boot
 from ..errors import InvalidArgumentError
 
 _LARGEST_FILE = 1024 * 1024

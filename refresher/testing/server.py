@@ -255,10 +255,11 @@ class Server(abc.ABC):
         return answer(request) if callable(answer) else answer
 
     def truly(self, request: Received, *, after: float = 0.0) -> Answer:
-        """Answer a request as the service would, *after* some seconds: for functions in *next_answers*."""
-        time.sleep(after)
+        """Do what a request asks for, and answer *after* some seconds: for functions in *next_answers*."""
         with self._lock:
-            return self._answer(request)
+            answer = self._answer(request)
+        time.sleep(after)
+        return answer
 
     @abc.abstractmethod
     def _answer(self, request: Received) -> Answer: ...

@@ -1,0 +1,36 @@
+"""What Python and the operating system have: the clock that nobody sets, what it counts from, threads."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def find_clock() -> Callable[[], float]:
+    """Find a clock that nobody sets. On Linux, there is one that goes on while the machine sleeps."""
+    read, boottime = getattr(time, "clock_gettime", None), getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic if read is None or boottime is None else functools.partial(read, boottime)
+
+
+def read_boot() -> str | None:
+    """Name what that clock counts from. None if processes can't compare it on this system."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return None
+
+
+def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
+    """Run *work* in a thread, in the context of this one. Return whether there is one: there may be too many."""
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if thread.ident is None and thread not in threading.enumerate():
+            return False
+        raise (error.__context__ or error) from None  # an interrupt, while `start` waited for the thread with a lock
+    return True
