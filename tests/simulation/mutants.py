@@ -411,7 +411,7 @@ MUTANTS = [
         "a sign-out takes no lock",
         (
             _FLIGHT,
-            "        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():",
+            "        if is_readable and lease.lock is not Lock.LOST and not (lease.is_ours() or has_ended):",
             "        if False:",
         ),
     ),
