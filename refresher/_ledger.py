@@ -250,7 +250,8 @@ class Ledger:
     def is_hung(self) -> bool:
         """Whether the store has been asked for something, and answers nobody. It is asked again, ever less often."""
         now = self.runtime.steady()
-        since = [began for began in list(self._asked.values()) if began > self._answered_at]
+        latest = self._answered_at - _rules.TOO_SLOW  # others may have been answered just before it began to hang
+        since = [began for began in list(self._asked.values()) if began > latest]
         is_hung = now - min(since, default=now) >= _rules.TOO_SLOW
         if is_hung and now - max(since) >= max(_rules.LONGEST_DELAY, (now - min(since)) / 2):
             self.runtime.start(self._probe, daemon=True)

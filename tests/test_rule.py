@@ -1416,7 +1416,7 @@ def test_store_that_hangs_is_asked_ever_less_often(store):
     """Each of those who ask may never come back."""
     runtime, asked = Runtime(), []
     ledger = TokenCache(store, runtime=runtime)._ledger
-    ledger._asked[object()] = 0.0
+    ledger._asked[object()], ledger._answered_at = 0.0, 0.1  # another was answered just before it began to hang
     for second in range(3600):
         runtime.steady = lambda now=float(second): now
         runtime.start = lambda work, *, daemon, second=second: asked.append(second)
