@@ -64,6 +64,7 @@ class Flight(Patience, Generic[T]):
     """
 
     kind = "refresh"
+    _longest = math.inf  # for how many seconds others may be about to come back with an answer
     is_for_all = True  # what comes of it is not about its first caller alone
     has_departed = False  # something is on the wire
     # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
@@ -346,8 +347,7 @@ class Flight(Patience, Generic[T]):
 
     def _is_being_spent(self, *attempts: Attempt | None) -> bool:
         """Whether another process may come back with the successor of a token."""
-        # A sign-out waits for no other longer than a lock lasts: who comes later signs out what it has.
-        age, limit = self._ledger.age, _rules.LEASE + (self._limit if self.kind == "refresh" else 0.0)
+        age, limit = self._ledger.age, min(self._limit + _rules.LEASE, self._longest)
         return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
     def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:
@@ -560,14 +560,19 @@ class Flight(Patience, Generic[T]):
         if not ledger.is_failing:
             ledger.save_all()
         if ledger.unsaved:
-            ledger.save_later()
+            ledger.save_later(self._sign_orphans_out)
+        self._sign_orphans_out()
+        ledger.close()
+
+    def _sign_orphans_out(self) -> None:
+        """Sign out what came too late for the sign-out of its session."""
+        ledger = self._ledger
         for key, orphan in list(ledger.orphans.items()):
             patience = Patience(self._runtime, self._limit, True, _log.debug)
             with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
                 ledger.orphans.pop(key, None)
-        ledger.close()
 
 
 def _anew(attempt: Attempt | None, chain: Chain[Any]) -> str:
@@ -586,6 +591,7 @@ class SignOut(Flight[T]):
     kind = "sign-out"
     error: RefreshError | None = None
     is_over = False
+    _longest = _rules.LEASE  # unless the token is found to be spent: who was killed before that has no lock any more
     _told = ""  # the key of the token that was signed out last
     _wait = 0.0  # seconds for which another process may still come with a newer one
 
@@ -609,8 +615,7 @@ class SignOut(Flight[T]):
         """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""
         ledger, lease, credential = self._ledger, self._lease, self.call.credential
         newest = credential if chain.newest is None else chain.newest
-        has_ended = is_readable and chain.has_ended and chain.newest is None  # but this may be a token that others lack
-        if is_readable and lease.lock is not Lock.LOST and not (lease.is_ours() or has_ended):
+        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():
             return self._wait_for_lock(_rules.LONGEST_POLL) if lease.lock is Lock.HELD else lease.take()
         attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
@@ -622,12 +627,14 @@ class SignOut(Flight[T]):
             except _LookAgain:
                 return None
             except SignInRequiredError:  # it has ended already, or been refreshed
-                self._wait = self._time_for_news(chain)
+                self._wait, self._longest = self._time_for_news(chain), math.inf
             self.has_departed, self._told = False, newest.keys[0]
-        if has_ended or not is_readable:
-            self.is_over = has_ended
+        if not is_readable:
             self.status = f"{ledger.name} cannot be read, and may have a newer token of the session"
-            return None if has_ended else self.pause(_rules.LONGEST_POLL)
+            return self.pause(_rules.LONGEST_POLL)
+        if chain.has_ended and chain.newest is None and chain.key not in ledger.unsaved:
+            self.is_over = True  # the store says so
+            return None
         verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)
         try:
             return self._verify(chain, newest, attempt, self._wait, verdict)

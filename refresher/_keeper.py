@@ -147,7 +147,7 @@ class _Keeper:
             except BaseException as error:
                 outcome.set_exception(error)
 
-        if not start_thread(run, daemon=False):
+        if not start_thread(run, daemon=consumer.daemon):
             run()
         self._running.add(outcome)  # not before: an interrupt may have kept the thread from its start
 

@@ -369,7 +369,7 @@ class Ledger:
         """Write a chain down. Return whether that is done."""
         _, is_saved = self.ask("cannot be written", self._save, chain)
         if is_saved and self.unsaved.get(chain.key) is chain:
-            del self.unsaved[chain.key]
+            self.unsaved.pop(chain.key, None)  # another thread may have saved it, too
         return is_saved
 
     def _save(self, chain: Chain[Any]) -> None:
@@ -514,13 +514,15 @@ class Ledger:
     def save_all(self) -> None:
         """Write down what could not be written before."""
         for chain in list(self.unsaved.values()):
+            if self.unsaved.get(chain.key) is not chain:
+                continue  # another thread has
             lease = Lease(self, chain.key, self.runtime.draw())
             lease.take()
             if lease.lock is not Lock.LOST:  # who has it may be about to say that the session is over
                 self.save(chain)
             lease.give_back()
 
-    def save_later(self) -> None:
+    def save_later(self, then: Callable[[], None]) -> None:
         """Write it down as soon as the store is back, while this process lives: it may have the only copy."""
 
         def run() -> None:
@@ -531,6 +533,7 @@ class Ledger:
                 for key in [key for key, chain in list(self.unsaved.items()) if self._seconds(chain) <= 0]:
                     self.unsaved.pop(key, None)
             self._is_saving = False
+            then()
             self.close()
 
         if not self._is_saving:
@@ -563,6 +566,8 @@ class Lease:
         # A lock in memory ends with its process, so its lease need not be short.
         seconds = _rules.DAY if self._ledger.is_local else _rules.LEASE
         held, _ = self._ledger.ask("cannot lock", store.acquire, self._chain, self._owner, seconds)
+        if held is None and self.is_ours():
+            return  # one command that failed takes nothing away
         self.lock = Lock.LOST if held is None else Lock.HELD if held > 0 else Lock.OURS
         if self.lock is Lock.OURS:
             self._until = asked + seconds

@@ -26,11 +26,13 @@ def read_boot() -> str | None:
 
 def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
     """Run *work* in a thread, in the context of this one. Return whether there is one: there may be too many."""
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)
+    thread, context = None, contextvars.copy_context()
     try:
+        thread = threading.Thread(target=context.run, args=(work,), name="refresher", daemon=daemon)
         thread.start()
     except RuntimeError as error:
-        if thread.ident is None and thread not in threading.enumerate():
+        if thread is None or (thread.ident is None and thread not in threading.enumerate()):
             return False
-        raise (error.__context__ or error) from None  # an interrupt, while `start` waited for the thread with a lock
+        # An interrupt while `start` waits for the thread is hidden by a complaint about a lock.
+        raise ((error.__context__ if "lock" in str(error) else None) or error) from None
     return True

@@ -47,6 +47,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._exchange import Observed
+from refresher._ledger import Lease
 from refresher._rules import Attempt, Instant, Left, Lock
 from refresher._runtime import REAL, Runtime
 from refresher._text import key_of
@@ -1426,6 +1427,48 @@ def test_store_that_hangs_is_asked_ever_less_often(store):
     assert asked == [10, 20, 40, 80, 160, 320, 640, 1280, 2560]
 
 
+def test_chain_that_two_threads_save(kuzzle, store, root):
+    """Who comes second finds that it is done."""
+    cache = TokenCache(store)
+    ledger = cache._ledger
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    (chain,) = map(ledger.chains.get, ledger.chains.keys())
+
+    class Shared(dict):
+        def get(self, key):
+            return self.pop(key, None)  # and another thread goes on in between
+
+    ledger.unsaved = Shared({chain.key: chain})
+    assert ledger.save(chain)
+    written = store.commands
+    ledger.unsaved = Shared()
+    ledger.unsaved.values = lambda: [chain]
+    ledger.save_all()
+    assert store.commands == written
+
+
+def test_orphans_after_an_outage(kuzzle, store, root):
+    """What is found to be too late for a sign-out when the store is back is signed out then."""
+    cache, done = TokenCache(store), threading.Event()
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    ledger = cache._ledger
+    ledger.unsaved = {chain.key: chain for chain in map(ledger.chains.get, ledger.chains.keys())}
+    ledger.save_later(done.set)
+    assert done.wait(10)
+    assert not ledger.unsaved
+
+
+def test_lock_that_a_failed_command_leaves(store):
+    """Whoever asks again for a lock that it has, and gets no answer, has it still."""
+    lease = Lease(TokenCache(store)._ledger, "chain", "owner")
+    lease.take()
+    store.failing.append("acquire")
+    lease.take()
+    assert lease.is_ours()
+    lease.give_back()
+    assert store.acquire("chain", "another", 5) == 0.0
+
+
 def test_clock_of_a_service(clock):
     """What time it is there lies between a question and its answer, and each of them narrows it down."""
     observed, start = TokenCache(clock=clock)._ledger.observed, clock()
@@ -2167,7 +2210,7 @@ def test_lock_of_a_holder_that_refreshes_again(kuzzle, clock, root):
 
 def test_answer_that_a_store_takes_at_last(kuzzle, clock, root, monkeypatch):
     """A process whose time for writing is up tries once more if the store has let it give back the lock."""
-    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda self: None)  # as if the process ended
+    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda *_: None)  # as if the process ended
 
     class AtLast(SharedStore):
         is_full = True
@@ -2189,7 +2232,7 @@ def test_answer_that_a_store_takes_at_last(kuzzle, clock, root, monkeypatch):
 
 def test_store_that_does_not_take_back_its_lock(kuzzle, clock, root, monkeypatch):
     """A store that is down is not asked again for each session that it lacks: that may take long."""
-    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda self: None)  # which asks as well
+    monkeypatch.setattr("refresher._ledger.Ledger.save_later", lambda *_: None)  # which asks as well
     asked = []
 
     class Down(SharedStore):

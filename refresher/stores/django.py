@@ -8,10 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from django import conf
 from django.core import checks
 from django.core.cache import caches
 from django.core.cache.backends.db import BaseDatabaseCache
@@ -199,9 +198,8 @@ class _DatabaseStore:
         self._run("DELETE FROM {table} WHERE {cache_key} = %s", self._name(key))
 
     def acquire(self, key: str, owner: str, lease: float, /) -> float:
-        now = _tomorrow()
-        row = owner, now + _span(lease), self._name(f"{key}:lock")
-        if not self._run(_UPDATE + " AND ({value} = %s OR {expires} < %s)", *row, owner, now)[0]:
+        row = _lock(owner, lease), _tomorrow(), self._name(f"{key}:lock")
+        if not self._run(_UPDATE + " AND ({value} LIKE %s OR {value} < %s)", *row, f"% {owner}", _lock())[0]:
             try:
                 self._run(_INSERT, *row)
             except IntegrityError:
@@ -209,13 +207,12 @@ class _DatabaseStore:
         return 0.0
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
-        now = _tomorrow()
-        row = owner, now + _span(lease), self._name(f"{key}:lock")
-        return bool(self._run(_UPDATE + " AND {value} = %s AND {expires} > %s", *row, owner, now)[0])
+        row = _lock(owner, lease), _tomorrow(), self._name(f"{key}:lock")
+        return bool(self._run(_UPDATE + " AND {value} LIKE %s AND {value} > %s", *row, f"% {owner}", _lock())[0])
 
     def release(self, key: str, owner: str, /) -> None:
-        statement = "DELETE FROM {table} WHERE {cache_key} = %s AND {value} = %s"
-        self._run(statement, self._name(f"{key}:lock"), owner)
+        statement = "DELETE FROM {table} WHERE {cache_key} = %s AND {value} LIKE %s"
+        self._run(statement, self._name(f"{key}:lock"), f"% {owner}")
 
     def _name(self, key: str) -> str:
         return str(self._cache.make_and_validate_key(_PREFIX + key))
@@ -342,14 +339,14 @@ def _close_caches(**_: object) -> None:
 request_finished.connect(_close_caches)
 
 
+def _lock(owner: str = "", lease: float = 0.0) -> str:
+    """Write a lock down: when it ends, in digits that sort like the time, and whose it is."""
+    return f"{time.time() + min(lease, LONGEST_LEASE):018.6f} {owner}"
+
+
 def _tomorrow() -> datetime:
-    """Return the time from which locks are counted. Local time is set twice a year, and what is older gets swept."""
-    now = datetime.now(UTC) + timedelta(days=1)
-    return now if conf.settings.USE_TZ else now.replace(tzinfo=None)
-
-
-def _span(lease: float) -> timedelta:
-    return timedelta(seconds=min(lease, LONGEST_LEASE))
+    """Return when a lock may be removed. A database may have local times, which are set twice a year."""
+    return timezone.now() + timedelta(seconds=LONGEST_LEASE + 86_400)
 
 
 def _whole(lease: float) -> int:

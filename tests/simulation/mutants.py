@@ -86,7 +86,7 @@ MUTANTS = [
             "        ledger.save_until(self.chain, self._limit)\n",
             "",
         ),
-        (_FLIGHT, "            ledger.save_later()", "            pass"),
+        (_FLIGHT, "            ledger.save_later(self._sign_orphans_out)", "            pass"),
     ),
     Mutant(
         "what the store has lost is not put back",
@@ -215,7 +215,7 @@ MUTANTS = [
     ),
     Mutant(
         "what cannot be written is left to the next refresh",
-        (_FLIGHT, "            ledger.save_later()", "            pass"),
+        (_FLIGHT, "            ledger.save_later(self._sign_orphans_out)", "            pass"),
     ),
     Mutant(
         "a store that begins to hang is not passed by",
@@ -411,7 +411,7 @@ MUTANTS = [
         "a sign-out takes no lock",
         (
             _FLIGHT,
-            "        if is_readable and lease.lock is not Lock.LOST and not (lease.is_ours() or has_ended):",
+            "        if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():",
             "        if False:",
         ),
     ),
