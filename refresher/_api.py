@@ -75,9 +75,9 @@ def refresh_kuzzle_token(
         expires_in: How long the new token is valid, at least one second: a string as npm's ``ms`` reads it (``"2h"``,
             ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token that was asked to be valid for less is
             refreshed. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides.
-        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, and is None in the result; if
-            another sign-in's cookie has come there meanwhile, it is in the result. Use one session for each Kuzzle:
-            cookies do not tell the ports of a host apart.
+        cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, unless another has come there
+            meanwhile, and is None in the result. Use one session for each Kuzzle: cookies do not tell the ports of a
+            host apart.
         trigger_events: Sent as the JavaScript SDK does. Kuzzle 2 triggers its events in any case.
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
@@ -143,10 +143,8 @@ def _in_cookie_mode(
         check.fail("jwt", "is missing, and the session has no authToken cookie")
     modes = True, jwt is None
     token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, *modes)
-    new = Secret(token.jwt or "")
-    if hide(_cookies.find(jar, base, kuzzle.COOKIE)) not in (None, there, new):
-        return token  # somebody has signed in or out meanwhile
-    _cookies.keep(jar, base, kuzzle.COOKIE, new)
+    if hide(_cookies.find(jar, base, kuzzle.COOKIE)) in (None, there):  # else somebody has signed in or out meanwhile
+        _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
     return attrs.evolve(token, jwt=None)
 
 
