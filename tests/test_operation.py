@@ -719,10 +719,12 @@ def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
             super().set(key, value, seconds)
 
     store, jwt = Full(tmp_path), kuzzle.login("foo", ago=1800)
-    auth, again = (KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=timeout) for timeout in (1, 10))
-    for _ in range(2):
-        with pytest.raises(UnavailableError, match="the session has ended at Kuzzle, but Full cannot be written"):
-            auth.sign_out()
+    caches = TokenCache(store, lease=0.1), TokenCache(store)
+    auth, again = (KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5) for cache in caches)
+    with pytest.raises(UnavailableError, match="the session has ended at Kuzzle, but Full cannot be written"):
+        auth.sign_out()
+    with pytest.raises(UnavailableError, match="Full cannot be read or written"):
+        auth.sign_out()
     store.is_full = False
     again.sign_out()
     assert again.jwt is None
