@@ -56,7 +56,7 @@ from refresher._rules import Attempt, Instant
 from refresher._runtime import REAL
 from refresher._text import key_of
 from refresher.services.kuzzle import KuzzleCredential
-from refresher.testing import FakeCircle, FakeKuzzle
+from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
 
 @pytest.fixture
@@ -952,6 +952,18 @@ def test_keep_alive_without_threads(kuzzle, monkeypatch):
     auths = [KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache())]
     monkeypatch.setattr(threading.Thread, "start", start)
     assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
+
+
+def test_pause_that_another_call_was_told(kuzzle):
+    """A call without a cache waits as long as the service has asked the one before."""
+    jwt = kuzzle.login(ago=1800)
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "1"}))
+    with pytest.raises(UnavailableError, match="503"):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=None, queuable=False)
+    began = time.monotonic()
+    assert refresh_kuzzle_token(kuzzle.url, jwt, cache=None).kuid == "foo"
+    assert time.monotonic() - began > 0.8
+    assert len(kuzzle.requests) == 2
 
 
 @pytest.mark.holds
