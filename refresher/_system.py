@@ -26,9 +26,9 @@ def read_boot() -> str | None:
 
 def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
     """Run *work* in a thread, in the context of this one. Return whether there is one: there may be too many."""
-    thread, context = None, contextvars.copy_context()
+    thread = None
     try:
-        thread = threading.Thread(target=context.run, args=(work,), name="refresher", daemon=daemon)
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)
         thread.start()
     except RuntimeError as error:
         if thread is None or (thread.ident is None and thread not in threading.enumerate()):

@@ -336,6 +336,36 @@ def test_without_threads(kuzzle, cache, root, monkeypatch):
     assert not done, "what may be left undone is not worth a wait"
 
 
+def test_handler_that_raises_while_a_thread_starts(monkeypatch):
+    """Its own error is raised, whatever it is, and whatever was being handled."""
+    truly, done = threading.Thread.start, threading.Event()
+
+    class TimeLimitError(RuntimeError):
+        pass
+
+    def start(thread):
+        truly(thread)
+        done.wait(10)
+        raise TimeLimitError("too slow")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    try:
+        raise ValueError
+    except ValueError:
+        with pytest.raises(TimeLimitError):
+            refresher._system.start_thread(done.set, daemon=True)
+
+
+def test_interpreter_without_daemon_threads(monkeypatch):
+    """Where none may be made, there is none."""
+
+    def make(*_, **__):
+        raise RuntimeError("daemon threads are not supported in this interpreter")
+
+    monkeypatch.setattr(threading, "Thread", make)
+    assert not refresher._system.start_thread(int, daemon=True)
+
+
 def test_event():
     """An event that has happened has done so for all who wait for it, and for who comes later."""
     runtime = Runtime()

@@ -730,6 +730,29 @@ def test_sign_out_that_cannot_be_written_down(kuzzle, tmp_path):
     assert again.jwt is None
 
 
+def test_sign_out_beside_a_refresh(kuzzle, tmp_path):
+    """It says what it waits for: nobody has refused the token."""
+    jwt, store = kuzzle.login("foo", ago=1800), FileStore(tmp_path)
+    attempt = Attempt(by="another", at=Instant(time.time(), REAL.steady(), REAL.boot), is_open=True)
+    store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=1)
+    with pytest.raises(OutcomeUnknownError, match="another process is refreshing the Kuzzle token"):
+        auth.sign_out()
+    assert not kuzzle.requests
+
+
+def test_sign_out_of_a_pair_that_was_used_again(circle, tmp_path):
+    """Circle knows no sign-out, so the session may go on. To sign it out once more forgets it once more."""
+    cache, old = TokenCache(FileStore(tmp_path)), circle.sign_in("user-1", device_id="device-1")
+    pair = {"refresh_token": old.refresh_token, "device_id": "device-1", "user_token": old.user_token}
+    auth = CircleAuth(**pair, api_key=circle.api_key, base_url=circle.url, cache=cache)
+    auth.sign_out()
+    refresh_user_token(**pair, api_key=circle.api_key, base_url=circle.url, cache=cache)
+    again = CircleAuth(**pair, api_key=circle.api_key, base_url=circle.url, cache=cache)
+    again.sign_out()
+    assert cache.peek(**pair, base_url=circle.url).state == "unknown"
+
+
 @pytest.mark.parametrize("is_spent", [False, True])
 def test_sign_out_after_a_refresh_that_was_killed(kuzzle, tmp_path, is_spent):
     """Who was killed has no lock any more, and is not waited for if the token has not been spent."""

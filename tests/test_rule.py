@@ -1458,6 +1458,29 @@ def test_orphans_after_an_outage(kuzzle, store, root):
     assert not ledger.unsaved
 
 
+def test_orphan_that_is_found_after_an_outage(kuzzle, store, root):
+    """It is signed out at once, and not by the next refresh, which may never come."""
+    cache, other = TokenCache(store, lease=0.1), TokenCache(store)
+
+    def meanwhile(request):
+        chain = other._ledger.recall(kuzzle_credential(kuzzle.url, root))[0]
+        assert other._ledger.drop(chain, {chain.key}, has_ended=True)
+        store.is_down = True
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(meanwhile)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    until = time.monotonic() + 10
+    while not cache._ledger._is_saving:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert kuzzle.knows(token.jwt)
+    store.is_down = False
+    while kuzzle.knows(token.jwt):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_lock_that_a_failed_command_leaves(store):
     """Whoever asks again for a lock that it has, and gets no answer, has it still."""
     lease = Lease(TokenCache(store)._ledger, "chain", "owner")
