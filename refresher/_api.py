@@ -143,8 +143,7 @@ def _in_cookie_mode(
         check.fail("jwt", "is missing, and the session has no authToken cookie")
     modes = True, jwt is None
     token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, *modes)
-    if hide(_cookies.find(jar, base, kuzzle.COOKIE)) in (None, there):  # else somebody has signed in or out meanwhile
-        _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""))
+    _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""), there)
     return attrs.evolve(token, jwt=None)
 
 

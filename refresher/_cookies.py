@@ -9,7 +9,7 @@ from typing import Any
 import requests
 from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
 
-from ._text import Secret
+from ._text import Secret, hide
 
 
 def _host(url: str) -> str:
@@ -36,19 +36,22 @@ def find(session: requests.Session, url: str, name: str) -> str | None:
     return next((cookie.value for cookie in _cookies_for(session, url, name)), None)
 
 
-def keep(session: requests.Session, url: str, name: str, value: Secret[str]) -> None:
+def keep(session: requests.Session, url: str, name: str, value: Secret[str], before: Secret[str] | None) -> None:
     """
     Put a cookie for the host of *url* into the session's jar, in place of that of its *name* which is sent there first.
+
+    If that is another than *before*, it stays: somebody has signed in or out meanwhile, or another thread was faster.
 
     What is for more paths than that one may be another service's, behind the same proxy. The new one expires in the
     year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one that is saved would
     leave out what has no expiry.
     """
     there = _cookies_for(session, url, name)
+    if there and hide(there[0].value) not in (None, before):
+        return
     path = there[0].path if there else "/"
-    is_secure = any(old.secure for old in there)
-    details: Any = {"domain": _host(url), "path": path, "secure": is_secure, "rest": {"HttpOnly": ""}}
-    details |= {"expires": 4102444800, "discard": False}
+    details: Any = {"domain": _host(url), "path": path, "secure": any(old.secure for old in there)}
+    details |= {"rest": {"HttpOnly": ""}, "expires": 4102444800, "discard": False}
     new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
     new.domain_specified = False
     session.cookies.set_cookie(new)  # before others go: another thread may be looking for one

@@ -23,7 +23,7 @@ def test_cookie_of_a_session():
         url = "https://kuzzle.example/app/_refreshToken"
         assert _cookies.find(session, url, "authToken") == "old"
         assert _cookies.find(session, "https://kuzzle.example/", "authToken") is None
-        _cookies.keep(session, url, "authToken", Secret("new"))
+        _cookies.keep(session, url, "authToken", Secret("new"), Secret("old"))
         assert _cookies.find(session, url, "authToken") == "new"
         assert _cookies.find(session, "https://kuzzle.example/", "authToken") is None
         assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
@@ -37,7 +37,7 @@ def test_cookies_of_two_services_on_one_host():
             session.cookies.set("authToken", f"old of {path}", domain="kuzzle.example", path=path)
         for path, url in urls.items():
             assert _cookies.find(session, url, "authToken") == f"old of {path}"
-            _cookies.keep(session, url, "authToken", Secret(f"new of {path}"))
+            _cookies.keep(session, url, "authToken", Secret(f"new of {path}"), Secret(f"old of {path}"))
         assert {cookie.path: cookie.value for cookie in session.cookies} == {path: f"new of {path}" for path in urls}
 
 
@@ -51,7 +51,7 @@ def test_jar_that_is_saved(tmp_path, kind):
             if value == "second":
                 session.cookies.load()
                 assert _cookies.find(session, url, "authToken") == "first"
-            _cookies.keep(session, url, "authToken", Secret(value))
+            _cookies.keep(session, url, "authToken", Secret(value), Secret("first"))
             session.cookies.save()
     jar = kind(tmp_path / "jar")
     jar.load()
@@ -63,7 +63,7 @@ def test_cookie_that_is_secure(secure):
     """What takes its place goes no further than it."""
     with requests.Session() as session:
         session.cookies.set("authToken", "old", domain="kuzzle.example", secure=secure)
-        _cookies.keep(session, "https://kuzzle.example", "authToken", Secret("new"))
+        _cookies.keep(session, "https://kuzzle.example", "authToken", Secret("new"), Secret("old"))
         assert [(cookie.value, cookie.secure) for cookie in session.cookies] == [("new", secure)]
 
 
