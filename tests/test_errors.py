@@ -412,7 +412,8 @@ def test_bytes_are_not_taken_for_strings(kuzzle):
 
 def test_malformed_headers(kuzzle, caplog):
     """Urllib3 logs what follows a malformed header. With a new token in it, it does not."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nno header\r\nSet-Cookie: authToken=planted\r\n\r\n{}"
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n"
+    head += b"no header\r\nSet-Cookie: authToken=planted\r\n\r\n{}"
     with requests.Session() as session:
         for options in ({}, {"session": session}, {"session": session, "cookie_auth": True}):
             kuzzle.next_answers.append(head)
