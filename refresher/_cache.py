@@ -379,9 +379,8 @@ class TokenCache:
         keys = {credential.keys[0], *(newest.keys if newest else ())}
         self._ledger.flights.pop(chain.key, None)
         if not (self._ledger.drop(chain, keys) and is_readable):
-            self._fail(
-                "cannot be reached, so other processes may still use the session: call again", credential.service
-            )
+            what = "cannot be reached, so other processes may still use the session: call again"
+            self._fail(what, credential.service)
 
     def clear(self) -> None:
         """

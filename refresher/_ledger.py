@@ -184,9 +184,7 @@ class Ledger:
         else:
             seen_for = self.observed.seen_for(newest.keys[0])
             service_now = self.observed.service_now(newest.scope)
-            left = _rules.left_elsewhere(
-                lifetime, newest.expiry, requested, now, seen_for=seen_for, service_now=service_now
-            )
+            left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)
         if call.rejected == newest.headers and (requested is None or self._is_to_blame(chain.key, newest, requested)):
             left, wanted = _rules.NOTHING_LEFT, True

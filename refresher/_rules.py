@@ -269,7 +269,6 @@ def left_elsewhere(
     expiry: float | None,
     requested: Instant | None,
     now: Instant,
-    *,
     seen_for: float,
     service_now: tuple[float, float, bool],
 ) -> Left:

@@ -654,6 +654,24 @@ def test_connecting_takes_too_long_with_a_lent_session(full):
     assert 0.25 < time.monotonic() - started < 0.5
 
 
+def test_an_address_needs_no_thread(kuzzle, monkeypatch):
+    """To connect to a plain address mostly takes less time than to start a thread. To look up a name may take long."""
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name) or start(thread))
+    for url, threads in ((kuzzle.url, 0), (kuzzle.url.replace("127.0.0.1", "localhost"), 1)):
+        started.clear()
+        assert post(url).status == 404
+        assert started.count("refresher") == threads
+
+
+def test_an_address_that_nobody_waits_for_any_more(kuzzle):
+    """If the time is up while it connects, the connection is not used, and not kept."""
+    times = iter([math.inf, math.inf])
+    with pytest.raises(UnavailableError, match="timed out"):
+        post(kuzzle.url, answer_by=lambda: next(times, -math.inf), depart=never)
+    assert post(kuzzle.url).status == 404
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("when", [math.inf, 10.0])
 def test_connecting_is_cancelled(full, scheme, when):

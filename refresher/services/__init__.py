@@ -289,9 +289,8 @@ def failure(
     number = code if type(code) is int and abs(code) < 2**31 else None
     status = reply.status if reply else None
     details = ", ".join(str(detail) for detail in (reason or None, status, id or number) if detail is not None)
-    message = f"{request.service.title()} {case.what}"
     return kind(
-        message + (f" ({details})" if details else ""),
+        f"{request.service.title()} {case.what}" + (f" ({details})" if details else ""),
         provider=request.service,
         status=status,
         code=number,

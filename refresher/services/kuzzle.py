@@ -177,12 +177,10 @@ class KuzzleCredential:
 
     def request(self) -> Request:
         """Write the request down. Kuzzle reads its options from the query alone; a flag is on by being there."""
-        query = [
-            *([] if self.expires_in is None else ["expiresIn=" + quote(self.expires_in, safe="")]),
-            *(["cookieAuth"] if self.cookie_auth else []),
-            *(["triggerEvents"] if self.trigger_events else []),
-            *([] if self.strategy is None else ["strategy=" + quote(self.strategy, safe="")]),
-        ]
+        flags = {"cookieAuth": self.cookie_auth, "triggerEvents": self.trigger_events}
+        options = {"expiresIn": self.expires_in, **flags, "strategy": self.strategy}
+        given = ((name, value) for name, value in options.items() if value)
+        query = [name if value is True else f"{name}={quote(str(value), safe='')}" for name, value in given]
         return self._post("_refreshToken", query)
 
     def _post(self, route: str, query: list[str], *, spends: bool = True) -> Request:
