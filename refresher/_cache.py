@@ -23,6 +23,7 @@ from ._ledger import LEAP, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
+from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, UnavailableError
 from .services import Credential, T, circle, kuzzle
@@ -252,10 +253,7 @@ class TokenCache:
         done, outcome = runtime.event(), Future[R]()
 
         def run() -> None:
-            try:
-                outcome.set_result(work(*arguments))
-            except BaseException as error:
-                outcome.set_exception(error)
+            fill(outcome, lambda: work(*arguments))
             ledger.close()
             done.set()
 

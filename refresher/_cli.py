@@ -279,17 +279,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(**does)
         return added
 
+    def add_both(name: str, title: str, command: Callable[..., object]) -> list[Any]:
+        group = add(commands, name, title, command, command=command)
+        group = group.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
+        finds = {"kuzzle": _kuzzle, "circle": _circle}
+        return [add(group, each, f"a {each.title()} session", command, find=find) for each, find in finds.items()]
+
     exits = (__doc__ or "").strip().partition("\n\n")[2]
     print_kuzzle = add(commands, "kuzzle", "print a valid Kuzzle token", _kuzzle, command=_refresh, find=_kuzzle)
     print_circle = add(commands, "circle", "print a valid Circle token", _circle, command=_refresh, find=_circle)
-    status = add(commands, "status", "tell how it stands with a session", _status, command=_status)
-    status = status.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
-    status_kuzzle = add(status, "kuzzle", "a Kuzzle session", _status, find=_kuzzle)
-    status_circle = add(status, "circle", "a Circle session", _status, find=_circle)
-    forget = add(commands, "forget", "forget a session", _forget, command=_forget)
-    forget = forget.add_subparsers(required=True, metavar="SERVICE", parser_class=_Parser)
-    forget_kuzzle = add(forget, "kuzzle", "a Kuzzle session", _forget, find=_kuzzle)
-    forget_circle = add(forget, "circle", "a Circle session", _forget, find=_circle)
+    status_kuzzle, status_circle = add_both("status", "tell how it stands with a session", _status)
+    forget_kuzzle, forget_circle = add_both("forget", "forget a session", _forget)
     add(commands, "demo", "show a refresh of each service, on servers of our own", _demo, command=_demo)
 
     for each in (print_kuzzle, status_kuzzle, forget_kuzzle):

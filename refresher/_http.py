@@ -16,7 +16,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from . import __version__
-from ._system import start_thread
+from ._system import work_aside
 from ._text import reveal
 from .services import LOST, UNREACHED, Reply, Request, failure
 
@@ -184,23 +184,16 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
     Raises:
         TimeoutError: It is not done. It goes on, and its outcome is dropped.
     """
-    outcome: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            is_odd = isinstance(error, Exception) and not isinstance(error, _FAILURES)
-            outcome.set_exception(HTTPException(error) if is_odd else error)  # an adapter may raise whatever it likes
-
-    if not start_thread(run, daemon=True):
-        run()
+    outcome = work_aside(work, daemon=True)
     while not outcome.done():
         is_late = remaining() <= 0
         # Also once more if late: a socket's own timeout tells more, and what came while suspended is taken.
         wait([outcome], timeout=_THREAD_SLICE)
         if is_late and not outcome.done():
             raise TimeoutError
+    error = outcome.exception()
+    if isinstance(error, Exception) and not isinstance(error, _FAILURES):
+        raise HTTPException(error)  # an adapter may raise whatever it likes
     return outcome.result()
 
 
@@ -225,8 +218,8 @@ def _prepare(request: Request, session: requests.Session) -> requests.PreparedRe
     headers: Any = session.headers
     prepared.headers.update((name, value) for name, value in headers.items() if value is not None)
     prepared.headers.pop("Authorization", None)
-    jar = RequestsCookieJar()
-    for cookie in session.cookies:
+    jar, there = RequestsCookieJar(), list[Any](session.cookies)
+    for cookie in filter(None, there):  # None is one that another thread has just removed
         if cookie.name not in request.cookies:
             jar.set_cookie(cookie)
     prepared.prepare_cookies(jar)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from ._cache import TokenCache
-from ._system import start_thread
+from ._system import work_aside
 from ._text import hide, hide_all, number, reveal
 from .auth import Auth
 from .errors import (
@@ -139,17 +139,8 @@ class _Keeper:
 
     def _begin(self, auth: Auth[Any]) -> None:
         """Refresh one session in a thread. Python would wait for a pool's, even if this one is a daemon."""
-        outcome, consumer = Future[KeepAliveOutcome](), threading.current_thread()
-
-        def run() -> None:
-            try:
-                outcome.set_result(self._refresh(auth, consumer))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        if not start_thread(run, daemon=consumer.daemon):
-            run()
-        self._running.add(outcome)  # not before: an interrupt may have kept the thread from its start
+        consumer = threading.current_thread()
+        self._running.add(work_aside(lambda: self._refresh(auth, consumer), daemon=consumer.daemon))
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""

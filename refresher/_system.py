@@ -7,7 +7,11 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 def find_clock() -> Callable[[], float]:
@@ -36,3 +40,20 @@ def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
         # An interrupt while `start` waits for the thread is hidden by a complaint about a lock.
         raise ((error.__context__ if "lock" in str(error) else None) or error) from None
     return True
+
+
+def fill(outcome: Future[_T], work: Callable[[], _T]) -> None:
+    """Do *work*, and put down what comes of it."""
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
+def work_aside(work: Callable[[], _T], *, daemon: bool) -> Future[_T]:
+    """Run *work* in a thread, or here if there are too many. Return what comes of it."""
+    outcome = Future[_T]()
+    run = functools.partial(fill, outcome, work)
+    if not start_thread(run, daemon=daemon):
+        run()
+    return outcome
