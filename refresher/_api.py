@@ -12,7 +12,7 @@ from . import importing
 from ._cache import SHARED_CACHE, TokenCache, current
 from ._checks import Seconds
 from ._ledger import Call, check_call
-from ._text import Secret, hide, hide_all, reveal
+from ._text import Secret, hide_all, reveal
 from .services import circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
@@ -137,13 +137,22 @@ def _in_cookie_mode(
         from . import _cookies
 
     base = check.url("url", url, https=False) + "/"  # a cookie's path may end with a slash
-    there = hide(_cookies.find(jar, base, kuzzle.COOKIE))
+    there = _cookies.find(jar, base, kuzzle.COOKIE)
     found = there if jwt is None else jwt
     if found is None or reveal(found) == kuzzle.NO_COOKIE:
         check.fail("jwt", "is missing, and the session has no authToken cookie")
     modes = True, jwt is None
     token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, *modes)
-    _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""), there)
+
+    def is_old(cookie: Secret[str]) -> bool:
+        shared = reveal(cache)
+        if cookie == there or shared is None:
+            return cookie == there
+        recall = shared._ledger.recall
+        chain, other = (recall(kuzzle.KuzzleCredential(url=base[:-1], secret=each))[0] for each in (found, cookie))
+        return chain.key == other.key and chain.newest is not None and chain.newest.secret != cookie
+
+    _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""), is_old)
     return attrs.evolve(token, jwt=None)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
+from collections.abc import Callable
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
 from typing import Any
 
@@ -17,45 +20,50 @@ def _host(url: str) -> str:
     return str(eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1])
 
 
-def _cookies_for(session: requests.Session, url: str, name: str) -> list[Cookie]:
+def _cookies_for(session: requests.Session, url: str, name: str) -> list[Secret[Cookie]]:
     """List the session's cookies of one *name* that are for *url*, in the order in which they are sent."""
+    there = [*map(Secret, filter(None, list[Any](session.cookies)))]  # None is one that another thread has just removed
+    hosts, jar = ("", _host(url)), RequestsCookieJar()
+    for number, hidden in enumerate(there):
+        # Those that name no domain are for their host alone, though jars send them to its subdomains as well.
+        if hidden.reveal().name == name and (hidden.reveal().domain_specified or hidden.reveal().domain in hosts):
+            numbered = Secret(copy.copy(hidden.reveal()))
+            numbered.reveal().value = str(number)  # what is in this jar may show up in a traceback
+            jar.set_cookie(numbered.reveal())
+    sent = requests.Request("POST", url, cookies=jar).prepare().headers.get("Cookie", "")
+    return [there[int(number)] for number in re.findall(f'{re.escape(name)}="?([0-9]+)', sent)]
 
-    def is_sent(cookie: Cookie) -> bool:
-        jar = RequestsCookieJar()
-        jar.set_cookie(cookie)
-        return "Cookie" in requests.Request("POST", url, cookies=jar).prepare().headers
 
-    # Those that name no domain are for their host alone, though jars send them to its subdomains as well.
-    hosts = "", _host(url)
-    ours = [each for each in session.cookies if each.name == name and (each.domain_specified or each.domain in hosts)]
-    return sorted(filter(is_sent, ours), key=lambda cookie: -len(cookie.path))
-
-
-def find(session: requests.Session, url: str, name: str) -> str | None:
+def find(session: requests.Session, url: str, name: str) -> Secret[str] | None:
     """Look up the value of the session's cookie that is for *url*."""
-    return next((cookie.value for cookie in _cookies_for(session, url, name)), None)
+    there = _cookies_for(session, url, name)
+    return hide(there[0].reveal().value) if there else None
 
 
-def keep(session: requests.Session, url: str, name: str, value: Secret[str], before: Secret[str] | None) -> None:
+def keep(
+    session: requests.Session, url: str, name: str, value: Secret[str], is_old: Callable[[Secret[str]], bool]
+) -> None:
     """
     Put a cookie for the host of *url* into the session's jar, in place of that of its *name* which is sent there first.
 
-    If that is another than *before*, it stays: somebody has signed in or out meanwhile, or another thread was faster.
+    If the value there is none that *is_old*, it stays: somebody has signed in or out meanwhile, or another thread was
+    faster.
 
     What is for more paths than that one may be another service's, behind the same proxy. The new one expires in the
     year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one that is saved would
     leave out what has no expiry.
     """
     there = _cookies_for(session, url, name)
-    if there and hide(there[0].value) not in (None, before):
+    value_there = hide(there[0].reveal().value) if there else None
+    if value_there is not None and not is_old(value_there):
         return
-    path = there[0].path if there else "/"
-    details: Any = {"domain": _host(url), "path": path, "secure": any(old.secure for old in there)}
+    path, domain = there[0].reveal().path if there else "/", _host(url)
+    details: Any = {"domain": domain, "path": path, "secure": any(old.reveal().secure for old in there)}
     details |= {"rest": {"HttpOnly": ""}, "expires": 4102444800, "discard": False}
-    new = create_cookie(name, value.reveal(), **details)  # type: ignore[no-untyped-call]
-    new.domain_specified = False
-    session.cookies.set_cookie(new)  # before others go: another thread may be looking for one
+    new = Secret(create_cookie(name, value.reveal(), **details))  # type: ignore[no-untyped-call]
+    new.reveal().domain_specified = False
+    session.cookies.set_cookie(new.reveal())  # before others go: another thread may be looking for one
     for old in there:
-        if old.path == path and old.domain != new.domain:
+        if old.reveal().path == path and old.reveal().domain != domain:
             with contextlib.suppress(KeyError):  # another thread has removed it
-                session.cookies.clear(old.domain, old.path, old.name)
+                session.cookies.clear(old.reveal().domain, path, name)

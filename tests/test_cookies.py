@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.cookiejar
 import socket
+import sys
+from datetime import timedelta
 from http.cookiejar import LWPCookieJar, MozillaCookieJar
+from itertools import chain
 
 import pytest
 import requests
 
-from refresher import SignInRequiredError, _cookies, refresh_kuzzle_token
+from refresher import SignInRequiredError, TokenCache, _api, _cookies, refresh_kuzzle_token
 from refresher._text import Secret
 from refresher.testing import FakeKuzzle
 
@@ -21,10 +26,10 @@ def test_cookie_of_a_session():
         session.cookies.set("authToken", "strangers", domain="other.example")
         session.cookies.set("another", "x", domain="kuzzle.example")
         url = "https://kuzzle.example/app/_refreshToken"
-        assert _cookies.find(session, url, "authToken") == "old"
+        assert _cookies.find(session, url, "authToken") == Secret("old")
         assert _cookies.find(session, "https://kuzzle.example/", "authToken") is None
-        _cookies.keep(session, url, "authToken", Secret("new"), Secret("old"))
-        assert _cookies.find(session, url, "authToken") == "new"
+        _cookies.keep(session, url, "authToken", Secret("new"), Secret("old").__eq__)
+        assert _cookies.find(session, url, "authToken") == Secret("new")
         assert _cookies.find(session, "https://kuzzle.example/", "authToken") is None
         assert sorted(cookie.value for cookie in session.cookies) == ["new", "strangers", "x"]
 
@@ -36,8 +41,8 @@ def test_cookies_of_two_services_on_one_host():
         for path in urls:
             session.cookies.set("authToken", f"old of {path}", domain="kuzzle.example", path=path)
         for path, url in urls.items():
-            assert _cookies.find(session, url, "authToken") == f"old of {path}"
-            _cookies.keep(session, url, "authToken", Secret(f"new of {path}"), Secret(f"old of {path}"))
+            assert _cookies.find(session, url, "authToken") == Secret(f"old of {path}")
+            _cookies.keep(session, url, "authToken", Secret(f"new of {path}"), Secret(f"old of {path}").__eq__)
         assert {cookie.path: cookie.value for cookie in session.cookies} == {path: f"new of {path}" for path in urls}
 
 
@@ -50,8 +55,8 @@ def test_jar_that_is_saved(tmp_path, kind):
             session.cookies = kind(tmp_path / "jar")
             if value == "second":
                 session.cookies.load()
-                assert _cookies.find(session, url, "authToken") == "first"
-            _cookies.keep(session, url, "authToken", Secret(value), Secret("first"))
+                assert _cookies.find(session, url, "authToken") == Secret("first")
+            _cookies.keep(session, url, "authToken", Secret(value), Secret("first").__eq__)
             session.cookies.save()
     jar = kind(tmp_path / "jar")
     jar.load()
@@ -63,7 +68,7 @@ def test_cookie_that_is_secure(secure):
     """What takes its place goes no further than it."""
     with requests.Session() as session:
         session.cookies.set("authToken", "old", domain="kuzzle.example", secure=secure)
-        _cookies.keep(session, "https://kuzzle.example", "authToken", Secret("new"), Secret("old"))
+        _cookies.keep(session, "https://kuzzle.example", "authToken", Secret("new"), Secret("old").__eq__)
         assert [(cookie.value, cookie.secure) for cookie in session.cookies] == [("new", secure)]
 
 
@@ -105,6 +110,85 @@ def test_sign_in_or_out_during_a_refresh(what):
         with contextlib.suppress(SignInRequiredError):  # the refresh came after the sign-out
             refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session)
         assert [session.cookies["authToken"]] == there
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_two_threads_with_one_session(monkeypatch, is_later):
+    """The newest token stays in the jar, or comes there, if one that was spent meanwhile comes late or early."""
+    cache, keep = TokenCache(), _cookies.keep
+    with FakeKuzzle() as kuzzle, requests.Session() as session:
+        jwt = kuzzle.login("foo", ago=1800)
+        session.cookies.set("authToken", jwt, domain="127.0.0.1")
+        refresh = functools.partial(refresh_kuzzle_token, kuzzle.url, cookie_auth=True, session=session, cache=cache)
+        spent = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).jwt
+
+        def late(*arguments):
+            monkeypatch.undo()
+            if is_later:
+                refresh(expires_in="2h")
+            else:
+                session.cookies.set("authToken", spent, domain="127.0.0.1")
+            keep(*arguments)
+
+        monkeypatch.setattr(_cookies, "keep", late)
+        assert refresh(expires_in=None if is_later else "2h").ttl == timedelta(hours=1 if is_later else 2)
+        newest = session.cookies["authToken"]
+        assert newest not in (jwt, spent)
+        assert refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).jwt == newest
+
+
+def test_cookie_of_a_second_sign_in():
+    """Of two sessions of one user, that of the cookie stays."""
+    with FakeKuzzle() as kuzzle, requests.Session() as session:
+        new = kuzzle.login("foo")
+
+        def meanwhile(request):
+            session.cookies.set("authToken", new, domain="127.0.0.1")
+            return kuzzle.truly(request)
+
+        for cache in (TokenCache(), None):
+            session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1")
+            kuzzle.next_answers.append(meanwhile)
+            refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session, cache=cache)
+            assert [cookie.value for cookie in session.cookies] == [new]
+
+
+class Busy(requests.cookies.RequestsCookieJar):
+    """A jar yields None for a cookie that another thread has just removed, if one looks without its lock."""
+
+    def __iter__(self):
+        is_locked = sys._getframe(1).f_code.co_filename == http.cookiejar.__file__
+        return chain([] if is_locked else [None], super().__iter__())
+
+
+def test_cookies_that_others_remove():
+    """That hurts nobody."""
+    with FakeKuzzle() as kuzzle, requests.Session() as session:
+        session.cookies = Busy()
+        session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1")
+        refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session, cache=None)
+        assert [cookie and kuzzle.knows(cookie.value) for cookie in session.cookies] == [None, True]
+
+
+def test_variables_of_cookies(monkeypatch):
+    """No local variable shows a token at any moment, whatever an interrupt may hit."""
+    seen, files = {}, (_cookies.__file__, _api.__file__)
+
+    def look(frame, event, argument):
+        for name, value in frame.f_locals.items():
+            seen[frame.f_code.co_name, name] = seen.get((frame.f_code.co_name, name), "") + repr(value)
+        return look
+
+    with FakeKuzzle() as kuzzle, requests.Session() as session:
+        session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1")
+        sys.settrace(lambda frame, event, argument: look if frame.f_code.co_filename in files else None)
+        try:
+            for _ in range(2):
+                refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session)
+        finally:
+            sys.settrace(None)
+        assert {("keep", "there"), ("_cookies_for", "numbered"), ("_in_cookie_mode", "there")} <= seen.keys()
+        assert [where for where, shown in seen.items() if "eyJ" in shown] == []
 
 
 def test_cookie_that_expires_during_a_refresh():
