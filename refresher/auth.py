@@ -262,8 +262,9 @@ class Auth(AuthBase, Generic[_Token]):
             if response.status_code < 500 and not is_kept:
                 date, took = read_date(response.headers.get("Date")), response.elapsed.total_seconds()
                 self._cache._ledger.observed.learn(credential.scope, date, took)
-            rejected = self._is_rejected(response, credential)
-            if rejected is not False and sign_in is self._sign_in:
+            rejected, now = self._is_rejected(response, credential), self._credential
+            is_same = sign_in is self._sign_in or (now is not None and None is not now.user == credential.user)
+            if rejected is not False and is_same:
                 response = self._again(response, credential, settings, sure=rejected is True)
         if response.is_redirect and not self._stays(response.headers["Location"]):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.

@@ -452,6 +452,21 @@ def test_request_of_a_former_user(kuzzle, root):
     assert kuid(me(kuzzle, auth)) == "bar"
 
 
+@pytest.mark.parametrize(("user", "statuses"), [("foo", [401, 200]), ("bar", [401])])
+def test_request_of_a_former_session(kuzzle, root, user, statuses):
+    """It is sent again with the new token if that is the same user's."""
+    kuzzle.users["bar"] = "pass"
+    auth = KuzzleAuth(kuzzle.url, root)
+
+    def meanwhile():
+        requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {root}"}, timeout=10)
+        auth.jwt = kuzzle.login(user)
+
+    refuse_after(kuzzle, meanwhile)
+    response = me(kuzzle, auth)
+    assert [each.status_code for each in (*response.history, response)] == statuses
+
+
 def test_session_has_ended(kuzzle, root):
     """Nothing leads on from here: sign in again. The service is asked once."""
     auth = KuzzleAuth(kuzzle.url, root)
