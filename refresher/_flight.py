@@ -115,8 +115,9 @@ class Flight(Patience, Generic[T]):
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
-        if self._ledger.flights.get(self.chain) is self:
-            del self._ledger.flights[self.chain]
+        with contextlib.suppress(KeyError):  # it was forgotten just now
+            if self._ledger.flights[self.chain] is self:
+                del self._ledger.flights[self.chain]
         try:
             if self._on_event is not None and self.chain not in self._ledger.unsaved:
                 self._let_go()  # it may call the cache again

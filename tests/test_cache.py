@@ -667,6 +667,21 @@ def test_forget(kuzzle, cache, clock, root):
     assert refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt != token.jwt
 
 
+class Vanishing(dict):
+    """The flights of a cache that is cleared just when one of them wants to remove itself."""
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        self.clear()
+        return found
+
+
+def test_forget_at_the_end_of_a_refresh(kuzzle, cache, root):
+    """Whoever waits for it has the answer."""
+    cache._ledger.flights = Vanishing()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5).jwt)
+
+
 @pytest.mark.parametrize("how", ["forget", "clear"])
 def test_forgotten_tokens_are_gone(kuzzle, cache, root, how):
     """A cache holds no token that it has forgotten."""
