@@ -34,6 +34,7 @@ _log = logging.getLogger("refresher")
 
 # How much longer than its timeout a caller waits: the flight may be about to say what went wrong. In seconds.
 _GRACE = 0.1
+_UNREAD = "has an entry of this session that cannot be read: check its key"
 _KEY = re.compile("[0-9a-f]{64}")
 
 # What a copy has in common with its original.
@@ -191,7 +192,7 @@ class TokenCache:
         if flight is not None and flight.is_stuck():
             flights.pop(key, None)
             flight = None
-        is_ours, told = flight is None, False
+        is_ours, told, status = flight is None, False, ""
         if flight is None:
             flight = flights.setdefault(key, kind(self._ledger, key, call, self._lease, self._on_event))
         try:
@@ -199,8 +200,7 @@ class TokenCache:
             if is_ours:
                 runtime.start(flight.run)
             while (remaining := until + _GRACE - runtime.steady()) > 0:
-                was_running = flight.is_running
-                if runtime.wait(waiter.event, min(remaining, 1.0 if was_running else 0.1)):
+                if runtime.wait(waiter.event, min(remaining, 1.0 if status else 0.1)):
                     break
                 if call.is_left is not None and call.is_left() and not flight.has_departed:
                     raise CancelledError
@@ -208,9 +208,10 @@ class TokenCache:
                     break
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
-                elif was_running and remaining > 1:
-                    self._on_wait(flight.status, None if until == math.inf else remaining - 1)
+                elif status and remaining > 1:
+                    self._on_wait(status, None if until == math.inf else remaining - 1)
                     told = True
+                status = flight.status if flight.is_running else ""  # what the next second goes by with
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome
@@ -335,6 +336,8 @@ class TokenCache:
         assessed = self._ledger.assess(chain, call)
         if assessed[0] is None and not is_readable:
             self._fail("cannot be read", call.credential.service)
+        if assessed[0] is None and any(self._ledger.unread_of(chain, call.credential)):
+            self._fail(_UNREAD, call.credential.service)
         return chain, *assessed
 
     def _fail(self, what: str, service: str | None = None) -> NoReturn:
@@ -362,7 +365,8 @@ class TokenCache:
 
         Raises:
             InvalidArgumentError: An argument is wrong.
-            UnavailableError: The store could not be reached. This process has forgotten the session. Call again.
+            UnavailableError: The store could not be reached, or has an entry of the session that cannot be read. This
+                process has forgotten it. Call again.
         """
         url, jwt, pair = hide_all(url, jwt, pair)
         credential = _find(url, jwt, pair)
@@ -373,6 +377,8 @@ class TokenCache:
 
     def _forget(self, credential: Credential[Any], known: Credential[Any] | None = None) -> None:
         chain, is_readable = self._ledger.look(credential)
+        if any(self._ledger.unread_of(chain, credential)):
+            self._fail(_UNREAD, credential.service)
         newest = chain.newest or known
         keys = {credential.keys[0], *(newest.keys if newest else ())}
         self._ledger.flights.pop(chain.key, None)

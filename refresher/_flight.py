@@ -327,9 +327,9 @@ class Flight(Patience, Generic[T]):
             attempt, is_readable = ledger.last_attempt(spend)
         patience = _rules.patience(left, window)
         if self._lease.lock is Lock.HELD:
-            if newest is None:  # the caller's own may be about to expire for sure
+            if newest is None:  # the caller's own may be about to expire, a second later there
                 _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
-                patience = _rules.patience(Left(own.least, own.least), its_window)
+                patience = _rules.patience(Left(own.least, own.least + 1.0), its_window)
             now = self._runtime.steady()
             patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(
@@ -511,7 +511,7 @@ class Flight(Patience, Generic[T]):
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
-            if ledger.may_have_more(chain, self.call.credential):
+            if ledger.unread_of(chain, self.call.credential):
                 raise self._unread(status=error.status)
             now = self._runtime.steady()
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)

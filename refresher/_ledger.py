@@ -313,9 +313,10 @@ class Ledger:
         later = None if other is None or other.newest is None else other.newest.birth
         return other if later is not None and later > chain.newest.birth else None
 
-    def may_have_more(self, chain: Chain[Any], credential: Credential[Any]) -> bool:
-        """Whether the store has an entry of a chain that could not be read: it may be newer than what is known."""
-        return any(key in self.unread for key in (chain.key, *(f"{key}-alias" for key in credential.keys)))
+    def unread_of(self, chain: Chain[Any], credential: Credential[Any]) -> list[bool]:
+        """Tell of each entry of a chain that could not be read, and may be newer than what is known, if others can."""
+        keys = chain.key, *(f"{key}-alias" for key in credential.keys)
+        return [self.unread[key] for key in keys if key in self.unread]
 
     def _forget_threads(self) -> None:
         """Forget what threads are doing: a forked child has none of its parent's."""

@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import pytest
 import requests
+from cryptography.fernet import Fernet
 from helpers import call_with
 
 import refresher._api
@@ -26,6 +27,7 @@ import refresher._runtime
 import refresher._system
 from refresher import (
     SHARED_CACHE,
+    EncryptedStore,
     FileStore,
     InvalidArgumentError,
     MemoryStore,
@@ -682,6 +684,19 @@ def test_forget_at_the_end_of_a_refresh(kuzzle, cache, root):
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5).jwt)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_wrong_key(kuzzle, root, which):
+    """Who cannot read the entries of a session does not forget it, or know nothing of it, without a word."""
+    store, keys = MemoryStore(), [Fernet.generate_key() for _ in range(2)]
+    right, wrong = (TokenCache(EncryptedStore(store, key)) for key in keys)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=right)
+    jwt = (root, token.jwt)[which]
+    for command in (wrong.forget, wrong.peek):
+        with pytest.raises(UnavailableError, match="an entry of this session that cannot be read: check its key"):
+            command(kuzzle.url, jwt)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(EncryptedStore(store, keys[0]))) == token
+
+
 @pytest.mark.parametrize("how", ["forget", "clear"])
 def test_forgotten_tokens_are_gone(kuzzle, cache, root, how):
     """A cache holds no token that it has forgotten."""
@@ -898,17 +913,38 @@ def test_on_wait_for_a_young_token_without_a_cache(monkeypatch):
     assert end == ("", None)
 
 
-def test_on_wait_for_another(kuzzle, root, tmp_path):
+def test_on_wait_for_another(kuzzle, clock, tmp_path):
     """Who waits for the lock of another process says so."""
-    from refresher import FileStore
-
-    what = []
+    clock.advance(1800)
+    what, root = [], kuzzle.login()
     store = FileStore(tmp_path / "store")
     cache = TokenCache(store, on_wait=lambda *told: what.append(told))
     assert store.acquire(key(kuzzle, root), "another", 5) == 0.0
     with pytest.raises(OutcomeUnknownError):
-        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1.2)
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1.5)
     assert what[0][0] == "another process is refreshing the Kuzzle token"
+
+
+def test_last_second_behind_a_lock(kuzzle, clock, tmp_path):
+    """A service may count a second later than it seems, so a token is not given up while a lock is waited for."""
+    cache = TokenCache(store := FileStore(tmp_path / "store"), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache)  # tells what time it is there
+    root = kuzzle.login()
+    clock.advance(HOUR - 0.9)
+    assert store.acquire(key(kuzzle, root), "another", 5) == 0.0
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=3)
+    assert kuzzle.knows(token.jwt)
+
+
+@pytest.mark.holds
+def test_on_wait_for_a_young_token(monkeypatch):
+    """What a second went by with is told at its end, not what comes then."""
+    what = []
+    with FakeKuzzle() as kuzzle:
+        kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=0.5))
+        cache = TokenCache(on_wait=lambda *told: what.append(told[0]))
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache)
+    assert what == ["Kuzzle may have issued this token just now", ""]
 
 
 def test_ahead(kuzzle, clock, root, monkeypatch):
