@@ -2,9 +2,9 @@
 Keep Kuzzle and Circle sessions alive: always a valid token, refreshed once for everyone.
 
 `refresh_kuzzle_token` trades a Kuzzle token for a new one, `refresh_user_token` a Circle refresh token for a new user
-token. Pass the token that the sign-in gave you, or any later one, as often as you like: the first call sends a request,
-and later calls do when the newest token is about to expire. `KuzzleAuth` and `CircleAuth` put the newest token on the
-requests that you send with `requests`.
+token. Pass the token that the sign-in gave you, as often as you like, or any later one, at least once a day: the first
+call sends a request, and later calls do when the newest token is about to expire. `KuzzleAuth` and `CircleAuth` put the
+newest token on the requests that you send with `requests`.
 
 Example:
     >>> import refresher

@@ -113,6 +113,7 @@ class Ledger:
         steady = clock or runtime.steady
         self.chains, self._aliases = Memo[Chain[Any]](steady), Memo[str](steady)
         self._looked_at, self._warned_at = Memo[float](steady), Memo[float](steady)
+        self._led_at = Memo[float](steady)  # when a spent credential that is still used was last led to its chain
         self.failed_at = Memo[float](steady)  # when a refresh failed
         self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
         self.unsaved: dict[str, Chain[Any]] = {}
@@ -146,6 +147,11 @@ class Ledger:
         if self.is_local and (self.store.get(key) != chain.text if chain else not is_recent):
             return self.look(credential)[0], True
         return chain or Chain(key=key), is_recent or self.is_local
+
+    def connect(self, credential: Credential[Any], chain: str) -> None:
+        """Remember to which chain a credential belongs, if that was forgotten while nobody used it."""
+        if self._aliases.get(credential.keys[0]) is None:
+            self._aliases.put(credential.keys[0], chain)
 
     def call(self, *arguments: Any) -> Call[Any]:
         """Check the arguments of a call, unless that was done in the last half a day."""
@@ -222,6 +228,8 @@ class Ledger:
 
     def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, bool]:
         """Give the store a command. Return its answer, and whether there is one. What it raised is told here."""
+        if type(self.store) is MemoryStore:  # what it raises comes from a signal handler
+            return command(*args), True
         mark, began = object(), self.runtime.steady()
         self._asked[mark] = began
         try:
@@ -288,7 +296,11 @@ class Ledger:
                     if found is not None or alias != each:
                         key = alias
                         self._aliases.put(own, key)
-        self._looked_at.put(key, self.runtime.steady())
+        self._looked_at.put(key, now := self.runtime.steady())
+        is_spent = found is not None and found.newest is not None and own not in (key, *found.newest.keys)
+        if is_spent and now - (self._led_at.get(own) or -math.inf) > _rules.DAY / 4:
+            self._led_at.put(own, now)
+            self._lead(credential, key)
         known = self.chains.get(key)
         current = found if found is not None and (known is None or found.generation >= known.generation) else known
         if current is not None and (other := self._other(current)) is not None:  # before it is forgotten
@@ -472,8 +484,12 @@ class Ledger:
         return not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
 
     def retire(self, spent: Credential[Any], chain: str) -> None:
-        """Remember a spent credential for one more day: its outcome is known now."""
+        """Forget what was tried with a credential that has been spent: its outcome is known now."""
         self.delete(f"{spent.keys[0]}-attempt")
+        self._lead(spent, chain)
+
+    def _lead(self, spent: Credential[Any], chain: str) -> None:
+        """Let a spent credential lead to its chain for one more day."""
         seconds = _GONE if chain in spent.keys else _rules.DAY  # the first token is the one that people keep
         for key in sorted({*spent.keys} - {chain}):
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)

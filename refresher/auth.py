@@ -49,6 +49,7 @@ class _SignIn(Generic[_Token]):
 
     credential: Credential[_Token] | None
     unsaved: _Token | None = None
+    chain: str | None = None  # its key
 
 
 class Auth(AuthBase, Generic[_Token]):
@@ -85,7 +86,13 @@ class Auth(AuthBase, Generic[_Token]):
 
     @property
     def _credential(self) -> Credential[_Token] | None:
-        return self._sign_in.credential
+        return self._find(self._sign_in)
+
+    def _find(self, sign_in: _SignIn[_Token]) -> Credential[_Token] | None:
+        """Return what a sign-in has led to. It may have been idle for days, while others refreshed the session."""
+        if sign_in.credential is not None and sign_in.chain is not None:
+            self._cache._ledger.connect(sign_in.credential, sign_in.chain)
+        return sign_in.credential
 
     def _set(self, credential: Credential[_Token] | None) -> None:
         self._sign_in = _SignIn(credential)
@@ -134,8 +141,8 @@ class Auth(AuthBase, Generic[_Token]):
             RefreshError: Something else answered. The session may live on.
         """
         sign_in = self._sign_in
-        if sign_in.credential is not None:
-            self._cache._sign_out(self._call(credential=sign_in.credential))
+        if (credential := self._find(sign_in)) is not None:
+            self._cache._sign_out(self._call(credential=credential))
             sign_in.credential = sign_in.unsaved = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -223,7 +230,7 @@ class Auth(AuthBase, Generic[_Token]):
     ) -> Credential[_Token] | None:
         """Find the last successor."""
         sign_in = self._sign_in
-        first = sign_in.credential
+        first = self._find(sign_in)
         if first is None or not first.can_expire:
             return first
         call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
@@ -231,11 +238,13 @@ class Auth(AuthBase, Generic[_Token]):
         self._ready = _Ready(call, last, last.headers)
         return last
 
-    @staticmethod
-    def _follow(sign_in: _SignIn[_Token], first: Credential[_Token], newest: Credential[_Token]) -> Credential[_Token]:
+    def _follow(
+        self, sign_in: _SignIn[_Token], first: Credential[_Token], newest: Credential[_Token]
+    ) -> Credential[_Token]:
         """Go on with the newest token of a sign-in."""
         last = first if newest.secret == first.secret else first.following(newest.token)
         if last is not first and sign_in.credential is first:
+            sign_in.chain = self._cache._ledger.recall(first)[0].key
             sign_in.credential, sign_in.unsaved = last, last.token
         return last
 

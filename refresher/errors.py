@@ -38,7 +38,8 @@ A token is refreshed in the second in which Kuzzle issued it.
 Many callers refresh one token at once.
     One request is sent and all get its result, if they share a cache or a store.
 A caller passes a token that has been spent.
-    It gets the newest token of the chain.
+    It gets the newest token of the chain. The first token leads there for as long as the session lives, a later one for
+    a day after it was spent or last passed.
 A lifetime is one that would end the session, or that Kuzzle cannot read.
     `InvalidArgumentError`. Nothing was sent: fix the call. Above the server's limit it is `RequestRefusedError`.
 The session has ended.

@@ -1355,6 +1355,57 @@ def test_answers_that_were_kept(age):
         assert math.isinf(auth._cache._ledger.observed.service_now(auth._scope)[0]) == bool(age)
 
 
+@pytest.fixture
+def moved(clock):
+    """A process whose clocks are moved by hand."""
+    runtime, start = Runtime(), clock()
+    runtime.steady, runtime.now = lambda: time.monotonic() + clock() - start, clock
+    return runtime
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_later_token_that_is_used_for_days(kuzzle, clock, moved, is_restarted):
+    """Any token of a session leads to it, if it is used once a day: in new processes, or in one that ends at last."""
+    store, written = SharedStore(clock), []
+    write, store.set = store.set, lambda *entry: (written.append(entry[0]), write(*entry))[1]
+    cache = TokenCache(store, runtime=moved, ahead=1800)
+    later = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache).jwt
+    for _ in range(8):
+        clock.advance(0.9 * HOUR)
+        cache = TokenCache(store, runtime=moved, ahead=1800) if is_restarted else cache
+        newest = refresh_kuzzle_token(kuzzle.url, later, expires_in="9h", cache=cache)
+        clock.advance(8 * HOUR)
+        written.clear()
+        assert refresh_kuzzle_token(kuzzle.url, later, expires_in="9h", cache=cache) == newest
+        clock.advance(1)
+        assert refresh_kuzzle_token(kuzzle.url, later, expires_in="9h", cache=cache) == newest
+        assert len(written) == 1, "a few times a day are enough"
+    assert refresh_kuzzle_token(kuzzle.url, later, cache=TokenCache(store, runtime=moved, ahead=1800)) == newest
+
+
+@pytest.mark.parametrize("what", ["jwt", "request", "keep_alive", "sign_out"])
+def test_auth_object_that_was_idle_for_days(kuzzle, clock, moved, what):
+    """It knows its session again that others have refreshed meanwhile, though its token has been forgotten."""
+    store, first = SharedStore(clock), kuzzle.login(ago=3500)
+    cache, other = (TokenCache(store, runtime=moved, ahead=4000) for _ in range(2))
+    auth = KuzzleAuth(kuzzle.url, first, cache=cache)
+    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    for _ in range(8):
+        newest = refresh_kuzzle_token(kuzzle.url, first, expires_in="9h", cache=other).jwt
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache)  # of another user: it makes room for that
+        clock.advance(8 * HOUR)
+    assert auth._sign_in.credential.secret.reveal() not in (first, newest)
+    if what == "jwt":
+        assert auth.jwt == newest
+    elif what == "request":
+        assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).json()["result"]["_id"] == "foo"
+    elif what == "keep_alive":
+        assert [each.outcome for each in keep_alive([auth])] == ["refreshed"]
+    else:
+        auth.sign_out()
+        assert not kuzzle.knows(newest)
+
+
 def test_other_name_after_days(circle):
     """The first tokens of a session lead to it by its other name, too, when they were spent days ago."""
     old, store = circle.sign_in("user-1", device_id="device-1"), SharedStore(circle.clock)
@@ -1533,7 +1584,7 @@ def test_store_that_was_slow_to_fail(clock):
     """Others may still wait for it as long as its slowest command took: nobody is told to sign in meanwhile."""
     runtime = Runtime()
     runtime.steady = clock
-    ledger = TokenCache(runtime=runtime)._ledger
+    ledger = TokenCache(SharedStore(), runtime=runtime)._ledger
 
     def fail(seconds):
         clock.advance(seconds)
@@ -1864,7 +1915,7 @@ def test_flush_long_after_an_outage(clock):
     """How long commands took to fail an hour ago does not matter when the store loses its entries now."""
     runtime = Runtime()
     runtime.steady = clock
-    ledger = TokenCache(runtime=runtime)._ledger
+    ledger = TokenCache(SharedStore(), runtime=runtime)._ledger
 
     def fail():
         clock.advance(30)
