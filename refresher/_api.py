@@ -13,6 +13,7 @@ from ._cache import SHARED_CACHE, TokenCache, current
 from ._checks import Seconds
 from ._ledger import Call, check_call
 from ._text import Secret, hide_all, reveal
+from .errors import InvalidArgumentError
 from .services import circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
@@ -29,9 +30,9 @@ def _look(cache: Any, *arguments: Any) -> tuple[Call[Any] | BaseException | None
     try:
         call = cache._ledger.call(*arguments)
         known = cache._ledger.hit(call)
-    except Exception:
+    except (InvalidArgumentError, TypeError, AttributeError):
         return None, None
-    except BaseException as interrupt:  # raised again by `_answer`
+    except BaseException as interrupt:  # of a signal handler; raised again by `_answer`
         return interrupt.with_traceback(None), None
     return call, None if known is None else known.token
 

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import signal
 import socket
 import ssl
 import threading
@@ -107,8 +108,8 @@ class _Call:
             sock.settimeout(min(max(remaining, 0.001), _SOCKET_SLICE))
             try:
                 return operation(data)
-            except TimeoutError:
-                if remaining <= 0:
+            except TimeoutError as error:
+                if remaining <= 0 or _of_signal(error) is not None:
                     raise
 
 
@@ -149,11 +150,14 @@ def send(
     failures = _FAILURES if threading.current_thread() is threading.main_thread() else Exception
     try:
         return _send_on_own(request, call) if lender is None else _send_on_lent(request, lender, call)
-    except failures as error:
-        was_sent = call.sent_at is not None and (lender is None or not _was_never_sent(error))
-        trouble = call.refusal or failure(LOST if was_sent else UNREACHED, request, reason=_reason(error))
-    except BaseException as interrupt:
-        trouble, interrupt.__context__ = interrupt.with_traceback(None), None
+    except BaseException as error:
+        interrupt = _of_signal(error)
+        if isinstance(error, failures) and interrupt is None:
+            was_sent = call.sent_at is not None and (lender is None or not _was_never_sent(error))
+            trouble = call.refusal or failure(LOST if was_sent else UNREACHED, request, reason=_reason(error))
+        else:
+            trouble = (interrupt or error).with_traceback(None)
+            trouble.__context__ = None
     finally:
         _current.reset(context)
     raise trouble  # out here, without a context and the frames of the HTTP library: those hold the request
@@ -306,6 +310,16 @@ def _links(error: BaseException) -> Iterator[BaseException]:
         yield link
         inner = (getattr(link, "reason", None), *link.args, link.__cause__)
         link = next((each for each in inner if isinstance(each, BaseException)), None)
+
+
+def _of_signal(error: BaseException) -> BaseException | None:
+    """Return what a signal handler raised, which may look like an error of the network, if that is behind an error."""
+    codes = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
+    found = None
+    for link in _links(error):
+        if any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
+            found = link
+    return found
 
 
 def _was_never_sent(error: Exception) -> bool:

@@ -102,22 +102,28 @@ class _Keeper:
         self._doubts: set[str] = set()  # whose failures looked like one
         self._running: set[Future[KeepAliveOutcome]] = set()
         self._is_left = False  # nobody wants the rest
+        self._trouble: Exception | None = None  # with the auth objects
         self._process = os.getpid()
 
     def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
         try:
-            try:
-                for auth in map(_check, auths):
-                    yield from self._step(auth)
-            except Exception:
-                yield from self._rest()
-                raise
+            for auth in self._check_each(auths):
+                yield from self._step(auth)
             yield from self._rest()
+            if self._trouble is not None:
+                raise self._trouble
         finally:
             self._is_left = True
             if self._process == os.getpid():  # a forked child has none of these threads
                 wait(self._running)
+
+    def _check_each(self, auths: Iterator[Auth[Any]]) -> Iterator[Auth[Any]]:
+        """Go on until the first is wrong. What came of those before it is told before that."""
+        try:
+            yield from map(_check, auths)
+        except Exception as error:
+            self._trouble = error
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:

@@ -34,11 +34,12 @@ def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
     try:
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)
         thread.start()
-    except RuntimeError as error:
-        if thread is None or (thread.ident is None and thread not in threading.enumerate()):
+    except (RuntimeError, KeyError) as error:
+        if (thread is None or thread.ident is None) and type(error) is RuntimeError and "thread" in str(error):
             return False
-        # An interrupt while `start` waits for the thread is hidden by a complaint about a lock.
-        raise ((error.__context__ if "lock" in str(error) else None) or error) from None
+        # An interrupt of `start` is hidden by what that complains about then: a lock, or that the thread has begun.
+        is_hidden = isinstance(error, KeyError) or "lock" in str(error)
+        raise ((error.__context__ if is_hidden else None) or error) from None
     return True
 
 

@@ -982,17 +982,18 @@ class TimeLimitError(Exception):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
 @pytest.mark.parametrize("with_cache", [False, True])
 @pytest.mark.parametrize("lent", [False, True])
-def test_signal_handler_raises(kuzzle, lent, with_cache):
+@pytest.mark.parametrize("kind", [TimeLimitError, TimeoutError, ConnectionError])
+def test_signal_handler_raises(kuzzle, lent, with_cache, kind):
     """What a signal handler raises is no lost answer: it ends the call, and nothing is sent again."""
 
     def end(*_):
-        raise TimeLimitError
+        raise kind
 
     kuzzle.delay_next(1)
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
-        with requests.Session() as session, pytest.raises(TimeLimitError):
+        with requests.Session() as session, pytest.raises(kind) as caught:
             refresh_kuzzle_token(
                 kuzzle.url,
                 kuzzle.login(ago=1800),
@@ -1002,6 +1003,7 @@ def test_signal_handler_raises(kuzzle, lent, with_cache):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert type(caught.value) is kind
     assert len(kuzzle.requests) == 1
 
 

@@ -38,6 +38,7 @@ from refresher import (
     FileStore,
     InvalidArgumentError,
     KuzzleAuth,
+    MemoryStore,
     OutcomeUnknownError,
     RefreshError,
     RefreshEvent,
@@ -931,6 +932,7 @@ def test_keep_alive_that_is_interrupted(kuzzle, monkeypatch):
     assert [each.outcome for each in keep_alive(auths)] == ["refreshed"]
 
 
+@pytest.mark.parametrize("complaint", [RuntimeError("release unlocked lock"), KeyError("thread")])
 @pytest.mark.parametrize(
     "work",
     [
@@ -939,8 +941,8 @@ def test_keep_alive_that_is_interrupted(kuzzle, monkeypatch):
         pytest.param(lambda auth, *_: list(keep_alive([auth])), id="keep_alive"),
     ],
 )
-def test_interrupt_while_a_thread_starts(kuzzle, monkeypatch, tmp_path, work):
-    """It is raised, though `Thread.start` hides it if it hits a lock, and nothing is done twice."""
+def test_interrupt_while_a_thread_starts(kuzzle, monkeypatch, tmp_path, work, complaint):
+    """It is raised, though `Thread.start` hides it if it hits a lock or comes late, and nothing is done twice."""
     truly, threads = threading.Thread.start, []
 
     def start(thread):
@@ -950,7 +952,7 @@ def test_interrupt_while_a_thread_starts(kuzzle, monkeypatch, tmp_path, work):
             try:
                 raise KeyboardInterrupt
             finally:
-                raise RuntimeError("release unlocked lock")
+                raise complaint
 
     jwt = kuzzle.login(ago=3595)
     auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(FileStore(tmp_path)))
@@ -962,6 +964,44 @@ def test_interrupt_while_a_thread_starts(kuzzle, monkeypatch, tmp_path, work):
     assert caught.value.__suppress_context__
 
 
+class TimeLimitError(Exception):
+    """What a signal handler raises, as Celery's at a task's time limit."""
+
+
+def test_keep_alive_at_a_time_limit(kuzzle, monkeypatch):
+    """It ends at once: nothing is waited for, or told, that came meanwhile."""
+    outcomes = []
+
+    def end(*_, **__):
+        monkeypatch.undo()
+        raise TimeLimitError
+
+    auths = [KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache()) for _ in range(2)]
+    monkeypatch.setattr(_keeper._Keeper, "_look", lambda keeper, auth: end() if keeper._running else None)
+    with pytest.raises(TimeLimitError):
+        outcomes.extend(keep_alive(auths))
+    assert outcomes == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_time_limit_in_the_callers_thread(kuzzle, monkeypatch, number):
+    """It is neither a wrong argument nor an error of the store, whichever of its commands it hits."""
+    get, numbers = MemoryStore.get, itertools.count(1)
+
+    def end(*arguments):
+        if next(numbers) == number:
+            raise TimeLimitError
+        return get(*arguments)
+
+    cache, jwt = TokenCache(), kuzzle.login(ago=1800)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, jwt, cache=cache)
+    monkeypatch.setattr(MemoryStore, "get", end)
+    with pytest.raises(TimeLimitError):
+        _ = refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) if number == 1 else auth.jwt
+
+
 def test_keep_alive_without_threads(kuzzle, monkeypatch):
     """Where no thread can be started, as at the end of a process, it refreshes all the same."""
 
@@ -969,7 +1009,7 @@ def test_keep_alive_without_threads(kuzzle, monkeypatch):
 
     def start(thread):
         if thread.name == "refresher":
-            raise RuntimeError
+            raise RuntimeError("can't start new thread")
         truly(thread)
 
     auths = [KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache())]
