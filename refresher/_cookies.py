@@ -55,7 +55,7 @@ def keep(
     """
     there = _cookies_for(session, url, name)
     value_there = hide(there[0].reveal().value) if there else None
-    if value_there is not None and not is_old(value_there):
+    if value_there is not None and (value_there == value or not is_old(value_there)):
         return
     path, domain = there[0].reveal().path if there else "/", _host(url)
     details: Any = {"domain": domain, "path": path, "secure": any(old.reveal().secure for old in there)}

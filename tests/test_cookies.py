@@ -153,6 +153,15 @@ def test_cookie_of_a_second_sign_in():
             assert [cookie.value for cookie in session.cookies] == [new]
 
 
+def test_jar_is_left_alone():
+    """If the newest token is there nothing is put there: a cookie that comes just then stays."""
+    with FakeKuzzle() as kuzzle, requests.Session() as session:
+        session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1")
+        token = refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session)
+        session.cookies.set_cookie = pytest.fail
+        assert refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session) == token
+
+
 class Busy(requests.cookies.RequestsCookieJar):
     """A jar yields None for a cookie that another thread has just removed, if one looks without its lock."""
 
