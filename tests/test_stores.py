@@ -494,9 +494,17 @@ class Shelf:
         """Make it."""
 
 
+class Coroutines(MemoryStore):
+    """A store for asyncio."""
+
+    async def get(self, key):
+        """Return an entry."""
+
+
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
+        pytest.param(Coroutines(), "its methods must not be async", id="asyncio"),
         pytest.param("/planted", "use TokenCache(FileStore(path))", id="path as text"),
         pytest.param(Path("/planted"), "use TokenCache(FileStore(path))", id="path"),
         pytest.param(Hub(), "use TokenCache(RedisStore(client))", id="client"),

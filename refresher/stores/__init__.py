@@ -14,6 +14,7 @@ who can read a store can use them, unless an `EncryptedStore` encrypts them.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast, runtime_checkable
 
@@ -91,8 +92,11 @@ def check_store(value: object) -> Store:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
     missing = [name for name in _METHODS if not hasattr(value, name)]  # also found by a __getattr__, as of a proxy
+    is_async = any(inspect.iscoroutinefunction(getattr(value, name, None)) for name in _METHODS)
     if isinstance(value, type):
         hint = "use an instance of this class, such as MemoryStore()"
+    elif is_async:
+        hint = "its methods must not be async"
     elif not missing:
         return cast("Store", value)
     elif isinstance(value, (str, os.PathLike)):
