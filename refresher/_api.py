@@ -146,6 +146,7 @@ def _in_cookie_mode(
     token: KuzzleToken = _answer(None, cache, jar, kuzzle, *attempts, url, found, *options, *modes)
 
     def is_old(cookie: Secret[str]) -> bool:
+        """Whether a cookie was there before, or has a token that was spent meanwhile."""
         shared = reveal(cache)
         if cookie == there or shared is None:
             return cookie == there

@@ -46,8 +46,8 @@ def keep(
     """
     Put a cookie for the host of *url* into the session's jar, in place of that of its *name* which is sent there first.
 
-    If the value there is none that *is_old*, it stays: somebody has signed in or out meanwhile, or another thread was
-    faster.
+    What is there stays unless *is_old* says that it has been replaced: somebody has signed in or out meanwhile, or
+    another thread was faster.
 
     What is for more paths than that one may be another service's, behind the same proxy. The new one expires in the
     year 2100: a jar whose clock is ahead would drop what may be the only copy of a token, and one that is saved would
