@@ -90,9 +90,10 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _find(self, sign_in: _SignIn[_Token]) -> Credential[_Token] | None:
         """Return what a sign-in has led to. It may have been idle for days, while others refreshed the session."""
-        if sign_in.credential is not None and sign_in.chain is not None:
-            self._cache._ledger.connect(sign_in.credential, sign_in.chain)
-        return sign_in.credential
+        credential = sign_in.credential
+        if credential is not None and sign_in.chain is not None:
+            self._cache._ledger.connect(credential, sign_in.chain)
+        return credential
 
     def _set(self, credential: Credential[_Token] | None) -> None:
         self._sign_in = _SignIn(credential)
