@@ -42,6 +42,7 @@ def _answer(
 ) -> Any:
     """Return the answer to a call, which is checked unless that was done."""
     if isinstance(call, BaseException):
+        check_call(service, *arguments)  # it may come of one that is wrong
         raise call
     call = call or check_call(service, *arguments)
     service.check.need(isinstance(reveal(cache), TokenCache | None), "cache", "must be a TokenCache or None")

@@ -314,7 +314,9 @@ def _links(error: BaseException) -> Iterator[BaseException]:
 
 def _of_signal(error: BaseException) -> BaseException | None:
     """Return what a signal handler raised, which may look like an error of the network, if that is behind an error."""
-    codes = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
+    handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
+    functions: list[Any] = [getattr(each, "func", each) for each in handlers]  # of a functools.partial
+    codes = [getattr(each, "__code__", None) or getattr(type(each).__call__, "__code__", None) for each in functions]
     found = None
     for link in _links(error):
         if any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
@@ -422,8 +424,11 @@ class _Connection(_Base):  # type: ignore[misc]
         # keeps to its time, and mostly answers sooner than a thread starts.
         if type(self) is _patient(HTTPConnectionPool.ConnectionCls) and is_ipv4_address(self.host):
             limit, self.timeout = self.timeout, _timeout(min(call.remaining(), _AT_ONCE))
-            with contextlib.suppress(ConnectTimeoutError):
+            try:
                 return super().connect()
+            except ConnectTimeoutError as error:
+                if isinstance(error, NewConnectionError) or _of_signal(error) is not None:
+                    raise
             self.timeout = limit
         return _watched(connect, call.remaining)
 

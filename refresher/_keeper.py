@@ -12,7 +12,7 @@ import attrs
 
 from ._cache import TokenCache
 from ._system import work_aside
-from ._text import hide, hide_all, number, reveal
+from ._text import Secret, hide_all, number, reveal
 from .auth import Auth
 from .errors import (
     InvalidArgumentError,
@@ -102,28 +102,21 @@ class _Keeper:
         self._doubts: set[str] = set()  # whose failures looked like one
         self._running: set[Future[KeepAliveOutcome]] = set()
         self._is_left = False  # nobody wants the rest
-        self._trouble: Exception | None = None  # with the auth objects
         self._process = os.getpid()
 
     def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
         try:
-            for auth in self._check_each(auths):
-                yield from self._step(auth)
+            for hidden in map(Secret, auths):
+                if not isinstance(hidden.reveal(), Auth):  # it may be a token
+                    yield from self._rest()
+                    raise InvalidArgumentError(_WRONG)
+                yield from self._step(hidden.reveal())
             yield from self._rest()
-            if self._trouble is not None:
-                raise self._trouble
         finally:
             self._is_left = True
             if self._process == os.getpid():  # a forked child has none of these threads
                 wait(self._running)
-
-    def _check_each(self, auths: Iterator[Auth[Any]]) -> Iterator[Auth[Any]]:
-        """Go on until the first is wrong. What came of those before it is told before that."""
-        try:
-            yield from map(_check, auths)
-        except Exception as error:
-            self._trouble = error
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
@@ -216,12 +209,3 @@ class _Keeper:
                 failure = error
         seconds = runtime.steady() - began
         return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=seconds, error=failure)
-
-
-def _check(auth: Any) -> Auth[Any]:
-    """Complain about what is no auth object, and might be a token."""
-    auth = hide(auth)
-    if not isinstance(reveal(auth), Auth):
-        raise InvalidArgumentError(_WRONG)
-    found: Auth[Any] = reveal(auth)
-    return found

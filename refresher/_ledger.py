@@ -27,6 +27,7 @@ _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
 LEAP = 2**20  # generations: no process is ahead or behind by so many
+_LED = 1.25 * _rules.DAY  # how long a spent token leads to the newest, in seconds
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -144,6 +145,7 @@ class Ledger:
         key = self._aliases.get(own) or own
         chain = self.chains.get(key)
         is_recent = self.runtime.steady() - (self._looked_at.get(key) or -math.inf) <= _rules.TRUSTED
+        is_recent = is_recent and not (chain and self._is_to_be_led(own, chain))
         if self.is_local and (self.store.get(key) != chain.text if chain else not is_recent):
             return self.look(credential)[0], True
         return chain or Chain(key=key), is_recent or self.is_local
@@ -296,11 +298,10 @@ class Ledger:
                     if found is not None or alias != each:
                         key = alias
                         self._aliases.put(own, key)
-        self._looked_at.put(key, now := self.runtime.steady())
-        is_spent = found is not None and found.newest is not None and own not in (key, *found.newest.keys)
-        if is_spent and now - (self._led_at.get(own) or -math.inf) > _rules.DAY / 4:
-            self._led_at.put(own, now)
-            self._lead(credential, key)
+        self._looked_at.put(key, self.runtime.steady())
+        if found is not None and self._is_to_be_led(own, found):
+            self._led_at.put(own, self.runtime.steady())
+            self.runtime.start(functools.partial(self._lead_again, credential, key))  # a store that reads may hang then
         known = self.chains.get(key)
         current = found if found is not None and (known is None or found.generation >= known.generation) else known
         if current is not None and (other := self._other(current)) is not None:  # before it is forgotten
@@ -488,9 +489,19 @@ class Ledger:
         self.delete(f"{spent.keys[0]}-attempt")
         self._lead(spent, chain)
 
+    def _is_to_be_led(self, own: str, chain: Chain[Any]) -> bool:
+        """Whether somebody uses a spent credential which the store may forget in the next day."""
+        is_spent = chain.newest is not None and own not in (chain.key, *chain.newest.keys)
+        return is_spent and self.runtime.steady() - (self._led_at.get(own) or -math.inf) > _LED / 5
+
+    def _lead_again(self, spent: Credential[Any], chain: str) -> None:
+        self._lead(spent, chain)
+        self.close()
+
     def _lead(self, spent: Credential[Any], chain: str) -> None:
-        """Let a spent credential lead to its chain for one more day."""
-        seconds = _GONE if chain in spent.keys else _rules.DAY  # the first token is the one that people keep
+        """Let a spent credential lead to its chain for one more day, and what may pass until it is led again."""
+        self._led_at.put(spent.keys[0], self.runtime.steady())
+        seconds = _GONE if chain in spent.keys else _LED  # the first token is the one that people keep
         for key in sorted({*spent.keys} - {chain}):
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)
             self.ask("cannot be written", self.store.set, *entry)

@@ -244,8 +244,8 @@ class Auth(AuthBase, Generic[_Token]):
     ) -> Credential[_Token]:
         """Go on with the newest token of a sign-in."""
         last = first if newest.secret == first.secret else first.following(newest.token)
+        sign_in.chain = self._cache._ledger.recall(first)[0].key
         if last is not first and sign_in.credential is first:
-            sign_in.chain = self._cache._ledger.recall(first)[0].key
             sign_in.credential, sign_in.unsaved = last, last.token
         return last
 

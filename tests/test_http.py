@@ -1007,6 +1007,41 @@ def test_signal_handler_raises(kuzzle, lent, with_cache, kind):
     assert len(kuzzle.requests) == 1
 
 
+class Handler:
+    """A signal handler of another kind than a function."""
+
+    def __call__(self, *_):
+        raise TimeoutError
+
+    def end(self, *_):
+        raise TimeoutError
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
+@pytest.mark.parametrize("handler", [Handler(), Handler().end, functools.partial(Handler.end, None)])
+@pytest.mark.parametrize("seconds", [0.05, 0.2])
+def test_signal_handler_while_it_connects(full, handler, seconds):
+    """It ends the call, too, of whatever kind the handler is."""
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(TimeoutError):
+            post(f"http://{full}", connect=5, depart=never)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_address_that_refuses(kuzzle, monkeypatch):
+    """It is tried once."""
+    tried, connect = [], socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda sock, address: tried.append(address) or connect(sock, address))
+    kuzzle.stop()
+    with pytest.raises(UnavailableError, match="Connection refused"):
+        post(kuzzle.url)
+    assert len(tried) == 1
+
+
 def test_largest_body(kuzzle):
     """1 MiB is still an answer."""
     kuzzle.next_answers.append(Answer(200, b" " * 2**20))

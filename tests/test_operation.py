@@ -983,6 +983,33 @@ def test_keep_alive_at_a_time_limit(kuzzle, monkeypatch):
     assert outcomes == []
 
 
+def test_keep_alive_of_what_cannot_be_read(kuzzle):
+    """What the sessions come from may fail: that is told at once, not when all that is under way is done."""
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=0.5))
+
+    def read():
+        yield KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache())
+        raise LookupError
+
+    outcomes = []
+    with pytest.raises(LookupError):
+        outcomes.extend(keep_alive(read()))
+    assert outcomes == []
+
+
+class Lazy:
+    """What stands in for a value that cannot be had."""
+
+    def __hash__(self):
+        raise LookupError
+
+
+def test_argument_that_cannot_be_hashed(kuzzle):
+    """It is named, as any that is wrong."""
+    with pytest.raises(InvalidArgumentError, match=r"^url must"):
+        refresh_kuzzle_token(Lazy(), kuzzle.login(ago=1800))
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_time_limit_in_the_callers_thread(kuzzle, monkeypatch, number):
     """It is neither a wrong argument nor an error of the store, whichever of its commands it hits."""
