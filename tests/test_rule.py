@@ -2307,8 +2307,9 @@ def test_holder_that_ends_right_after_its_answer(kuzzle, clock, store, cache, ro
         assert waiting.result() == token
 
 
-def test_lock_of_a_holder_that_refreshes_again(kuzzle, clock, root):
+def test_lock_of_a_holder_that_refreshes_again(kuzzle, clock, root, monkeypatch):
     """Who has waited for a lock until the end of one token waits for the next one, too: its holder is at work."""
+    monkeypatch.setattr(_rules, "ONE_EXCHANGE", 1.0)
     cache = TokenCache(store := SharedStore(clock), clock=clock)
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     tries, sent = [], []
@@ -2319,6 +2320,7 @@ def test_lock_of_a_holder_that_refreshes_again(kuzzle, clock, root):
             if len(tries) == 2:  # the holder has an answer, and a while goes by
                 newest = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
                 clock.advance(HOUR - 2)
+                time.sleep(1.1)
                 sent.append(newest)
             return 5.0 if len(tries) < 5 else super().acquire(key, owner, lease)
 
