@@ -23,8 +23,9 @@ class EncryptedStore:
     """
     Entries of another store, encrypted by Fernet. Locks and the names of entries pass through as they are.
 
-    An entry that can't be decrypted, or that was written under another name, counts as missing, but nobody is told to
-    sign in as long as it's there. A warning is logged for the first one. Needs ``refresher[crypto]``.
+    An entry that can't be decrypted, since it was written with another key, without one or under another name, counts
+    as missing, but nobody is told to sign in as long as it's there. A warning is logged for the first one. To begin
+    with encryption, get the newest tokens, and go on with those in an empty store. Needs ``refresher[crypto]``.
 
     Args:
         store: Where the entries are kept.
