@@ -9,7 +9,6 @@ import io
 import logging
 import os
 import re
-import signal
 import socket
 import ssl
 import threading
@@ -32,7 +31,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from . import __version__
-from ._system import work_aside
+from ._system import is_of_signal, work_aside
 from ._text import reveal
 from .services import LOST, UNREACHED, Reply, Request, failure
 
@@ -314,14 +313,8 @@ def _links(error: BaseException) -> Iterator[BaseException]:
 
 def _of_signal(error: BaseException) -> BaseException | None:
     """Return what a signal handler raised, which may look like an error of the network, if that is behind an error."""
-    handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
-    functions: list[Any] = [getattr(each, "func", each) for each in handlers]  # of a functools.partial
-    codes = [getattr(each, "__code__", None) or getattr(type(each).__call__, "__code__", None) for each in functions]
-    found = None
-    for link in _links(error):
-        if any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
-            found = link
-    return found
+    found = [*filter(is_of_signal, _links(error))]
+    return found[-1] if found else None
 
 
 def _was_never_sent(error: Exception) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -30,17 +33,27 @@ def read_boot() -> str | None:
 
 def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
     """Run *work* in a thread, in the context of this one. Return whether there is one: there may be too many."""
-    thread = None
+    outer, thread = sys.exception(), None
     try:
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)
         thread.start()
     except (RuntimeError, KeyError) as error:
-        if (thread is None or thread.ident is None) and type(error) is RuntimeError and "thread" in str(error):
+        if is_of_signal(error):
+            raise
+        if (thread is None or thread.ident is None) and "thread" in str(error):
             return False
         # An interrupt of `start` is hidden by what that complains about then: a lock, or that the thread has begun.
-        is_hidden = isinstance(error, KeyError) or "lock" in str(error)
-        raise ((error.__context__ if is_hidden else None) or error) from None
+        hidden = error.__context__
+        raise (error if hidden is None or hidden is outer else hidden) from None
     return True
+
+
+def is_of_signal(error: BaseException) -> bool:
+    """Whether a signal handler of Python's raised an error, whatever that looks like."""
+    handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
+    functions: list[Any] = [getattr(each, "func", each) for each in handlers]  # of a functools.partial
+    codes = [getattr(each, "__code__", None) or getattr(type(each).__call__, "__code__", None) for each in functions]
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def fill(outcome: Future[_T], work: Callable[[], _T]) -> None:

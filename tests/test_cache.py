@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -356,6 +357,25 @@ def test_handler_that_raises_while_a_thread_starts(monkeypatch):
     except ValueError:
         with pytest.raises(TimeLimitError):
             refresher._system.start_thread(done.set, daemon=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("deadlock"), RuntimeError("thread limit"), KeyError("limit")])
+def test_handler_whose_error_looks_like_one_of_threads(monkeypatch, error):
+    """It is raised nevertheless, and not what the caller was handling."""
+
+    def end(*_):
+        raise error
+
+    before = signal.signal(signal.SIGTERM, end)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: signal.raise_signal(signal.SIGTERM))
+    try:
+        raise ValueError
+    except ValueError:
+        with pytest.raises(type(error)) as caught:
+            refresher._system.start_thread(int, daemon=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value is error
 
 
 def test_interpreter_without_daemon_threads(monkeypatch):

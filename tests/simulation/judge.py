@@ -198,6 +198,7 @@ def answered(world: World, process: Process, session: Session, request: Request,
     ):
         return
     machine = process.machine
+    session.refused.append((machine.offset, world.time))
     key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
     if not session.signed_out or -1.0 < session.left() < last_moments(session.newest, process.ahead) + 1.5:
         return
@@ -207,7 +208,10 @@ def answered(world: World, process: Process, session: Session, request: Request,
     times = session.refusals.setdefault(key, [])
     times.append(world.time)
     for before, after, pause in zip(times, times[1:], PAUSES, strict=False):
-        if _rules.SETTLED + 0.5 < after - before < pause - 1:  # until then it may be no verdict yet
+        # A verdict of a machine whose clock is far off takes the place of this one's, and is not believed here.
+        theirs = [when for offset, when in session.refused if abs(offset - machine.offset) > _rules.CLOCKS_DIFFER]
+        is_replaced = any(before - 2 * _rules.SETTLED < when < after for when in theirs)
+        if not is_replaced and _rules.SETTLED + 0.5 < after - before < pause - 1:  # until then it may be no verdict yet
             world.violated("a dead session is asked about", f"{session.user}: {after - before:.0f} s after")
 
 

@@ -35,6 +35,7 @@ class Session:
         self.by_user_id = False  # whether its callers name the user, and not the user token
         self.calls: list[Any] = []
         self.refusals: dict[Any, list[float]] = {}  # by credential
+        self.refused: list[tuple[float, float]] = []  # on machines with which clocks, and when
         self.signed_out = self.judged = False
         self.is_leaving = False  # whether its user wants to sign out
         self.must_stay = False  # whether its service has refused to sign it out
