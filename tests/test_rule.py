@@ -1420,6 +1420,21 @@ def test_later_token_that_is_used_once_a_day(kuzzle, clock, moved, soon):
         settle()
 
 
+def test_later_token_while_the_store_is_down(kuzzle, clock):
+    """Memory is trusted for half a second, as with any token."""
+    store = SharedStore(clock)
+    cache = TokenCache(store)
+    later = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache).jwt
+    newest = refresh_kuzzle_token(kuzzle.url, later, expires_in="9h", cache=cache)
+    cache._ledger._led_at.clear()  # as if that was hours ago
+    store.is_down = True
+    assert refresh_kuzzle_token(kuzzle.url, later, cache=cache) == newest
+    settle()
+    commands = store.commands
+    assert refresh_kuzzle_token(kuzzle.url, later, cache=cache) == newest
+    assert store.commands == commands > 0
+
+
 def test_store_that_reads_and_does_not_write(kuzzle, clock):
     """To lead a token to its session again is nothing that a call waits for."""
     store, go_on = SharedStore(clock), threading.Event()
