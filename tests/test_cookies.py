@@ -190,12 +190,13 @@ def test_variables_of_cookies(monkeypatch):
 
     with FakeKuzzle() as kuzzle, requests.Session() as session:
         session.cookies.set("authToken", kuzzle.login("foo", ago=1800), domain="127.0.0.1")
+        tracer = sys.gettrace()  # of coverage
         sys.settrace(lambda frame, event, argument: look if frame.f_code.co_filename in files else None)
         try:
             for _ in range(2):
                 refresh_kuzzle_token(kuzzle.url, cookie_auth=True, session=session)
         finally:
-            sys.settrace(None)
+            sys.settrace(tracer)
         assert {("keep", "there"), ("_cookies_for", "numbered"), ("_in_cookie_mode", "there")} <= seen.keys()
         assert [where for where, shown in seen.items() if "eyJ" in shown] == []
 
