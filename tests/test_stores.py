@@ -1843,6 +1843,17 @@ def test_entry_that_two_write_at_once(monkeypatch, is_first):
             store.set(key, "ours", 60)
 
 
+@pytest.mark.parametrize("other", ["worker%", "worker_1", "1", "WORKER-1"])
+def test_owners_of_a_lock_that_are_alike(other):
+    """An owner is told by its whole name: none of its signs means more than itself."""
+    store, key = DjangoStore("sqlite"), os.urandom(32).hex()
+    assert store.acquire(key, "worker-1" if other != "1" else "worker 1", 5.0) == 0.0
+    assert store.acquire(key, other, 5.0) == 5.0
+    assert not store.renew(key, other, 5.0)
+    store.release(key, other)
+    assert store.acquire(key, "another", 5.0) == 5.0
+
+
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows cannot set the zone of a process")
 def test_lock_while_local_time_is_set(monkeypatch):
     """It lasts for as long as its lease, also where a database has local times."""

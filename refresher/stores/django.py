@@ -199,7 +199,7 @@ class _DatabaseStore:
 
     def acquire(self, key: str, owner: str, lease: float, /) -> float:
         row = _lock(owner, lease), _tomorrow(), self._name(f"{key}:lock")
-        if not self._run(_UPDATE + " AND ({value} LIKE %s OR {value} < %s)", *row, f"% {owner}", _lock())[0]:
+        if not self._run(_UPDATE + " AND (SUBSTR({value}, 20) = %s OR {value} < %s)", *row, owner, _lock())[0]:
             try:
                 self._run(_INSERT, *row)
             except IntegrityError:
@@ -208,11 +208,11 @@ class _DatabaseStore:
 
     def renew(self, key: str, owner: str, lease: float, /) -> bool:
         row = _lock(owner, lease), _tomorrow(), self._name(f"{key}:lock")
-        return bool(self._run(_UPDATE + " AND {value} LIKE %s AND {value} > %s", *row, f"% {owner}", _lock())[0])
+        return bool(self._run(_UPDATE + " AND SUBSTR({value}, 20) = %s AND {value} > %s", *row, owner, _lock())[0])
 
     def release(self, key: str, owner: str, /) -> None:
-        statement = "DELETE FROM {table} WHERE {cache_key} = %s AND {value} LIKE %s"
-        self._run(statement, self._name(f"{key}:lock"), f"% {owner}")
+        statement = "DELETE FROM {table} WHERE {cache_key} = %s AND SUBSTR({value}, 20) = %s"
+        self._run(statement, self._name(f"{key}:lock"), owner)
 
     def _name(self, key: str) -> str:
         return str(self._cache.make_and_validate_key(_PREFIX + key))
@@ -340,7 +340,7 @@ request_finished.connect(_close_caches)
 
 
 def _lock(owner: str = "", lease: float = 0.0) -> str:
-    """Write a lock down: when it ends, in digits that sort like the time, and whose it is."""
+    """Write a lock down: when it ends, in 18 digits that sort like the time, a space, and whose it is."""
     return f"{time.time() + min(lease, LONGEST_LEASE):018.6f} {owner}"
 
 
