@@ -717,6 +717,17 @@ def test_wrong_key(kuzzle, root, which):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(EncryptedStore(store, keys[0]))) == token
 
 
+def test_key_that_others_have_changed(kuzzle, root):
+    """What this process knows of a session is told, though it cannot read what the store has of it by now."""
+    store, (ours, theirs) = MemoryStore(), (Fernet.generate_key() for _ in range(2))
+    cache = TokenCache(EncryptedStore(store, ours))
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    names = store.keys()
+    for name in names:
+        EncryptedStore(store, theirs).set(name, "{}", 99)
+    assert cache.peek(kuzzle.url, root).state == "fresh"
+
+
 @pytest.mark.parametrize("how", ["forget", "clear"])
 def test_forgotten_tokens_are_gone(kuzzle, cache, root, how):
     """A cache holds no token that it has forgotten."""
