@@ -166,7 +166,7 @@ class TokenCache:
                     _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
                     return valid
                 raise _own(outcome)
-            has_expired = left.most <= 0 < (chain.lifetime or 0.0)  # while its writing down was waited for
+            has_expired = left.most <= 0 < chain.lifetime  # while its writing down was waited for
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
                 return outcome if valid is None or wanted else valid  # another flight may have been faster
             if valid is not None and self._runtime.steady() >= soon:

@@ -485,7 +485,7 @@ class Flight(Patience, Generic[T]):
         ledger = self._ledger
         requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
-        if spend.idempotency_key and lifetime is not None and successor.expiry is not None:
+        if spend.idempotency_key and successor.expiry is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
             left = successor.expiry - ledger.observed.service_now(spend.scope)[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)

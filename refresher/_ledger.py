@@ -385,18 +385,17 @@ class Ledger:
         return is_saved
 
     def _save(self, chain: Chain[Any]) -> None:
-        began, newest = self.runtime.steady(), chain.newest
+        began, newest, seconds = self.runtime.steady(), chain.newest, math.ceil(max(1.0, self._seconds(chain)))
         there, has_ended = self._find(chain)
         if newest is not None and has_ended and there > chain.generation:
             self.orphans[newest.keys[0]] = newest
         if newest is not None and there <= chain.generation:
             # Before the chain: whoever reads its newest token finds the way back.
-            seconds = _rules.FOREVER if newest.refreshable_for is None else newest.refreshable_for
             alias = _rules.write_alias(chain.key, newest)
             for key in sorted({*newest.keys} - {chain.key}):
-                self.store.set(f"{key}-alias", alias, math.ceil(min(seconds, _rules.FOREVER) + _rules.DAY))
+                self.store.set(f"{key}-alias", alias, seconds)
         if there < chain.generation:
-            self.store.set(chain.key, str(chain.text), math.ceil(max(1.0, self._seconds(chain))))
+            self.store.set(chain.key, str(chain.text), seconds)
             if newest is not None and self.runtime.steady() - began > _rules.TRUSTED:
                 self._look_back(chain, newest)
                 known = self.chains.get(chain.key)
@@ -427,8 +426,6 @@ class Ledger:
         """Return for how long a chain is worth remembering."""
         if chain.newest is None or chain.requested is None:
             return _GONE  # it was forgotten, and what others remember of it must not count
-        if chain.newest.refreshable_for is None:
-            return _rules.FOREVER
         age = chain.requested.age(self.now()) or 0.0
         return min(chain.newest.refreshable_for, _rules.FOREVER) + _rules.DAY - age
 
@@ -441,12 +438,13 @@ class Ledger:
 
     def adopt(self, chain: Chain[T], spend: Credential[T]) -> bool:
         """Go on where another chain did that began with a credential of this one, when an alias was lost."""
-        key = spend.keys[0]
+        if (key := spend.keys[0]) == chain.key:
+            return False
         other = self.chains.get(key) or self.ask("cannot be read", self._read, key, spend)[0]
         if other is None and (text := self.ask("cannot be read", self._text, f"{key}-alias")[0]) is not None:
             alias = _rules.read_alias(text, spend) or chain.key  # two chains may have been one
             other = None if alias == chain.key else self.ask("cannot be read", self._read, alias, spend)[0]
-        if key == chain.key or other is None or other.newest is None or other.newest.keys[0] == key:
+        if other is None or other.newest is None or other.newest.keys[0] == key:
             return False
         self.keep(attrs.evolve(other, key=chain.key, generation=chain.generation + 1))
         return True

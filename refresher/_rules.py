@@ -89,7 +89,7 @@ class Chain(Generic[T]):
         requested: When the newest token was asked for.
         took: Seconds until it arrived.
         asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
-        lifetime: Seconds it is valid for, from when it was asked for. None means for ever.
+        lifetime: Seconds it is valid for, from when it was asked for.
         has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
         text: The store's entry.
     """
@@ -100,15 +100,13 @@ class Chain(Generic[T]):
     requested: Instant | None = None
     took: float = 0.0
     asked_for: float | None = None
-    lifetime: float | None = None
+    lifetime: float = 0.0
     has_ended: bool = False
     text: str | None = attrs.field(default=None, repr=False)
 
     def covers(self, requested: float | None) -> bool:
         """Whether its newest token was requested with the lifetime that a call asks for, or more."""
-        if requested is None or self.lifetime is None:
-            return True
-        return requested <= (self.lifetime + 1 if self.asked_for is None else self.asked_for)
+        return requested is None or requested <= (self.lifetime + 1 if self.asked_for is None else self.asked_for)
 
     def with_text(self) -> Chain[T]:
         """Write down what the store has of it."""
@@ -117,7 +115,7 @@ class Chain(Generic[T]):
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
             entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
-            entry |= {"lifetime": self.lifetime}
+            entry |= {"lifetime": None if self.lifetime == math.inf else self.lifetime}
         return attrs.evolve(self, text=json.dumps(entry))
 
 
@@ -140,7 +138,6 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
             names = "took", "asked_for", "lifetime"
             took, asked_for, lifetime = (number(entry.reveal().get(name)) for name in names)
             newest = credential.following(credential.read(entry.reveal()["token"]))
-            most = newest.lifetime
             return Chain(
                 key=key,
                 generation=generation,
@@ -148,7 +145,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
                 requested=Instant.read(entry.reveal()["requested"]),
                 took=min(max(took or 0.0, 0.0), DAY),
                 asked_for=math.inf if asked_for == -1 else asked_for,
-                lifetime=None if most is None else max(0.0, min(most, math.inf if lifetime is None else lifetime)),
+                lifetime=max(0.0, min(newest.lifetime, math.inf if lifetime is None else lifetime)),
                 text=text,
             )
     except (KeyError, TypeError, AttributeError):
@@ -253,19 +250,17 @@ class Left:
 NOTHING_LEFT = Left(-math.inf, -math.inf)
 
 
-def left_here(lifetime: float | None, requested: Instant, now: Instant, age: float) -> Left:
+def left_here(lifetime: float, requested: Instant, now: Instant, age: float) -> Left:
     """
     Return how long a token is still valid that was asked for on this machine since it was started.
 
     A wall clock that was set may make it look old. Then it is refreshed early, which does no harm.
     """
-    if lifetime is None:
-        return Left(math.inf, math.inf)
     return Left(lifetime - max(age, now.wall - requested.wall), lifetime - age)
 
 
 def left_elsewhere(
-    lifetime: float | None,
+    lifetime: float,
     expiry: float | None,
     requested: Instant | None,
     now: Instant,
@@ -276,15 +271,13 @@ def left_elsewhere(
     Return how long a token is still valid that another machine asked for, or the caller. Wall clocks may be hours off.
 
     Args:
-        lifetime: Seconds it is valid for, from when it was asked for. None means for ever.
+        lifetime: Seconds it is valid for, from when it was asked for.
         expiry: When it expires, by the service's clock, if it says.
         requested: When it was asked for. None if nobody knows.
         now: The time.
         seen_for: Seconds since this process first saw it.
         service_now: The earliest and the latest that it may be by the service's clock, and whether that is certain.
     """
-    if lifetime is None:
-        return Left(math.inf, math.inf)
     most = lifetime - seen_for
     earliest, latest, is_certain = service_now
     if is_certain and expiry is not None:
@@ -298,9 +291,8 @@ def left_elsewhere(
     return Left(least, most if requested is None else least)
 
 
-def window(lifetime: float | None, key: str, ahead: float | None) -> float:
+def window(lifetime: float, key: str, ahead: float | None) -> float:
     """Return how long before its end a token is refreshed. It varies from token to token."""
-    lifetime = lifetime or 0.0
     if ahead is not None:
         return min(ahead, lifetime / 2)
     return min(WINDOW, lifetime / 10) * (1 - 0.6 * int(key[:8], 16) / 2**32)

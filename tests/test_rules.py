@@ -123,10 +123,9 @@ def test_covers(lifetime, asked_for, requested, expected):
 
 
 def test_infinite_token_covers_all():
-    """A token that is good for ever will do for everybody, and so will a chain without a token."""
+    """A token that is good for ever will do for everybody."""
     infinite = credential().following(KuzzleToken("foo", "kauth-x", None, None))
-    assert Chain(key="k", newest=infinite).covers(INF)
-    assert Chain(key="k").covers(INF)
+    assert Chain(key="k", newest=infinite, lifetime=INF).covers(INF)
 
 
 WRITTEN = Chain(key="k", generation=3, newest=newest(), requested=NOW, took=0.5, lifetime=3599.0)
@@ -142,7 +141,7 @@ def test_chain_is_read_back(asked_for):
 def test_infinite_chain_is_read_back():
     """A chain whose token is good for ever is read as it was written, too."""
     infinite = credential().following(KuzzleToken("foo", "kauth-x", None, None))
-    chain = attrs.evolve(WRITTEN, newest=infinite, lifetime=None).with_text()
+    chain = attrs.evolve(WRITTEN, newest=infinite, lifetime=INF).with_text()
     assert read("k", chain.text, credential()) == chain
 
 
@@ -446,7 +445,7 @@ def test_is_under_way(changes, age, expected):
 @pytest.mark.parametrize(
     ("lifetime", "wall", "age", "expected"),
     [
-        pytest.param(None, 1000, 10, Left(INF, INF), id="for ever"),
+        pytest.param(INF, 1000, 10, Left(INF, INF), id="for ever"),
         pytest.param(100, 1010, 10, Left(90, 90), id="the clocks agree"),
         pytest.param(100, 8210, 10, Left(-7110, 90), id="the wall clock was set forward"),
         pytest.param(100, -6000, 10, Left(90, 90), id="the wall clock was set back"),
@@ -465,7 +464,7 @@ NOBODY_KNOWS = -math.inf, -math.inf, False
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        pytest.param({"lifetime": None}, Left(INF, INF), id="for ever"),
+        pytest.param({"lifetime": INF}, Left(INF, INF), id="for ever"),
         pytest.param({}, Left(90, 90), id="only when it was first seen"),
         pytest.param({"expiry": 1050}, Left(50, 90), id="it tells, and the local clock may be wrong"),
         pytest.param({"expiry": 500}, Left(-500, 90), id="expired, or the local clock is ahead"),
@@ -519,11 +518,9 @@ def test_nothing_left():
         pytest.param(3600, "00000000ff", None, 60, id="a minute"),
         pytest.param(100, "00000000ff", None, 10, id="a tenth of a short life"),
         pytest.param(3600, "80000000ff", None, 42, id="less for some"),
-        pytest.param(None, "00000000ff", None, 0, id="never"),
         pytest.param(3600, "80000000ff", 600.0, 600, id="as told"),
         pytest.param(3600, "80000000ff", 0.0, 0, id="told to use all of it"),
         pytest.param(3600, "80000000ff", 9999.0, 1800, id="at most half a life"),
-        pytest.param(None, "80000000ff", 600.0, 0, id="told, and never"),
     ],
 )
 def test_window(lifetime, key, ahead, expected):

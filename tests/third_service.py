@@ -110,9 +110,9 @@ class HarborCredential:
         return {"X-Ticket": Secret(self.token.ticket)} if self.token else {}
 
     @property
-    def lifetime(self) -> float | None:
+    def lifetime(self) -> float:
         """For how many seconds its ticket is good."""
-        return self.token.seconds if self.token else None
+        return self.token.seconds if self.token else 0.0
 
     @property
     def expiry(self) -> float | None:

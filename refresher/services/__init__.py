@@ -174,12 +174,12 @@ class Credential(Protocol[T_co]):
         """The lifetime that is asked for its successor, in seconds. None if the service decides."""
 
     @property
-    def lifetime(self) -> float | None:
-        """For how many seconds it is valid, from when it was asked for. None means for ever."""
+    def lifetime(self) -> float:
+        """For how many seconds it is valid, from when it was asked for."""
 
     @property
-    def refreshable_for(self) -> float | None:
-        """For how many seconds it can be refreshed, from when it was asked for. None means for ever."""
+    def refreshable_for(self) -> float:
+        """For how many seconds it can be refreshed, from when it was asked for."""
 
     def key_for(self, anew: str, /) -> str | None:
         """Return the idempotency key to send. *anew* tells it from requests that were refused, if any were."""

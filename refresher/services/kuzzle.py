@@ -209,10 +209,10 @@ class KuzzleCredential:
         return claims(self.secret).exp
 
     @property
-    def lifetime(self) -> float | None:
+    def lifetime(self) -> float:
         """For how many seconds it is valid, from when it was asked for."""
         if self.token is None or self.token.ttl is None:
-            return None
+            return math.inf
         known = claims(self.secret).lifetime
         return self.token.ttl.total_seconds() if known is None else known
 

@@ -43,6 +43,7 @@ def search(first: int, schedules: int, *, stop: bool) -> int:
     """Play many schedules, and print what is wrong in them."""
     logging.getLogger("refresher").setLevel(logging.CRITICAL + 1)
     gc.disable()  # collected between schedules: what is collected must not run in the middle of one
+    gc.freeze()
     started, counts, played = time.perf_counter(), Counter[str](), 0
     found: dict[str, list[tuple[int, int, int, str, str]]] = {}
     for seed in range(first, first + schedules):

@@ -320,7 +320,7 @@ MUTANTS = [
     ),
     Mutant(
         "a longer lifetime is not asked for while a token is fresh",
-        (_RULES, "        if requested is None or self.lifetime is None:", "        if True:"),
+        (_RULES, "        return requested is None or requested <=", "        return True or requested <="),
     ),
     Mutant(
         "an expired pair of Circle's is handed out",
