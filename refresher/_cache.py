@@ -159,7 +159,7 @@ class TokenCache:
             newest, left, _, wanted = ledger.assess(chain, call)
             valid = newest if newest is not None and left.most > 0 and call.rejected != newest.headers else None
             if isinstance(outcome, RefreshError):
-                if not flight.is_for_all and flight.call is not call and valid is None:
+                if flight.call is not call and flight.is_for_one(outcome, call) and valid is None:
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
                 if valid is not None and outcome.spent is False and not (call.patient or is_wrong):
@@ -167,7 +167,8 @@ class TokenCache:
                     return valid
                 raise _own(outcome)
             has_expired = left.most <= 0 < chain.lifetime  # while its writing down was waited for
-            if outcome is not None and not has_expired and (flight.call is call or not wanted):
+            will_do = flight.call is call or not (wanted or (outcome and outcome.headers == call.rejected))
+            if outcome is not None and not has_expired and will_do:
                 return outcome if valid is None or wanted else valid  # another flight may have been faster
             if valid is not None and self._runtime.steady() >= soon:
                 return valid
@@ -312,7 +313,7 @@ class TokenCache:
         ledger = self._ledger
         chain, newest, left, window, _ = self._assess(Call(credential=credential), by_store)
         last = newest or credential.unspent() or credential
-        is_refused = by_store and ledger.refusal(ledger.last_attempt(last)[0], last) is not None
+        is_refused = by_store and ledger.refusal(ledger.last_attempt(last)[0], last, chain) is not None
         return SessionStatus(
             provider=credential.service,
             user=last.user,

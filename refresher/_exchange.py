@@ -34,7 +34,7 @@ class Observed:
         self._steady = clock or runtime.steady
         self._wall = clock or runtime.now
         self._seen, self._pauses = Memo[tuple[float, float]](self._steady), Memo[float](runtime.steady)
-        self._clocks = Memo[tuple[float, float, float, bool]](self._steady)
+        self._clocks = Memo[tuple[float, float, float, bool, float]](self._steady)
 
     @classmethod
     def of(cls, runtime: Runtime) -> Observed:
@@ -48,6 +48,10 @@ class Observed:
             memo.clear()
         if pauses:
             self._pauses.clear()
+
+    def forget_clock(self, scope: str) -> None:
+        """Forget what time it is at a service."""
+        self._clocks.drop(scope)
 
     def seen_for(self, key: str) -> float:
         """Seconds since this was first called for a credential."""
@@ -64,19 +68,26 @@ class Observed:
         Remember what time it is at a service: it wrote *date* at some moment of the last *took* seconds.
 
         That may be a proxy's `Date`. When the token was issued that *came* with it counts instead, which the service
-        itself says, unless that may be the answer to an earlier request.
+        itself says, unless that may be the answer to an earlier request. It counts until a `Date` shows that a clock
+        was set there: one that is not as far off any more.
         """
         issued = None if came is None or came.idempotency_key else claims(came.secret).iat
+        off = 0.0 if date is None or issued is None else date - issued
         date, is_certain = date if issued is None else issued, issued is not None
         known = self._clocks.get(scope)
-        if date is None or (known is not None and known[3] > is_certain):
+        if date is None:
             return
         least = date - self._steady()
         most = least + took
+        if known is not None and known[3] > is_certain:
+            expected = known[0] + known[4]
+            if least > expected + _rules.CLOCKS_DIFFER or most < expected - _rules.CLOCKS_DIFFER:
+                self._clocks.drop(scope)
+            return
         # Each narrows it down, unless a clock was set meanwhile. They have whole seconds.
         if known is not None and known[3] == is_certain and max(least, known[0]) <= min(most, known[1]) + 1:
             least, most = max(least, known[0]), min(most, known[1])
-        self._clocks.put(scope, (least, most, date - self._wall(), is_certain))
+        self._clocks.put(scope, (least, most, date - self._wall(), is_certain, off))
 
     def service_now(self, scope: str) -> tuple[float, float, bool]:
         """
@@ -84,7 +95,7 @@ class Observed:
 
         The latest is by the wall clock, in case it was set, or time was frozen for a test.
         """
-        least, most, wall, is_certain = self._clocks.get(scope) or (-math.inf, -math.inf, -math.inf, False)
+        least, most, wall, is_certain, _ = self._clocks.get(scope) or (*3 * (-math.inf,), False, 0.0)
         now = self._steady()
         return now + least, max(now + least, now + most, self._wall() + wall), is_certain
 
@@ -229,6 +240,8 @@ class Exchange:
         except RefreshError as error:
             if error.id or error.code:
                 self.learn()
+            if error.spent:  # the token was younger than we thought: the clock there was set
+                self._observed.forget_clock(self._scope)
             raise
         if not request.spends:  # else the new token tells, if it can
             self.learn()

@@ -172,6 +172,11 @@ class Flight(Patience, Generic[T]):
         if self._done:
             waiter.tell(None)
 
+    def is_for_one(self, error: RefreshError, call: Call[T]) -> bool:
+        """Whether an error is about this flight's own call alone, and not about another one."""
+        is_about_arguments = isinstance(error, (SignInRequiredError, RequestRefusedError))
+        return not self.is_for_all or (is_about_arguments and self.call.credential != call.credential)
+
     def leave(self, waiter: Waiter) -> None:
         """Wait no more."""
         if waiter in self.waiters:
@@ -339,7 +344,7 @@ class Flight(Patience, Generic[T]):
             readable=is_readable,
             lock=self._lease.lock,
             patience=patience,
-            refusal=ledger.refusal(attempt, spend),
+            refusal=ledger.refusal(attempt, spend, chain),
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,
@@ -405,7 +410,7 @@ class Flight(Patience, Generic[T]):
         own = Attempt(by=self._name, at=at, idempotency_key=key, **details)
         if before is None:
             return own
-        errors = {key: error for key, error in before.errors.items() if key != spend.keys[-1]}
+        errors = {asker: error for asker, error in before.errors.items() if asker != _rules.asker(spend)}
         return attrs.evolve(own, refusals=before.refusals, errors=errors)
 
     def _spend(
@@ -425,7 +430,11 @@ class Flight(Patience, Generic[T]):
         except SignInRequiredError as error:
             self.has_departed = False
             self._close(spend, attempt)
-            self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
+            try:
+                self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
+            except OutcomeUnknownError:
+                self._close(spend, attempt)
+                raise
             return None
         except (RefreshError, _Abandoned) as error:
             self._key = self._next_key(spend, error)
@@ -465,9 +474,8 @@ class Flight(Patience, Generic[T]):
         done = self._attempt(spend, attempt, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
-                # So that the next process knows for how long it has been there.
-                seen = now if one.seen is None or one.seen.age(now) is None else one.seen
-                done = attrs.evolve(one, pause=max(one.pause, pause and pause + ledger.age(one)), seen=seen)
+                age = ledger.age(one)  # so that the next process knows for how long it has been there
+                done = attrs.evolve(one, pause=max(one.pause, pause and pause + age), seen=(now, age))
         return self._note(spend, done, looked_at)
 
     def _note(self, spend: Credential[T], done: Attempt, looked_at: float) -> bool:
@@ -518,11 +526,13 @@ class Flight(Patience, Generic[T]):
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
-                errors = {**(tried.errors if tried else {}), spend.keys[-1]: {"message": str(error), **vars(error)}}
+                said = {_rules.asker(spend): {"message": str(error), **vars(error)}}
+                errors = {**(tried.errors if tried else {}), **said}
                 # If it was not the credential that was refused, its answer may still be lost.
                 key = self._key if error.idempotency_key is None else None
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, errors=errors, idempotency_key=key)
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
+                    ledger.refusal(verdict, spend, chain)
                     raise error
             self._wait_for_news(poll, error.status)
             # A store that drops entries may not have it for long.
@@ -614,12 +624,12 @@ class SignOut(Flight[T]):
 
     def _end(self, chain: Chain[T], is_readable: bool) -> None:
         """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""
-        ledger, lease, credential = self._ledger, self._lease, self.call.credential
-        newest = credential if chain.newest is None else chain.newest
+        ledger, lease, newest = self._ledger, self._lease, chain.newest or self.call.credential
         if is_readable and lease.lock is not Lock.LOST and not lease.is_ours():
             return self._wait_for_lock(_rules.LONGEST_POLL) if lease.lock is Lock.HELD else lease.take()
         attempt, is_readable = ledger.last_attempt(newest) if is_readable else (None, False)
         if self._is_being_spent(attempt):
+            self._close(newest, attempt)
             return self._wait_for_lock(_rules.LONGEST_POLL)
         if newest.keys[0] != self._told:
             self.status = f"{self._service} is slow"
@@ -636,7 +646,7 @@ class SignOut(Flight[T]):
         if chain.has_ended and chain.newest is None and chain.key not in ledger.unsaved:
             self.is_over = True  # the store says so
             return None
-        verdict = SignInRequiredError(f"{self._service} has ended the session", provider=credential.service)
+        verdict = SignInRequiredError(f"{self._service} has ended the session", provider=newest.service)
         try:
             return self._verify(chain, newest, attempt, self._wait, verdict)
         except SignInRequiredError:
@@ -645,11 +655,11 @@ class SignOut(Flight[T]):
             if ledger.is_settled():
                 raise
             what = f"{ledger.name} cannot be read or written, and may have a newer token of the session: call again"
-            raise UnavailableError(what, provider=credential.service, spent=False) from None
-        while not ledger.drop(chain, {*credential.keys, *newest.keys}, has_ended=True):
+            raise UnavailableError(what, provider=newest.service, spent=False) from None
+        while not ledger.drop(chain, {*self.call.credential.keys, *newest.keys}, has_ended=True):
             self.status = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
             if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():
-                raise UnavailableError(self.status, provider=credential.service, spent=False)
+                raise UnavailableError(self.status, provider=newest.service, spent=False)
             self.pause(min(_rules.LONGEST_POLL, time_left))
         self.is_over = True
         return None

@@ -456,14 +456,20 @@ class Ledger:
             self.age(attempt)  # of another machine's, this counts from the first look
         return attempt, is_readable
 
-    def refusal(self, attempt: Attempt | None, spend: Credential[Any]) -> RefreshError | None:
-        """Return what the service said when it refused a credential lately."""
-        return None if attempt is None else attempt.refusal(spend.keys[-1], self.now(), self.age(attempt))
+    def refusal(self, attempt: Attempt | None, spend: Credential[Any], chain: Chain[Any]) -> RefreshError | None:
+        """Return what the service said when it refused the newest credential of a chain lately."""
+        error = None if attempt is None else attempt.refusal(_rules.asker(spend), self.now(), self.age(attempt))
+        if error is not None and chain.newest is not None:  # it is fresh for nobody here any more
+            self.chains.put(chain.key, attrs.evolve(chain, lifetime=0.0))
+        return error
 
     def age(self, attempt: Attempt) -> float:
-        """Seconds since an attempt, or since this machine saw it, if another made it."""
-        age, seen = attempt.at.age(self.now()), attempt.seen.age(self.now()) if attempt.seen else None
-        return max(self.observed.seen_for(f"{attempt.by} {attempt.at.steady}"), seen or 0.0) if age is None else age
+        """Seconds since an attempt or, if another machine made it, for which it is known to have been there."""
+        if (age := attempt.at.age(self.now())) is not None:
+            return age
+        seen, before = attempt.seen or (attempt.at, 0.0)
+        here = self.observed.seen_for(f"{attempt.by} {attempt.at.steady} {before}")
+        return before + max(here, seen.age(self.now()) or 0.0)
 
     def note(self, spend: Credential[Any], attempt: Attempt, room: str = "") -> bool:
         """Write down what is tried with a credential. Return whether that is done."""

@@ -165,6 +165,11 @@ def read_alias(text: str | None, credential: Credential[Any]) -> str | None:
     return chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None
 
 
+def asker(credential: Credential[Any]) -> str:
+    """Return a hash of a credential and of who has it: what one asker is refused, another may be given."""
+    return key_of(credential.keys[-1], credential.scope)
+
+
 @attrs.frozen(kw_only=True)
 class Attempt:
     """
@@ -178,10 +183,11 @@ class Attempt:
         at: When it began, or ended.
         is_open: Whether its outcome is not known to anybody else.
         refusals: How often the service has refused the credential in a row.
-        errors: What it said of each key by which stores know the credential: a session may have several names. As
-            arguments of `SignInRequiredError`.
+        errors: What it said to each `asker`: a session may have several names, and several API keys. As arguments of
+            `SignInRequiredError`.
         pause: Seconds from *at* for which the service asked callers to wait.
-        seen: When another machine saw it, whose clock tells nothing of *at*.
+        seen: When a process last looked for what came of it, and how old it was then, at least: machines whose clocks
+            tell nothing of *at* look for it in turn.
         idempotency_key: With which the credential was sent, so that others get the same answer.
     """
 
@@ -191,7 +197,7 @@ class Attempt:
     refusals: int = 0
     errors: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     pause: float = 0.0
-    seen: Instant | None = None
+    seen: tuple[Instant, float] | None = None
     idempotency_key: str | None = None
 
     def write(self) -> str:
@@ -206,6 +212,7 @@ class Attempt:
         entry = json_object(text)
         try:
             refusals, pause = (number(entry.get(name)) or 0.0 for name in ("refusals", "pause"))
+            seen, age = entry["seen"] or (None, 0.0)
             return cls(
                 by=str(entry["by"]),
                 at=Instant.read(entry["at"]),
@@ -213,19 +220,20 @@ class Attempt:
                 refusals=int(min(max(refusals, 0), 1000)),
                 errors={key: dict(error) for key, error in entry["errors"].items()},
                 pause=min(max(pause, 0.0), DAY),
-                seen=Instant.read(entry["seen"]) if entry.get("seen") else None,
+                seen=seen and (Instant.read(seen), min(max(number(age) or 0.0, 0.0), DAY)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def refusal(self, key: str, now: Instant, age: float) -> RefreshError | None:
+    def refusal(self, asker: str, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
         longest = REFUSALS[min(self.refusals, len(REFUSALS)) - 1] if self.refusals and not self.is_open else 0.0
-        if max(age, self.at.likely_age(now)) >= longest:
+        likely_age = self.at.likely_age(now)
+        if max(age, likely_age) >= longest or likely_age < -CLOCKS_DIFFER:
             return None
         try:
-            return SignInRequiredError(**self.errors[key])
+            return SignInRequiredError(**self.errors[asker])
         except (KeyError, TypeError):
             return None
 

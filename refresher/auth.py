@@ -291,13 +291,21 @@ class Auth(AuthBase, Generic[_Token]):
     def _again(
         self, response: requests.Response, credential: Credential[_Token], settings: Any, *, sure: bool
     ) -> requests.Response:
-        """Send a request that was rejected once more, if there is another token for it."""
-        sent = response.request
-        rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
-        current = self._current(rejected)
-        if current is None:
-            return response
-        if current.headers != rejected:
+        """Send a request that was rejected once more for each newer token that there is."""
+        while True:
+            sent = response.request
+            rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
+            current = self._current(rejected)
+            if current is None or (current.headers == rejected and not sure):
+                return response
+            if current.headers == rejected:
+                response.close()
+                status, service = response.status_code, current.service.title()
+                raise SignInRequiredError(
+                    f"{service} refused the newest token that is known: sign in again ({status})",
+                    provider=current.service,
+                    status=status,
+                )
             if not isinstance(sent.body, (bytes, str, type(None))):
                 try:
                     rewind_body(sent)
@@ -307,17 +315,10 @@ class Auth(AuthBase, Generic[_Token]):
                 sent.headers[name] = reveal(value)
             response.close()
             answer: requests.Response = response.connection.send(sent.copy(), **settings.reveal())
-            answer.history.append(response)
-            response, sure = answer, self._is_rejected(answer, current) is True
-        if sure:
-            response.close()
-            status, service = response.status_code, current.service.title()
-            raise SignInRequiredError(
-                f"{service} refused the newest token that is known: sign in again ({status})",
-                provider=current.service,
-                status=status,
-            )
-        return response
+            answer.history = [*response.history, response]
+            response, credential, sure = answer, current, True
+            if not self._is_rejected(answer, current):
+                return answer
 
 
 def _is_too_long(response: requests.Response) -> bool:
@@ -345,7 +346,7 @@ class KuzzleAuth(Auth[KuzzleToken]):
 
     The token is sent as it is while it is valid, and refreshed when it is about to expire, once for all threads and
     processes that share *cache*. It goes to the origin of *url* only (scheme, host and port), also after redirects. If
-    Kuzzle refuses it (401), the request is sent once more with its successor or a new one. That is impossible if the
+    Kuzzle refuses it (401), the request is sent again with its successor or a new one. That is impossible if the
     body cannot be read twice: then you get the 401, and the next request has the new token.
 
     Args:
@@ -433,7 +434,7 @@ class CircleAuth(Auth[UserToken]):
     The user token is sent as it is while it is valid (if it is a JWT, which says so), and refreshed when it is about to
     expire, once for all threads and processes that share *cache*. Token and key go to the origin of *base_url* only
     (scheme, host and port), also after redirects. If Circle refuses the token (155103, 155104, 155105), the request is
-    sent once more with its successor or a new one. That is impossible if the body cannot be read twice: then you get
+    sent again with its successor or a new one. That is impossible if the body cannot be read twice: then you get
     the refusal, and the next request has the new token.
 
     Args:

@@ -527,6 +527,57 @@ def test_no_loop(kuzzle, root):
     assert len(sent(kuzzle, "/_me")) == 5
 
 
+def test_newer_token_that_is_refused_too(kuzzle, root):
+    """The request is sent again for each newer token: another process may be refreshing them, too."""
+    store = MemoryStore()
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(store))
+
+    def spend(request):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=TokenCache(store))
+        return kuzzle.refuse(request, "refused")
+
+    kuzzle.next_answers.extend([lambda request: kuzzle.refuse(request, "refused"), kuzzle.truly, spend])
+    response = me(kuzzle, auth)
+    assert [each.status_code for each in (*response.history, response)] == [401, 401, 200]
+    assert len(refreshes(kuzzle)) == 2
+
+
+class Gated(MemoryStore):
+    """Once, it is slow to answer when it has looked."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = []
+
+    def get(self, key):
+        text = super().get(key)
+        if self.gates and not key.endswith("-attempt"):
+            self.gates.pop().wait(10)
+        return text
+
+
+def test_refused_while_another_call_looks(kuzzle, root):
+    """What that has found is not the answer to one whose token was refused since."""
+    store, gate = Gated(), threading.Event()
+    cache = TokenCache(store, runtime=(runtime := Runtime()))
+    cache._ledger.is_local = False
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    runtime.sleep(0.6)  # until the store is asked again
+    store.gates.append(gate)
+
+    def spend(request):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=TokenCache(store))
+        threading.Timer(0.3, gate.set).start()
+        return kuzzle.refuse(request, "refused")
+
+    kuzzle.next_answers.append(spend)
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        assert kuid(me(kuzzle, KuzzleAuth(kuzzle.url, root, cache=cache))) == "foo"
+        looking.result()
+    assert len(refreshes(kuzzle)) == 2
+
+
 def test_many_are_refused_at_once(kuzzle, root):
     """16 threads, one token that has died: one refresh, 16 answers."""
     auth = KuzzleAuth(kuzzle.url, root)

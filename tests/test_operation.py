@@ -623,6 +623,20 @@ class Watched(FileStore):
         return super().get(key)
 
 
+def test_session_that_was_refused_is_fresh_for_nobody(kuzzle):
+    """Not in the process that was told, and not in one that finds the refusal in the store."""
+    store, jwt = MemoryStore(), kuzzle.login("foo", ago=1800)
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store))
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.jwt}"}, timeout=10)
+    for cache in (TokenCache(store), TokenCache(store)):
+        assert refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) == token
+        for lifetime in ("2h", None):
+            with pytest.raises(SignInRequiredError):
+                refresh_kuzzle_token(kuzzle.url, jwt, expires_in=lifetime, cache=cache)
+        assert [each.outcome for each in keep_alive([KuzzleAuth(kuzzle.url, jwt, cache=cache)])] == ["ended"]
+    assert len(kuzzle.requests) == 3
+
+
 @pytest.fixture
 def watched(tmp_path):
     store = Watched(tmp_path)

@@ -24,6 +24,7 @@ import attrs
 import pytest
 import redis
 import requests
+import time_machine
 from helpers import call_with, jwt_with
 
 from refresher import (
@@ -1031,6 +1032,39 @@ def test_dates_of_a_proxy_on_ordinary_answers(ahead):
             for _ in range(2):
                 assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
             assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=auth._cache).jwt)
+
+
+@pytest.mark.holds
+@pytest.mark.parametrize("told", ["by a date", "by a loss"])
+def test_service_whose_clock_is_set_back(told):
+    """What was certain of its clock before is not any more: tokens are held back in their first second again."""
+    with FakeKuzzle() as kuzzle:
+        cache, other = TokenCache(runtime=Runtime()), kuzzle.login("other")
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=100), cache=cache)
+        kuzzle.clock.advance(-60)
+        if told == "by a date":
+            auth = KuzzleAuth(kuzzle.url, other, cache=cache)
+            assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+        else:
+            time.sleep(1 - kuzzle.clock() % 1)  # so that all is in one second
+            with pytest.raises(SignInRequiredError, match="the old token"):
+                refresh_kuzzle_token(kuzzle.url, kuzzle.login("eve"), cache=cache)
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo"), cache=cache).jwt)
+
+
+def test_service_whose_clock_is_set_forward(store):
+    """A busy process does not let another machine's token expire, however certain it was of the time before."""
+    with FakeKuzzle() as kuzzle:
+        jwt, cache, there = kuzzle.login(ago=60), TokenCache(store, runtime=Runtime()), Runtime()
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login("bar", ago=100), cache=cache)
+        kuzzle.clock.advance(HOUR / 2)
+        there.boot = "another"
+        token = refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store, runtime=there))
+        auth = KuzzleAuth(kuzzle.url, jwt, cache=cache)
+        with time_machine.travel(time.time() + HOUR - 20):  # also for the service
+            for _ in range(2):
+                assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+        assert auth.jwt != token.jwt
 
 
 def test_date_of_an_outage(kuzzle, root, cache):
@@ -2065,14 +2099,18 @@ def test_whole_seconds_of_a_date(clock):
 
 
 def test_time_that_is_certain(kuzzle, root):
-    """What a new token tells of the time at Kuzzle, with a cache or without, no later date changes."""
+    """What a new token tells of the time at Kuzzle is changed by no later date, unless a clock was set there."""
     refresh_kuzzle_token(kuzzle.url, root, cache=None)
     observed, scope = Observed.of(REAL), kuzzle_credential(kuzzle.url, root).scope
     before = observed.service_now(scope)
-    observed.learn(scope, 9e9, 0.0)
+    for ahead in (-3, 0, 3):
+        observed.learn(scope, before[0] + ahead, 0.0)
+        observed.learn(scope, before[0] + ahead - 60, 60.0)
     after = observed.service_now(scope)
     assert before[2]
     assert after == (pytest.approx(before[0], abs=5), pytest.approx(before[1], abs=5), True)
+    observed.learn(scope, 9e9, 0.0)
+    assert observed.service_now(scope)[0] == -math.inf
 
 
 def test_date_of_a_slow_answer():
@@ -2186,6 +2224,32 @@ def test_attempt_that_another_machine_never_ended(kuzzle, store, monkeypatch):
             refresh_kuzzle_token(kuzzle.url, dead, cache=TokenCache(store, runtime=runtime, lease=2), timeout=0.4)
         assert caught.value.status == 401
         time.sleep(1.0)
+
+
+@pytest.mark.parametrize("what", ["refresh", "sign out"])
+def test_attempt_that_many_machines_look_for(kuzzle, store, monkeypatch, what):
+    """Machines that take turns, and processes that cannot tell whether they are on the same, come to an end."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    jwt = kuzzle.login(ago=2 * HOUR if what == "refresh" else 1800)
+    put_open_attempt(store, key_of("kuzzle", kuzzle.url, jwt))
+
+    def call():
+        runtime = Runtime()
+        runtime.boot = runtime.draw()
+        cache = TokenCache(store, runtime=runtime, lease=2)
+        if what == "sign out":
+            KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=1.2).sign_out()
+        else:
+            with pytest.raises(SignInRequiredError):
+                refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=1.2)
+
+    with pytest.raises(OutcomeUnknownError):
+        call()
+    for _ in range(2):  # by then it has been there for as long as an answer may take
+        with contextlib.suppress(OutcomeUnknownError):
+            call()
+    call()
+    assert not kuzzle.knows(jwt)
 
 
 def test_keeper_of_a_dead_session(kuzzle, store):
@@ -2453,6 +2517,37 @@ def test_refused_by_one_name(circle, store):
     assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=TokenCache(store)))
 
 
+OTHER_API_KEY = "TEST_API_KEY:11111111111111111111111111111111:22222222222222222222222222222222"
+
+
+def test_refused_by_one_api_key(circle, store):
+    """It says nothing of another: one worker with a wrong key sends nobody to sign in."""
+    pair = circle.sign_in()
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call_with(circle, pair, api_key=OTHER_API_KEY), cache=TokenCache(store))
+    assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=TokenCache(store)))
+
+
+@pytest.mark.parametrize(("wrong", "expected"), [("user_token", SignInRequiredError), ("api_key", RequestRefusedError)])
+def test_call_that_joins_a_wrong_one(circle, cache, wrong, expected):
+    """What another call is refused for its own arguments is not the answer to one that has others."""
+    old, pair, joined = circle.sign_in(), circle.sign_in(), []
+    refresh_user_token(**call_with(circle, old), cache=None)
+    other = {"user_token": old.user_token, "api_key": OTHER_API_KEY}
+
+    def answer(request):
+        joined.append(runner.submit(refresh_user_token, **call_with(circle, pair), cache=cache))
+        time.sleep(0.3)
+        return circle.truly(request)
+
+    with ThreadPoolExecutor(1) as runner:
+        circle.next_answers.append(answer)
+        with pytest.raises(expected):
+            refresh_user_token(**call_with(circle, pair, **{wrong: other[wrong]}), cache=cache)
+    assert circle.knows(joined[0].result())
+
+
 @pytest.mark.parametrize("apart", [0.5, 5, 30])
 def test_replayed_pairs_of_one_minute(circle, clock, apart):
     """They show no wrong clock of the service, however close to each other they were issued."""
@@ -2711,9 +2806,9 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     key = key_of("kuzzle", kuzzle.url, second)
     store.delete(f"{key}-alias")
     refresh_kuzzle_token(kuzzle.url, second, expires_in="2h", cache=TokenCache(store))
-    refusal = {"message": "no", "provider": "kuzzle"}
+    refusal, asker = {"message": "no", "provider": "kuzzle"}, key_of(key, kuzzle.url)
     at = Instant(time.time(), Runtime().steady(), Runtime().boot)
-    store.set(f"{key}-attempt", Attempt(by="one", at=at, refusals=1, errors={key: refusal}).write(), HOUR)
+    store.set(f"{key}-attempt", Attempt(by="one", at=at, refusals=1, errors={asker: refusal}).write(), HOUR)
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in="3h", cache=TokenCache(store))
     assert kuzzle.knows(token.jwt)
     assert len(kuzzle.requests) == 3

@@ -329,6 +329,7 @@ def later(seconds):
         pytest.param(Attempt(by="one", at=NOW), id="one that failed"),
         pytest.param(Attempt(by="one", at=NOW, is_open=True, refusals=2), id="an open one"),
         pytest.param(Attempt(by="one", at=NOW, pause=30.0), id="with a pause"),
+        pytest.param(Attempt(by="one", at=NOW, seen=(NOW, 7.5)), id="one that was looked for"),
         pytest.param(REFUSED, id="a refusal"),
     ],
 )
@@ -349,6 +350,8 @@ def attempt_text(**changes):
         pytest.param("{}", id="no members"),
         pytest.param(attempt_text(at=None), id="no time"),
         pytest.param(attempt_text(at={"wall": 1, "steady": 10**400, "boot": ""}), id="400 digits"),
+        pytest.param(attempt_text(seen={"wall": 1, "steady": 1, "boot": ""}), id="no age"),
+        pytest.param(attempt_text(seen=["x", 1]), id="no moment"),
         pytest.param(attempt_text(errors=5), id="a number for an error"),
         pytest.param(attempt_text(errors={"key": "no"}), id="a text for an error"),
     ],
@@ -371,6 +374,12 @@ def test_numbers_of_an_attempt(changes, refusals, pause):
     """Numbers in an attempt are kept within bounds."""
     attempt = Attempt.read(attempt_text(**changes))
     assert (attempt.refusals, attempt.pause) == (refusals, pause)
+
+
+@pytest.mark.parametrize(("age", "expected"), [(-5, 0.0), (10**400, 86400.0), ("x", 0.0), (7, 7.0)])
+def test_age_of_an_attempt(age, expected):
+    """So is the age that it is known to have."""
+    assert Attempt.read(attempt_text(seen=[attrs.asdict(NOW), age])).seen == (NOW, expected)
 
 
 @pytest.mark.parametrize("truth", [1, "yes", None, False])
@@ -403,11 +412,11 @@ def test_refusal_is_remembered(refusals, age, expected):
         assert (str(error), error.provider, error.spent) == ("no", "kuzzle", None)
 
 
-def test_refusal_of_the_future():
-    """A refusal of another machine may seem to be of the future. It does not count for ever."""
-    there = attrs.evolve(REFUSED, at=Instant(NOW.wall + 1, 0.0, "another"))
-    assert there.refusal("key", NOW, 59.9) is not None
-    assert there.refusal("key", NOW, 60.0) is None
+@pytest.mark.parametrize(("ahead", "age", "counts"), [(1, 59.9, True), (1, 60.0, False), (5.1, 0.0, False)])
+def test_refusal_of_the_future(ahead, age, counts):
+    """A refusal of another machine may seem to be of the future. It does not count for ever, or for hours."""
+    there = attrs.evolve(REFUSED, at=Instant(NOW.wall + ahead, 0.0, "another"))
+    assert (there.refusal("key", NOW, age) is not None) is counts
 
 
 @pytest.mark.parametrize(("ahead", "left"), [(0, 47.0), (-40, 7.0), (-50, 0.0), (2, 47.0), (3600, 0.0)])

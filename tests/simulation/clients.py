@@ -198,11 +198,9 @@ class ByAuth:
         return self._session.first
 
     def __call__(self, call: Call) -> Any:
-        request = _Sent(self._session)
+        request = _Sent(self._session, call, call.began)
         self._auth(request)  # type: ignore[arg-type]
         response = request.answer()
-        if response.status_code == 401 and call.timeout is not None:
-            call.timeout += call.world.time - call.began  # it refreshes once more
         if request.hook is not None:
             call.process.heard.setdefault(call.session.server.url, call.world.time)
             response = request.hook(response)
@@ -220,15 +218,15 @@ class _Sent:
 
     body, hook = None, None
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.headers = session, {}
+    def __init__(self, session: Session, call: Call, since: float) -> None:
+        self.session, self.call, self.since, self.headers = session, call, since, {}
         self.url = session.server.url + ("/v1/w3s/user" if session.is_circle else "/_me")
 
     def register_hook(self, event: str, hook: Any) -> None:
         self.hook = hook
 
     def copy(self) -> _Sent:
-        other = _Sent(self.session)
+        other = _Sent(self.session, self.call, self.since)
         other.headers = dict(self.headers)
         return other
 
@@ -244,6 +242,9 @@ class _Sent:
         """Let the service look at it."""
         session = self.session
         is_good = session.server.is_good(self.token())
+        began, self.since = self.since, session.server.world.time
+        if not is_good and self.call.timeout is not None:
+            self.call.timeout += self.since - began  # it refreshes once more
         refusal: Any = {"code": 155104} if session.is_circle else {"error": {"id": "security.token.invalid"}}
         return SimpleNamespace(
             status_code=200 if is_good else 401, content=b"{}" if is_good else json.dumps(refusal).encode(),

@@ -194,7 +194,8 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal that is no verdict leaves its attempt open",
-        (_FLIGHT, "            self._close(spend, attempt)\n            self._verify", "            self._verify"),
+        (_FLIGHT, "            self._close(spend, attempt)\n            try:", "            try:"),
+        (_FLIGHT, "                self._close(spend, attempt)\n                raise", "                raise"),
     ),
     Mutant(
         "what was announced long ago is not announced anew",
@@ -264,7 +265,7 @@ MUTANTS = [
     ),
     Mutant(
         "a pause is as long as the clocks of two machines differ",
-        (_FLIGHT, "pause and pause + ledger.age(one)", "pause + one.at.likely_age(now)"),
+        (_FLIGHT, "pause and pause + age)", "pause + one.at.likely_age(now))"),
         (_RULES, "self.pause - max(age, 0.0)", "self.pause - age"),
     ),
     Mutant(
@@ -401,7 +402,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sign-out is that of the token that it was called with",
-        (_FLIGHT, "newest = credential if chain.newest is None else chain.newest\n", "newest = credential\n"),
+        (_FLIGHT, "self._lease, chain.newest or self.call.credential", "self._lease, self.call.credential"),
     ),
     Mutant(
         "a sign-out does not look whether there is a newer token",
