@@ -241,7 +241,8 @@ class Ledger:
             lately = self._took if now - self._troubled_at < _rules.WINDOW else 0.0
             self._troubled_at, self._took, self.is_failing = now, max(now - began, lately), True
             self.unsettle(self._took)
-            self.warn(f"{what} ({type(error).__name__})")
+            why = type(error).__name__, getattr(error, "strerror", None)  # no more: its text may hold a secret
+            self.warn(f"{what} ({': '.join(map(str, filter(None, why)))})")
             return None, False
         else:
             self._answered_at, self.is_failing = self.runtime.steady(), False

@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+#: Whether this context makes do without threads.
+threadless: contextvars.ContextVar[bool] = contextvars.ContextVar("threadless", default=False)
+
 
 def find_clock() -> Callable[[], float]:
     """Find a clock that nobody sets. On Linux, there is one that goes on while the machine sleeps."""
@@ -33,6 +36,8 @@ def read_boot() -> str | None:
 
 def start_thread(work: Callable[[], None], *, daemon: bool) -> bool:
     """Run *work* in a thread, in the context of this one. Return whether there is one: there may be too many."""
+    if threadless.get():
+        return False
     outer, thread = sys.exception(), None
     try:
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="refresher", daemon=daemon)

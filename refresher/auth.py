@@ -21,6 +21,7 @@ from ._cache import SHARED_CACHE, TokenCache
 from ._checks import Checks, Seconds, origin_of
 from ._ledger import Call
 from ._notebook import Printer, as_html, as_text
+from ._system import threadless
 from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError, UnavailableError
 from .services import Credential, Headers, circle, kuzzle
@@ -222,7 +223,13 @@ class Auth(AuthBase, Generic[_Token]):
 
     def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
-        last = self._advance(rejected)
+        sender = vars(self._call.keywords["session"] or self).get("send", requests.Session.send)
+        # requests-mock has a lock until the response to a request is read: it would stop other threads.
+        before = threadless.set(rejected is not None and sender.__module__ != "requests.sessions")
+        try:
+            last = self._advance(rejected)
+        finally:
+            threadless.reset(before)
         self._hand_over()
         return last
 

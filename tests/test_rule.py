@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -217,6 +218,30 @@ def test_spent_tokens_push_out_no_session(kuzzle, clock):
     assert [refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in idle] == tokens
     assert kuzzle.knows(active)
     assert len(kuzzle.requests) == 110
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            PermissionError(13, "this folder must be yours alone", "/home/jwt"),
+            "PermissionError: this folder must be yours",
+        ),
+        (ValueError("kauth-secret"), r"ValueError\)"),
+    ],
+)
+def test_why_a_store_fails_is_told(kuzzle, root, store, caplog, error, why):
+    """The log has what the system says, and nothing that may be a secret or a path."""
+
+    def fail(*_):
+        raise error
+
+    store.get = fail
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=0.5)
+    assert re.search(why, caplog.text)
+    assert "kauth" not in caplog.text
+    assert "jwt" not in caplog.text
 
 
 def test_session_that_is_dropped_is_told(kuzzle, clock, caplog):

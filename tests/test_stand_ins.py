@@ -91,6 +91,23 @@ def test_requests_mock_for_an_auth_object():
     assert [request.method for request in adapter.request_history] == ["GET", "POST", "GET"]
 
 
+@pytest.mark.parametrize("of", ["everything", "one session"])
+def test_requests_mock_answers_a_401(of):
+    """It has a lock while an answer is read, so the refresh that this asks for does not wait for another thread."""
+    url, now = "http://kuzzle.example", int(time.time())
+    old, new = (jwt_with({"_id": "foo", "iat": now - age, "exp": now - age + 3600}) for age in (100, 0))
+    refusal = {"error": {"id": "security.token.invalid", "status": 401}}
+    token = {"_id": "foo", "jwt": new, "expiresAt": (now + 3600) * 1000, "ttl": 3_600_000}
+    with requests.Session() as session:
+        mocked = session if of == "one session" else None
+        with requests_mock.Mocker(session=mocked) as mocker:
+            mocker.post(URL, json={"action": "refreshToken", "result": token})
+            mocker.get(url, [{"status_code": 401, "json": refusal}, {"json": {}}])
+            auth = KuzzleAuth(url, old, cache=TokenCache(), session=mocked, timeout=5)
+            assert session.get(url, auth=auth, timeout=5).status_code == 200
+    assert [request.method for request in mocker.request_history] == ["GET", "POST", "GET"]
+
+
 def test_requests_mock_does_not_know(session):
     """What it knows no answer to leads nowhere."""
     with requests_mock.Mocker(), pytest.raises(OutcomeUnknownError, match="NoMockAddress"):
