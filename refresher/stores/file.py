@@ -29,7 +29,7 @@ _PATIENCE = 1.0
 # On Windows, a file that another process reads can't be replaced or removed at that moment.
 _SHARING_PATIENCE = 1.0 if os.name == "nt" else 0.0
 # How many files a write looks at to find expired ones, and `check` to find unreadable ones.
-_SWEPT = 4
+_SWEPT = 3
 _CHECKED = 1000
 # The names of our folders and files. No other file is ours to read or remove.
 _FOLDER = re.compile(r"[0-9a-z-]{1,2}", re.ASCII)
