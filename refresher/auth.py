@@ -160,8 +160,7 @@ class Auth(AuthBase, Generic[_Token]):
             for name, value in headers.items():
                 request.headers[name] = reveal(value)
             self._leave_cookie_out(request)
-            hook = functools.partial(self._on_response, sign_in)
-            request.register_hook("response", hook)  # type: ignore[no-untyped-call]
+            request.hooks["response"].append(functools.partial(self._on_response, sign_in))
         return request
 
     def _leave_cookie_out(self, request: requests.PreparedRequest) -> None:

@@ -201,9 +201,9 @@ class ByAuth:
         request = _Sent(self._session, call, call.began)
         self._auth(request)  # type: ignore[arg-type]
         response = request.answer()
-        if request.hook is not None:
+        for hook in request.hooks["response"]:
             call.process.heard.setdefault(call.session.server.url, call.world.time)
-            response = request.hook(response)
+            response = hook(response)
         return response.request.token()
 
     def sign_out(self, call: Call) -> None:
@@ -216,14 +216,12 @@ class ByAuth:
 class _Sent:
     """What stands in for requests' prepared request."""
 
-    body, hook = None, None
+    body = None
 
     def __init__(self, session: Session, call: Call, since: float) -> None:
         self.session, self.call, self.since, self.headers = session, call, since, {}
+        self.hooks: dict[str, list[Any]] = {"response": []}
         self.url = session.server.url + ("/v1/w3s/user" if session.is_circle else "/_me")
-
-    def register_hook(self, event: str, hook: Any) -> None:
-        self.hook = hook
 
     def copy(self) -> _Sent:
         other = _Sent(self.session, self.call, self.since)
