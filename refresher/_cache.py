@@ -159,7 +159,7 @@ class TokenCache:
             newest, left, _, wanted = ledger.assess(chain, call)
             valid = newest if newest is not None and left.most > 0 and call.rejected != newest.headers else None
             if isinstance(outcome, RefreshError):
-                if flight.call is not call and flight.is_for_one(outcome, call) and valid is None:
+                if flight.call is not call and flight.is_for_one(outcome, call):
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
                 if valid is not None and outcome.spent is False and not (call.patient or is_wrong):
@@ -313,7 +313,8 @@ class TokenCache:
         ledger = self._ledger
         chain, newest, left, window, _ = self._assess(Call(credential=credential), by_store)
         last = newest or credential.unspent() or credential
-        is_refused = by_store and ledger.refusal(ledger.last_attempt(last)[0], last, chain) is not None
+        attempt = ledger.last_attempt(last)[0] if by_store else None
+        is_refused = any(ledger.refusal(attempt, asker) for asker in (attempt.errors if attempt else ()))
         return SessionStatus(
             provider=credential.service,
             user=last.user,

@@ -174,8 +174,12 @@ class Flight(Patience, Generic[T]):
 
     def is_for_one(self, error: RefreshError, call: Call[T]) -> bool:
         """Whether an error is about this flight's own call alone, and not about another one."""
-        is_about_arguments = isinstance(error, (SignInRequiredError, RequestRefusedError))
-        return not self.is_for_all or (is_about_arguments and self.call.credential != call.credential)
+        if isinstance(error, SignInRequiredError):
+            chain, _ = self._ledger.recall(call.credential)
+            return len({_rules.asker(chain.spend(each.credential)) for each in (self.call, call)}) > 1
+        return not self.is_for_all or (
+            isinstance(error, RequestRefusedError) and self.call.credential != call.credential
+        )
 
     def leave(self, waiter: Waiter) -> None:
         """Wait no more."""
@@ -291,8 +295,10 @@ class Flight(Patience, Generic[T]):
                 may_come = not is_proof or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
                 if not may_come and self._close(spend, attempt):  # else others could not write a successor down either
                     return spend
-            if step is Step.REFUSE and ledger.adopt(chain, spend):
-                continue
+            if step is Step.REFUSE:
+                if ledger.adopt(chain, spend):
+                    continue
+                ledger.give_up(chain, spend)
             if step is Step.WAIT_FOR_BIRTH and attempt is None:
                 self._close(spend, None)  # so that the next process knows that it is older
             if step is Step.LOCK:
@@ -344,7 +350,7 @@ class Flight(Patience, Generic[T]):
             readable=is_readable,
             lock=self._lease.lock,
             patience=patience,
-            refusal=ledger.refusal(attempt, spend, chain),
+            refusal=ledger.refusal(attempt, _rules.asker(spend)),
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,
@@ -532,7 +538,7 @@ class Flight(Patience, Generic[T]):
                 key = self._key if error.idempotency_key is None else None
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, errors=errors, idempotency_key=key)
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
-                    ledger.refusal(verdict, spend, chain)
+                    ledger.give_up(chain, spend)
                     raise error
             self._wait_for_news(poll, error.status)
             # A store that drops entries may not have it for long.

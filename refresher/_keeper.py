@@ -188,7 +188,7 @@ class _Keeper:
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
-            last = auth._advance(patient=True, is_left=lambda: self._is_left or not consumer.is_alive())
+            last = auth._advance(auth._sign_in, patient=True, is_left=lambda: self._is_left or not consumer.is_alive())
             outcome = "fresh" if last is None or last.secret == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error

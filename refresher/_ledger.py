@@ -116,6 +116,7 @@ class Ledger:
         self._looked_at, self._warned_at = Memo[float](steady), Memo[float](steady)
         self._led_at = Memo[float](steady)  # when a spent credential that is still used was last led to its chain
         self.failed_at = Memo[float](steady)  # when a refresh failed
+        self._refused = Memo[str](steady)  # to whom the service refused which tokens that were still valid
         self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
@@ -194,7 +195,10 @@ class Ledger:
             service_now = self.observed.service_now(newest.scope)
             left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)
-        if call.rejected == newest.headers and (requested is None or self._is_to_blame(chain.key, newest, requested)):
+        is_rejected = call.rejected == newest.headers
+        is_dead = is_rejected and (requested is None or self._is_to_blame(chain.key, newest, requested))
+        refused = self._refused.get(newest.keys[-1]) if chain.newest else None  # a new sign-in may yield the same token
+        if is_dead or (refused is not None and refused == _rules.asker(chain.spend(call.credential))):
             left, wanted = _rules.NOTHING_LEFT, True
         return newest, left, _rules.window(lifetime, newest.keys[0], self._ahead), wanted
 
@@ -457,12 +461,15 @@ class Ledger:
             self.age(attempt)  # of another machine's, this counts from the first look
         return attempt, is_readable
 
-    def refusal(self, attempt: Attempt | None, spend: Credential[Any], chain: Chain[Any]) -> RefreshError | None:
-        """Return what the service said when it refused the newest credential of a chain lately."""
-        error = None if attempt is None else attempt.refusal(_rules.asker(spend), self.now(), self.age(attempt))
-        if error is not None and chain.newest is not None:  # it is fresh for nobody here any more
-            self.chains.put(chain.key, attrs.evolve(chain, lifetime=0.0))
-        return error
+    def refusal(self, attempt: Attempt | None, asker: str) -> RefreshError | None:
+        """Return what the service said to somebody when it refused a credential lately."""
+        return None if attempt is None else attempt.refusal(asker, self.now(), self.age(attempt))
+
+    def give_up(self, chain: Chain[Any], spend: Credential[Any]) -> None:
+        """Take the newest token of a chain for expired, as it was refused. That is so for one asker."""
+        if chain.newest is not None:
+            self._refused.put(spend.keys[-1], _rules.asker(spend))
+            self.chains.put(chain.key, attrs.evolve(chain))  # so that what calls got before is looked at again
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt or, if another machine made it, for which it is known to have been there."""

@@ -106,7 +106,12 @@ class Chain(Generic[T]):
 
     def covers(self, requested: float | None) -> bool:
         """Whether its newest token was requested with the lifetime that a call asks for, or more."""
-        return requested is None or requested <= (self.lifetime + 1 if self.asked_for is None else self.asked_for)
+        most = self.lifetime + 1 if self.asked_for is None or self.lifetime == math.inf else self.asked_for
+        return requested is None or requested <= most
+
+    def spend(self, credential: Credential[T]) -> Credential[T]:
+        """Return what is spent for a call with a credential: with its newest token, if that is known."""
+        return credential if self.newest is None else credential.following(self.newest.token)
 
     def with_text(self) -> Chain[T]:
         """Write down what the store has of it."""

@@ -217,26 +217,30 @@ class Auth(AuthBase, Generic[_Token]):
         is_last = ready is not None and ready.credential is sign_in.credential and sign_in.unsaved is None
         if ready is not None and is_last and self._cache._ledger.hit(ready.call):
             return ready.headers
-        current = self._current()
+        current = self._current(sign_in)
         return None if current is None else current.headers
 
-    def _current(self, rejected: Headers | None = None) -> Credential[_Token] | None:
+    def _current(self, sign_in: _SignIn[_Token], rejected: Headers | None = None) -> Credential[_Token] | None:
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
         sender = vars(self._call.keywords["session"] or self).get("send", requests.Session.send)
         # requests-mock has a lock until the response to a request is read: it would stop other threads.
         before = threadless.set(rejected is not None and sender.__module__ != "requests.sessions")
         try:
-            last = self._advance(rejected)
+            last = self._advance(sign_in, rejected)
         finally:
             threadless.reset(before)
         self._hand_over()
         return last
 
     def _advance(
-        self, rejected: Headers | None = None, *, patient: bool = False, is_left: Callable[[], bool] | None = None
+        self,
+        sign_in: _SignIn[_Token],
+        rejected: Headers | None = None,
+        *,
+        patient: bool = False,
+        is_left: Callable[[], bool] | None = None,
     ) -> Credential[_Token] | None:
         """Find the last successor."""
-        sign_in = self._sign_in
         first = self._find(sign_in)
         if first is None or not first.can_expire:
             return first
@@ -278,10 +282,10 @@ class Auth(AuthBase, Generic[_Token]):
             if response.status_code < 500 and not is_kept:
                 date, took = read_date(response.headers.get("Date")), response.elapsed.total_seconds()
                 self._cache._ledger.observed.learn(credential.scope, date, took)
-            rejected, now = self._is_rejected(response, credential), self._credential
-            is_same = sign_in is self._sign_in or (now is not None and None is not now.user == credential.user)
-            if rejected is not False and is_same:
-                response = self._again(response, credential, settings, sure=rejected is True)
+            rejected, now = self._is_rejected(response, credential), self._sign_in
+            user = now.credential.user if now.credential else None
+            if rejected is not False and (now is sign_in or None is not user == credential.user):
+                response = self._again(now, response, credential, settings, sure=rejected is True)
         if response.is_redirect and not self._stays(response.headers["Location"]):
             # What follows a redirect is a copy of what was sent, and requests takes off less than it should.
             for name in self._carried:
@@ -295,13 +299,19 @@ class Auth(AuthBase, Generic[_Token]):
         return credential.is_rejected(response.status_code, json_object(response.content))
 
     def _again(
-        self, response: requests.Response, credential: Credential[_Token], settings: Any, *, sure: bool
+        self,
+        sign_in: _SignIn[_Token],
+        response: requests.Response,
+        credential: Credential[_Token],
+        settings: Any,
+        *,
+        sure: bool,
     ) -> requests.Response:
         """Send a request that was rejected once more for each newer token that there is."""
         while True:
             sent = response.request
             rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
-            current = self._current(rejected)
+            current = self._current(sign_in, rejected)
             if current is None or (current.headers == rejected and not sure):
                 return response
             if current.headers == rejected:

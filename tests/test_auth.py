@@ -542,6 +542,23 @@ def test_newer_token_that_is_refused_too(kuzzle, root):
     assert len(refreshes(kuzzle)) == 2
 
 
+def test_another_user_signs_in_while_a_request_is_repeated(kuzzle, root):
+    """It is not sent once more, as that user's."""
+    store, bob = MemoryStore(), kuzzle.login("bob", ago=HOUR / 2)
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(store))
+
+    def refuse(request, jwt=None):
+        if jwt:
+            auth.jwt = jwt
+        return kuzzle.refuse(request, "refused")
+
+    kuzzle.next_answers.extend([refuse, kuzzle.truly, lambda request: refuse(request, bob)])
+    with pytest.raises(SignInRequiredError):
+        me(kuzzle, auth)
+    assert len(sent(kuzzle, "/_me")) == 2
+    assert kuid(me(kuzzle, auth)) == "bob"
+
+
 class Gated(MemoryStore):
     """Once, it is slow to answer when it has looked."""
 

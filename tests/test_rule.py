@@ -2551,7 +2551,31 @@ def test_refused_by_one_api_key(circle, store):
     circle.fail_next(155102)
     with pytest.raises(SignInRequiredError):
         refresh_user_token(**call_with(circle, pair, api_key=OTHER_API_KEY), cache=TokenCache(store))
+    session = {"refresh_token": pair.refresh_token, "device_id": "device-1", "user_token": pair.user_token}
+    assert TokenCache(store).peek(**session, base_url=circle.url).state == "refused"
     assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=TokenCache(store)))
+
+
+def test_refused_by_one_api_key_in_the_middle(circle, clock):
+    """Nor does another key lose the token that it has: it goes on with that while Circle is busy."""
+    pair, cache = circle.sign_in(), TokenCache(clock=clock)
+    token = refresh_user_token(**call_with(circle, pair), cache=cache)
+    clock.advance(HOUR - 20)
+    circle.fail_next(155102)
+    with pytest.raises(SignInRequiredError):
+        refresh_user_token(**call_with(circle, pair, api_key=OTHER_API_KEY), cache=cache)
+    circle.fail_next(5)
+    assert refresh_user_token(**call_with(circle, pair), cache=cache, retry=False) == token
+
+
+def test_keeper_of_one_wrong_api_key(circle, cache, clock):
+    """A session that two auth objects keep alive is refreshed by the one that may."""
+    pair = circle.sign_in()
+    refresh_user_token(**call_with(circle, pair), cache=cache)
+    clock.advance(HOUR - 20)
+    circle.delay_next(0.5)
+    auths = [CircleAuth(**call_with(circle, pair, api_key=key), cache=cache) for key in (OTHER_API_KEY, circle.api_key)]
+    assert {each.auth is auths[1]: each.outcome for each in keep_alive(auths)}[True] == "refreshed"
 
 
 @pytest.mark.parametrize(("wrong", "expected"), [("user_token", SignInRequiredError), ("api_key", RequestRefusedError)])

@@ -126,6 +126,7 @@ def test_infinite_token_covers_all():
     """A token that is good for ever will do for everybody."""
     infinite = credential().following(KuzzleToken("foo", "kauth-x", None, None))
     assert Chain(key="k", newest=infinite, lifetime=INF).covers(INF)
+    assert Chain(key="k", newest=infinite, lifetime=INF, asked_for=60.0).covers(120.0)  # a strategy chose it
 
 
 WRITTEN = Chain(key="k", generation=3, newest=newest(), requested=NOW, took=0.5, lifetime=3599.0)

@@ -7,6 +7,7 @@ tokens and answers a repeated idempotency key as it did before. You can move the
 
 Example:
     >>> from refresher import refresh_kuzzle_token
+    >>> from refresher.testing import FakeKuzzle
     >>> with FakeKuzzle() as kuzzle:
     ...     old = kuzzle.login("foo", ago=1800)
     ...     new = refresh_kuzzle_token(kuzzle.url, old)
@@ -34,9 +35,7 @@ after a test that uses ``clean_shared_cache`` too, it is empty again, and no ``R
 
 `StoreContract` tests a `refresher.Store` of your own.
 
-Behind a proxy, set ``NO_PROXY=127.0.0.1``, or the proxy gets what is meant for the fakes. A ``requests_mock.Mocker`` in
-place of a fake holds a lock while an auth object answers a 401, so the refresh waits for its timeout: mount a
-``requests_mock.Adapter`` on a session instead, and pass the session to the auth object too.
+Behind a proxy, set ``NO_PROXY=127.0.0.1``, or the proxy gets what is meant for the fakes.
 """
 
 from __future__ import annotations
