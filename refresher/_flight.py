@@ -240,7 +240,7 @@ class Flight(Patience, Generic[T]):
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt."""
         self.has_departed = False
-        self.status, self._is_in_doubt = str(error), error.spent is not False
+        self.status, self._is_in_doubt = str(error), self._is_in_doubt or error.spent is not False
         for waiter in [each for each in list(self.waiters) if not each.retry]:
             self.leave(waiter)
             waiter.tell(error)
@@ -462,11 +462,15 @@ class Flight(Patience, Generic[T]):
         return successor
 
     def _next_key(self, spend: Credential[T], error: RefreshError | _Abandoned) -> str | None:
-        """Return the idempotency key for the next attempt: one that was refused is not sent again. None: the usual."""
-        if isinstance(error, RequestRefusedError) and error.idempotency_key is not None:
+        """
+        Return the idempotency key for the next attempt. None: the usual.
+
+        One that was refused is not sent again, unless an answer to it was lost before, which may come again.
+        """
+        if isinstance(error, RequestRefusedError) and error.idempotency_key is not None and not self._is_in_doubt:
             key = spend.key_for(f"after {error.idempotency_key}")
             return None if key == error.idempotency_key else key  # it is the caller's own
-        return None if error.spent is False else error.idempotency_key or self._key
+        return error.idempotency_key or self._key if error.spent is not False or self._is_in_doubt else None
 
     def _unread(self, **details: Any) -> RefreshError:
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"

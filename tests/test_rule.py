@@ -2533,6 +2533,17 @@ def test_lost_answer_by_the_other_name(circle, clock, monkeypatch, first, is_kil
             assert circle.knows(refresh_user_token(**call_with(circle, pair, **other), **options))
 
 
+def test_refusal_after_a_lost_answer(circle, cache):
+    """What was lost comes again with the same key, though the repetition was refused."""
+    pair = circle.sign_in()
+    circle.next_answers.append(lambda request: (circle.truly(request), b"")[1])
+    circle.fail_next(3)
+    with pytest.raises(RequestRefusedError):
+        refresh_user_token(**call_with(circle, pair), cache=cache)
+    assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=cache))
+    assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 1
+
+
 def test_refused_by_one_name(circle, store):
     """It says nothing of the other: Circle refuses a user's id to those who have signed in by a social account."""
     pair = circle.sign_in()
