@@ -167,8 +167,9 @@ class TokenCache:
                     return valid
                 raise _own(outcome)
             has_expired = left.most <= 0 < chain.lifetime  # while its writing down was waited for
-            will_do = flight.call is call or not (wanted or (outcome and outcome.headers == call.rejected))
-            if outcome is not None and not has_expired and will_do:
+            if outcome is not None and flight.call.rejected != call.rejected == outcome.headers:
+                continue  # that was found for another call
+            if outcome is not None and not has_expired and (flight.call is call or not wanted):
                 return outcome if valid is None or wanted else valid  # another flight may have been faster
             if valid is not None and self._runtime.steady() >= soon:
                 return valid

@@ -24,6 +24,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -80,6 +81,10 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "S
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+# After so many seconds without an end, a signal was lost.
+_LOST = 1.0
+
+
 class _EndedError(BaseException):
     """A signal ended the run."""
 
@@ -95,7 +100,7 @@ class _Run(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.is_quiet = self.is_ready = self.is_over = False
-        self.status, self.ended_by = 0, ""
+        self.status, self.ended_by, self.raised_at = 0, "", -math.inf
         self.about: list[str] = []  # the service, its host, the session
         self.unsaved: Mapping[str, object] = {}
         self.full: UnavailableError | None = None  # nothing can be written down now
@@ -108,8 +113,10 @@ class _Run(logging.Handler):
 
     def go_on(self) -> None:
         """End if there was a signal, as soon as that is expected."""
-        if self.ended_by and self.is_ready and not self.is_over:
-            self.is_over = True
+        now = time.monotonic()
+        # Again if the run goes on: what hits a `__del__`, or the end of an import, is lost.
+        if self.ended_by and self.is_ready and not self.is_over and now - self.raised_at > _LOST:
+            self.raised_at = now
             raise _EndedError
 
     @contextlib.contextmanager

@@ -291,7 +291,7 @@ class Flight(Patience, Generic[T]):
             if step is Step.USE:
                 if call.rejected != spend.headers:
                     return spend
-                is_proof = view.readable and ledger.is_settled()
+                is_proof = view.readable and ledger.is_settled() and not ledger.unread_of(chain, call.credential)
                 may_come = not is_proof or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
                 if not may_come and self._close(spend, attempt):  # else others could not write a successor down either
                     return spend

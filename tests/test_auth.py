@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 import time_machine
+from cryptography.fernet import Fernet
 from helpers import call_with, jwt_with
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -26,10 +27,12 @@ from urllib3.util import parse_url
 from refresher import (
     SHARED_CACHE,
     CircleAuth,
+    EncryptedStore,
     FileStore,
     InvalidArgumentError,
     KuzzleAuth,
     MemoryStore,
+    OutcomeUnknownError,
     RefreshError,
     SignInRequiredError,
     TokenCache,
@@ -557,6 +560,19 @@ def test_another_user_signs_in_while_a_request_is_repeated(kuzzle, root):
         me(kuzzle, auth)
     assert len(sent(kuzzle, "/_me")) == 2
     assert kuid(me(kuzzle, auth)) == "bob"
+
+
+def test_refused_while_there_is_an_entry_that_cannot_be_read(kuzzle, root):
+    """It may have a newer token, so nobody is told to sign in, also if the token is new."""
+    old, new = Fernet.generate_key(), Fernet.generate_key()
+    mine, other = (TokenCache(EncryptedStore(store, keys)) for store in [MemoryStore()] for keys in ([old], [new, old]))
+    auth = KuzzleAuth(kuzzle.url, root, cache=mine, timeout=1)
+    refresh_kuzzle_token(kuzzle.url, root, cache=mine)
+    token = refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=other)
+    kuzzle.clock.advance(2)
+    with pytest.raises(OutcomeUnknownError):
+        me(kuzzle, auth)
+    assert kuzzle.knows(token.jwt)
 
 
 class Gated(MemoryStore):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import refresher
+from refresher import _cli
 from refresher._cli import main
 
 
@@ -57,3 +60,16 @@ def test_module():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("KUZZLE.")
+
+
+def test_signal_that_is_lost(monkeypatch):
+    """Python loses what hits the end of an import or a ``__del__``. Then a later signal ends the run."""
+    run, now = _cli._Run(), 0.0
+    monkeypatch.setattr(_cli.time, "monotonic", lambda: now)
+    run.is_ready = True
+    for now, ends in ((5.0, True), (5.5, False), (6.5, True), (6.6, False)):  # noqa: B007
+        with pytest.raises(_cli._EndedError) if ends else contextlib.nullcontext():
+            run.end(signal.SIGTERM, None)
+    run.is_over, now = True, 60.0
+    run.end(signal.SIGTERM, None)
+    assert run.ended_by == "SIGTERM"
