@@ -401,20 +401,20 @@ class TokenCache:
         ledger = self._ledger
         ledger.observed.forget()
         flights, ledger.flights = ledger.flights, {}
-        for key in {*ledger.chains.keys(), *flights}:  # also if the store hangs
-            ledger.bury(ledger.chains.get(key) or Chain(key=key))
-        self._aside(self._clear, flights)
+        known = [ledger.chains.get(key) or Chain(key=key) for key in {*ledger.chains.keys(), *flights}]
+        for chain in known:  # also if the store hangs
+            ledger.bury(chain)
+        self._aside(self._clear, flights, [chain.newest.keys[0] for chain in known if chain.newest])
 
-    def _clear(self, flights: dict[str, Flight[Any]]) -> None:
+    def _clear(self, flights: dict[str, Flight[Any]], newest: list[str]) -> None:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
             chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
             is_done &= ledger.drop(chain, {key})
-        for key in kept:
-            if key.endswith("-attempt"):  # also of what has no entry, since it was refused
-                ledger.delete(key)
+        for name in {*(f"{key}-attempt" for key in newest), *(key for key in kept if key.endswith("-attempt"))}:
+            is_done &= ledger.delete(name)  # also of what has no entry, since it was refused
         if not is_done:
             self._fail("cannot be reached, so other processes may still use the sessions: call again")
 

@@ -410,6 +410,18 @@ def test_clear_forgets_refusals(kuzzle, cache, root):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
 
 
+def test_clear_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
+    """Also in a store that others share."""
+    cache = TokenCache(FileStore(tmp_path), clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=cache)
+    cache.clear()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
+
+
 def test_cleared_while_the_service_asks_to_wait(kuzzle, cache, root):
     """Who asked to be left alone still is."""
     kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "30"}))
