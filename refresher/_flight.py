@@ -15,7 +15,7 @@ from ._exchange import Exchange, Patience, not_yet
 from ._ledger import Call, Lease, Ledger
 from ._rules import Attempt, Chain, Instant, Left, Lock, Step, View
 from ._runtime import Event
-from ._text import fingerprint
+from ._text import fingerprint, number
 from .errors import OutcomeUnknownError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
 from .services import Credential, T
 from .tokens import Outcome, RefreshEvent
@@ -536,8 +536,10 @@ class Flight(Patience, Generic[T]):
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
-                said = {_rules.asker(spend): {"message": str(error), **vars(error)}}
-                errors = {**(tried.errors if tried else {}), **said}
+                asker, known = _rules.asker(spend), [one.errors for one in (before, tried) if one]
+                own = 1 + max((number(each[asker].get("refusals")) or 0 for each in known if asker in each), default=0)
+                said = {"message": str(error), **vars(error), "at": attrs.asdict(ledger.now()), "refusals": own}
+                errors = {**(tried.errors if tried else {}), asker: said}
                 # If it was not the credential that was refused, its answer may still be lost.
                 key = self._key if error.idempotency_key is None else None
                 verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, errors=errors, idempotency_key=key)

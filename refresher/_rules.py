@@ -188,8 +188,8 @@ class Attempt:
         at: When it began, or ended.
         is_open: Whether its outcome is not known to anybody else.
         refusals: How often the service has refused the credential in a row.
-        errors: What it said to each `asker`: a session may have several names, and several API keys. As arguments of
-            `SignInRequiredError`.
+        errors: What it said to each `asker`, as arguments of `SignInRequiredError`, when, and how often in a row: a
+            session may have several names, and several API keys.
         pause: Seconds from *at* for which the service asked callers to wait.
         seen: When a process last looked for what came of it, and how old it was then, at least: machines whose clocks
             tell nothing of *at* look for it in turn.
@@ -233,13 +233,13 @@ class Attempt:
 
     def refusal(self, asker: str, now: Instant, age: float) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        longest = REFUSALS[min(self.refusals, len(REFUSALS)) - 1] if self.refusals and not self.is_open else 0.0
-        likely_age = self.at.likely_age(now)
-        if max(age, likely_age) >= longest or likely_age < -CLOCKS_DIFFER:
-            return None
         try:
-            return SignInRequiredError(**self.errors[asker])
-        except (KeyError, TypeError):
+            error = {"at": attrs.asdict(self.at), "refusals": self.refusals, **self.errors[asker]}
+            at, refusals = Instant.read(error.pop("at")), number(error.pop("refusals")) or 0
+            longest = REFUSALS[int(min(refusals, len(REFUSALS))) - 1] if refusals >= 1 and not self.is_open else 0.0
+            is_over = max(age, at.likely_age(now)) >= longest or at.likely_age(now) < -CLOCKS_DIFFER
+            return None if is_over else SignInRequiredError(**error)
+        except (KeyError, TypeError, ValueError):
             return None
 
     def pause_left(self, now: Instant) -> float:

@@ -2567,6 +2567,24 @@ def test_refused_by_one_api_key(circle, store):
     assert circle.knows(refresh_user_token(**call_with(circle, pair), cache=TokenCache(store)))
 
 
+def test_refusals_by_other_api_keys(circle, clock, store):
+    """They neither prolong nor multiply that of the right one: after a minute it asks again."""
+    pair, others = circle.sign_in(), [OTHER_API_KEY, OTHER_API_KEY.replace("1", "3")]
+
+    def call(key):
+        return refresh_user_token(**call_with(circle, pair, api_key=key), cache=TokenCache(store, clock=clock))
+
+    for key, code in ((others[0], 155102), (others[1], 155102), (circle.api_key, 155109)):
+        circle.fail_next(code)
+        with pytest.raises(SignInRequiredError):
+            call(key)
+    for _ in range(2):
+        clock.advance(31)
+        with pytest.raises(RefreshError):
+            call(OTHER_API_KEY.replace("1", "4"))
+    assert circle.knows(call(circle.api_key))
+
+
 def test_refused_by_one_api_key_in_the_middle(circle, clock):
     """Nor does another key lose the token that it has: it goes on with that while Circle is busy."""
     pair, cache = circle.sign_in(), TokenCache(clock=clock)
