@@ -67,7 +67,7 @@ def _run(path: str, *arguments: str) -> str:
 
 
 _REQUESTS, _LEDGER, _FLIGHT, _CACHE, _RULES = "_exchange.py", "_ledger.py", "_flight.py", "_cache.py", "_rules.py"
-_CIRCLE, _KUZZLE = "services/circle.py", "services/kuzzle.py"
+_CIRCLE, _KUZZLE, _AUTH = "services/circle.py", "services/kuzzle.py", "auth.py"
 
 MUTANTS = [
     # The store
@@ -455,6 +455,27 @@ MUTANTS = [
             "            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():\n",
             "            if time_left := self._time_left() - _rules.LAST_CALL:\n",
         ),
+    ),
+    # Verdicts
+    Mutant(
+        "the second rejection of a request is a verdict",
+        (
+            _AUTH,
+            "                return answer\n",
+            '                return answer\n            raise SignInRequiredError("no", provider=current.service)\n',
+        ),
+    ),
+    Mutant(
+        "what another call found before a token was rejected is the answer",
+        (_CACHE, "if outcome is not None and flight.call.rejected != call.rejected == outcome.headers:", "if False:"),
+    ),
+    Mutant(
+        "an idempotency key that was refused is given up, though an answer to it was lost",
+        (_FLIGHT, " and not self._is_in_doubt:", ":"),
+    ),
+    Mutant(
+        "how long others have looked for an answer does not count",
+        (_FLIGHT, "seen=(now, age))", "seen=(now, 0.0))"),
     ),
 ]
 
