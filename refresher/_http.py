@@ -62,7 +62,6 @@ _NEVER_SENT = (ConnectTimeoutError, NewConnectionError, ProxyError, ConnectTimeo
 # If this fails, nothing was sent. OpenSSL's errors do not say so.
 _CONNECTING = "urllib3.connection", "connect"
 _REASONS: dict[type, str] = {
-    OSError: "there is no such CA bundle",  # requests' own complaint; those of the system have a number
     TimeoutError: "timed out",
     socket.gaierror: "unknown host name",
     RemoteDisconnected: "the connection was closed",
