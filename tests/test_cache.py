@@ -424,6 +424,16 @@ def test_clear_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
 
 
+def test_what_is_over_is_not_put_back(kuzzle, clock, root, tmp_path):
+    """A store that has dropped a session which nobody can refresh any more has lost nothing."""
+    cache = TokenCache(store := FileStore(tmp_path), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(26 * HOUR)
+    store.delete(kuzzle_credential(kuzzle.url, root).keys[0])
+    assert cache.peek(kuzzle.url, root).state == "unknown"
+    assert not cache._ledger.unsaved
+
+
 def test_cleared_while_the_service_asks_to_wait(kuzzle, cache, root):
     """Who asked to be left alone still is."""
     kuzzle.next_answers.append(Answer(429, b"", {"Retry-After": "30"}))
