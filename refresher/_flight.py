@@ -470,7 +470,7 @@ class Flight(Patience, Generic[T]):
         if isinstance(error, RequestRefusedError) and error.idempotency_key is not None and not self._is_in_doubt:
             key = spend.key_for(f"after {error.idempotency_key}")
             return None if key == error.idempotency_key else key  # it is the caller's own
-        return error.idempotency_key or self._key if error.spent is not False or self._is_in_doubt else None
+        return (error.idempotency_key or self._key) if error.spent is not False or self._is_in_doubt else None
 
     def _unread(self, **details: Any) -> RefreshError:
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"

@@ -237,8 +237,8 @@ class Attempt:
             error = {"at": attrs.asdict(self.at), "refusals": self.refusals, **self.errors[asker]}
             at, refusals = Instant.read(error.pop("at")), number(error.pop("refusals")) or 0
             longest = REFUSALS[int(min(refusals, len(REFUSALS))) - 1] if refusals >= 1 and not self.is_open else 0.0
-            is_over = max(age, at.likely_age(now)) >= longest or at.likely_age(now) < -CLOCKS_DIFFER
-            return None if is_over else SignInRequiredError(**error)
+            counts = age < longest and -CLOCKS_DIFFER <= at.likely_age(now) < longest
+            return SignInRequiredError(**error) if counts else None
         except (KeyError, TypeError, ValueError):
             return None
 

@@ -424,6 +424,22 @@ def test_clear_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
 
 
+def test_clear_that_leaves_a_refusal(kuzzle, root, tmp_path, monkeypatch):
+    """It says so: others would go by that."""
+    cache = TokenCache(store := FileStore(tmp_path))
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    name, delete = f"{kuzzle_credential(kuzzle.url, token.jwt).keys[0]}-attempt", store.delete
+
+    def fail(key):
+        if key == name:
+            raise ConnectionError
+        delete(key)
+
+    monkeypatch.setattr(store, "delete", fail)
+    with pytest.raises(UnavailableError, match="call again"):
+        cache.clear()
+
+
 def test_what_is_over_is_not_put_back(kuzzle, clock, root, tmp_path):
     """A store that has dropped a session which nobody can refresh any more has lost nothing."""
     cache = TokenCache(store := FileStore(tmp_path), clock=clock)

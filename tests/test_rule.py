@@ -1092,6 +1092,18 @@ def test_service_whose_clock_is_set_forward(store):
         assert auth.jwt != token.jwt
 
 
+def test_dates_of_a_proxy_that_stay_as_wrong_as_they_are():
+    """They are no sign that a clock was set: what a new token has told of it stays certain."""
+    with KuzzleBehindProxy() as kuzzle:
+        kuzzle.ahead, cache = 7200, TokenCache(runtime=Runtime())
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 20), cache=cache)
+        for _ in range(2):
+            assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+        earliest, _, is_certain = cache._ledger.observed.service_now(auth._scope)
+        assert is_certain
+        assert abs(earliest - kuzzle.clock()) < 5
+
+
 def test_date_of_an_outage(kuzzle, root, cache):
     """A proxy that says that Kuzzle is down, and dates that years ahead, ends no session."""
     kuzzle.next_answers.append(Answer(503, b"", {"Date": "Wed, 01 Jan 2098 00:00:00 GMT"}))
@@ -2533,10 +2545,12 @@ def test_lost_answer_by_the_other_name(circle, clock, monkeypatch, first, is_kil
             assert circle.knows(refresh_user_token(**call_with(circle, pair, **other), **options))
 
 
-def test_refusal_after_a_lost_answer(circle, cache):
-    """What was lost comes again with the same key, though the repetition was refused."""
+@pytest.mark.parametrize("between", [0, 1])
+def test_refusal_after_a_lost_answer(circle, cache, between):
+    """What was lost comes again with the same key, though the repetition was refused: also if Circle was busy first."""
     pair = circle.sign_in()
     circle.next_answers.append(lambda request: (circle.truly(request), b"")[1])
+    circle.fail_next(5, between)
     circle.fail_next(3)
     with pytest.raises(RequestRefusedError):
         refresh_user_token(**call_with(circle, pair), cache=cache)

@@ -123,10 +123,11 @@ def test_covers(lifetime, asked_for, requested, expected):
 
 
 def test_infinite_token_covers_all():
-    """A token that is good for ever will do for everybody."""
+    """A token that is good for ever will do for everybody, and who asks for no lifetime takes any."""
     infinite = credential().following(KuzzleToken("foo", "kauth-x", None, None))
     assert Chain(key="k", newest=infinite, lifetime=INF).covers(INF)
     assert Chain(key="k", newest=infinite, lifetime=INF, asked_for=60.0).covers(120.0)  # a strategy chose it
+    assert Chain(key="k").covers(None)
 
 
 WRITTEN = Chain(key="k", generation=3, newest=newest(), requested=NOW, took=0.5, lifetime=3599.0)
@@ -528,6 +529,8 @@ def test_nothing_left():
         pytest.param(3600, "00000000ff", None, 60, id="a minute"),
         pytest.param(100, "00000000ff", None, 10, id="a tenth of a short life"),
         pytest.param(3600, "80000000ff", None, 42, id="less for some"),
+        pytest.param(INF, "00000000ff", None, 60, id="of what never ends: more is always left"),
+        pytest.param(INF, "80000000ff", 600.0, 600, id="of what never ends, as told"),
         pytest.param(3600, "80000000ff", 600.0, 600, id="as told"),
         pytest.param(3600, "80000000ff", 0.0, 0, id="told to use all of it"),
         pytest.param(3600, "80000000ff", 9999.0, 1800, id="at most half a life"),

@@ -47,4 +47,4 @@ def test_a_broken_core_is_found_out():
     from simulation.mutants import MUTANTS
 
     (mutant,) = (each for each in MUTANTS if each.name == "a refusal is the verdict though there is a newer token")
-    assert mutant.hunt(3000)
+    assert "told to sign in" in mutant.hunt(3000, first=1368)
