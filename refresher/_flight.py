@@ -15,7 +15,7 @@ from ._exchange import Exchange, Patience, not_yet
 from ._ledger import Call, Lease, Ledger
 from ._rules import Attempt, Chain, Instant, Left, Lock, Step, View
 from ._runtime import Event
-from ._text import fingerprint, number
+from ._text import fingerprint
 from .errors import OutcomeUnknownError, RefreshError, RequestRefusedError, SignInRequiredError, UnavailableError
 from .services import Credential, T
 from .tokens import Outcome, RefreshEvent
@@ -402,7 +402,7 @@ class Flight(Patience, Generic[T]):
 
         def announce() -> bool:
             self._announced_at = self._runtime.steady()
-            return self._ledger.note(spend, self._attempt(spend, attempt, is_open=True), room)
+            return self._ledger.note(spend, self._attempt(attempt, is_open=True), room)
 
         if self._is_alone:
             self._announced_at = math.inf
@@ -410,14 +410,10 @@ class Flight(Patience, Generic[T]):
         self._lease.announce = announce
         return announce()
 
-    def _attempt(self, spend: Credential[T], before: Attempt | None, **details: Any) -> Attempt:
+    def _attempt(self, before: Attempt | None, **details: Any) -> Attempt:
         """Describe what this flight does with a credential. What the service has said of that before stays known."""
         at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
-        own = Attempt(by=self._name, at=at, idempotency_key=key, **details)
-        if before is None:
-            return own
-        errors = {asker: error for asker, error in before.errors.items() if asker != _rules.asker(spend)}
-        return attrs.evolve(own, refusals=before.refusals, errors=errors)
+        return Attempt(by=self._name, at=at, errors=before.errors if before else {}, idempotency_key=key, **details)
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -481,7 +477,7 @@ class Flight(Patience, Generic[T]):
         ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
-        done = self._attempt(spend, attempt, pause=pause)
+        done = self._attempt(attempt, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 age = ledger.age(one)  # so that the next process knows for how long it has been there
@@ -535,14 +531,11 @@ class Flight(Patience, Generic[T]):
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
-                refusals = 1 + max(one.refusals if one else 0 for one in (before, tried))
-                asker, known = _rules.asker(spend), [one.errors for one in (before, tried) if one]
-                own = 1 + max((number(each[asker].get("refusals")) or 0 for each in known if asker in each), default=0)
-                said = {"message": str(error), **vars(error), "at": attrs.asdict(ledger.now()), "refusals": own}
-                errors = {**(tried.errors if tried else {}), asker: said}
                 # If it was not the credential that was refused, its answer may still be lost.
                 key = self._key if error.idempotency_key is None else None
-                verdict = Attempt(by=self._name, at=ledger.now(), refusals=refusals, errors=errors, idempotency_key=key)
+                verdict = Attempt(by=self._name, at=ledger.now(), idempotency_key=key)
+                errors = (tried or before or verdict).refused(_rules.asker(spend), error, verdict.at)
+                verdict = attrs.evolve(verdict, errors=errors)
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
                     ledger.give_up(chain, spend)
                     raise error

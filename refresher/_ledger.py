@@ -463,7 +463,7 @@ class Ledger:
 
     def refusal(self, attempt: Attempt | None, asker: str) -> RefreshError | None:
         """Return what the service said to somebody when it refused a credential lately."""
-        return None if attempt is None else attempt.refusal(asker, self.now(), self.age(attempt))
+        return None if attempt is None else attempt.refusal(asker, self.now())
 
     def give_up(self, chain: Chain[Any], spend: Credential[Any]) -> None:
         """Take the newest token of a chain for expired, as it was refused. That is so for one asker."""

@@ -175,6 +175,14 @@ def asker(credential: Credential[Any]) -> str:
     return key_of(credential.keys[-1], credential.scope)
 
 
+def _count(refusal: Mapping[str, Any]) -> int:
+    return int(min(max(number(refusal.get("refusals")) or 0.0, 0.0), 1000))
+
+
+def _within_a_day(value: object) -> float:
+    return min(max(number(value) or 0.0, 0.0), DAY)
+
+
 @attrs.frozen(kw_only=True)
 class Attempt:
     """
@@ -187,8 +195,7 @@ class Attempt:
         by: The flight that did.
         at: When it began, or ended.
         is_open: Whether its outcome is not known to anybody else.
-        refusals: How often the service has refused the credential in a row.
-        errors: What it said to each `asker`, as arguments of `SignInRequiredError`, when, and how often in a row: a
+        errors: What the service said when it refused the credential to each `asker`, when, and how often in a row: a
             session may have several names, and several API keys.
         pause: Seconds from *at* for which the service asked callers to wait.
         seen: When a process last looked for what came of it, and how old it was then, at least: machines whose clocks
@@ -199,7 +206,6 @@ class Attempt:
     by: str
     at: Instant
     is_open: bool = False
-    refusals: int = 0
     errors: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     pause: float = 0.0
     seen: tuple[Instant, float] | None = None
@@ -216,29 +222,36 @@ class Attempt:
             return None
         entry = json_object(text)
         try:
-            refusals, pause = (number(entry.get(name)) or 0.0 for name in ("refusals", "pause"))
             seen, age = entry["seen"] or (None, 0.0)
             return cls(
                 by=str(entry["by"]),
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
-                refusals=int(min(max(refusals, 0), 1000)),
                 errors={key: dict(error) for key, error in entry["errors"].items()},
-                pause=min(max(pause, 0.0), DAY),
-                seen=seen and (Instant.read(seen), min(max(number(age) or 0.0, 0.0), DAY)),
+                pause=_within_a_day(entry.get("pause")),
+                seen=seen and (Instant.read(seen), _within_a_day(age)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def refusal(self, asker: str, now: Instant, age: float) -> RefreshError | None:
+    @property
+    def refusals(self) -> int:
+        """How often the service has refused the credential, to anybody."""
+        return sum(map(_count, self.errors.values()))
+
+    def refused(self, asker: str, error: SignInRequiredError, now: Instant) -> Mapping[str, Mapping[str, Any]]:
+        """Return its errors with one more."""
+        count, said = 1 + _count(self.errors.get(asker, {})), {"message": str(error), **vars(error)}
+        return {**self.errors, asker: {"refusals": count, "at": attrs.asdict(now), "error": said}}
+
+    def refusal(self, asker: str, now: Instant) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
         try:
-            error = {"at": attrs.asdict(self.at), "refusals": self.refusals, **self.errors[asker]}
-            at, refusals = Instant.read(error.pop("at")), number(error.pop("refusals")) or 0
-            longest = REFUSALS[int(min(refusals, len(REFUSALS))) - 1] if refusals >= 1 and not self.is_open else 0.0
-            counts = age < longest and -CLOCKS_DIFFER <= at.likely_age(now) < longest
-            return SignInRequiredError(**error) if counts else None
+            said = self.errors[asker]
+            longest = (0.0, *REFUSALS)[min(_count(said), len(REFUSALS))]
+            counts = not self.is_open and -CLOCKS_DIFFER <= Instant.read(said["at"]).likely_age(now) < longest
+            return SignInRequiredError(**said["error"]) if counts else None
         except (KeyError, TypeError, ValueError):
             return None
 

@@ -2898,9 +2898,9 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     key = key_of("kuzzle", kuzzle.url, second)
     store.delete(f"{key}-alias")
     refresh_kuzzle_token(kuzzle.url, second, expires_in="2h", cache=TokenCache(store))
-    refusal, asker = {"message": "no", "provider": "kuzzle"}, key_of(key, kuzzle.url)
-    at = Instant(time.time(), Runtime().steady(), Runtime().boot)
-    store.set(f"{key}-attempt", Attempt(by="one", at=at, refusals=1, errors={asker: refusal}).write(), HOUR)
+    attempt = Attempt(by="one", at=Instant(time.time(), Runtime().steady(), Runtime().boot))
+    refused = attempt.refused(key_of(key, kuzzle.url), SignInRequiredError("no", provider="kuzzle"), attempt.at)
+    store.set(f"{key}-attempt", attrs.evolve(attempt, errors=refused).write(), HOUR)
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in="3h", cache=TokenCache(store))
     assert kuzzle.knows(token.jwt)
     assert len(kuzzle.requests) == 3
