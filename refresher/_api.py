@@ -85,7 +85,8 @@ def refresh_kuzzle_token(
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
             allows. If False, there is one attempt.
         timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
-            was sent goes on for up to a minute, and the next call finds its result in the cache.
+            was sent goes on for up to a minute, and the next call finds its result in the cache. Give it two seconds
+            at least: a process that cannot know how old a token is refreshes it a second after it first saw it.
         cache: Remembers the newest token of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes its *jwt*, and gives up when *timeout* is over.
         session: Connections, proxies, TLS settings, headers and cookies to use. It is not changed, except for the

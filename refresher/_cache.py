@@ -150,16 +150,18 @@ class TokenCache:
             if ledger.is_held_back(chain.key, left, call):
                 return newest
         get_ready()
-        end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
+        began = self._runtime.steady()
+        end = math.inf if call.timeout is None else began + call.timeout
         while True:
             can_go_on = newest is not None and left.least > 0 and call.rejected != newest.headers and not call.patient
-            soon = min(end, self._runtime.steady() + _rules.BRIEFLY) if can_go_on else math.inf
+            soon = min(end, began + _rules.BRIEFLY) if can_go_on else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
             newest, left, _, wanted = ledger.assess(chain, call)
             valid = newest if newest is not None and left.most > 0 and call.rejected != newest.headers else None
             if isinstance(outcome, RefreshError):
-                if flight.call is not call and flight.is_for_one(outcome, call):
+                is_outage = valid is not None and isinstance(outcome, UnavailableError)  # for all who have a token
+                if flight.call is not call and not is_outage and flight.is_for_one(outcome, call):
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
                 if valid is not None and outcome.spent is False and not (call.patient or is_wrong):

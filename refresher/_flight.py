@@ -177,9 +177,9 @@ class Flight(Patience, Generic[T]):
         if isinstance(error, SignInRequiredError):
             chain, _ = self._ledger.recall(call.credential)
             return len({_rules.asker(chain.spend(each.credential)) for each in (self.call, call)}) > 1
-        return not self.is_for_all or (
-            isinstance(error, RequestRefusedError) and self.call.credential != call.credential
-        )
+        if isinstance(error, RequestRefusedError):
+            return self.call.credential != call.credential
+        return not self.is_for_all
 
     def leave(self, waiter: Waiter) -> None:
         """Wait no more."""
@@ -240,7 +240,8 @@ class Flight(Patience, Generic[T]):
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt."""
         self.has_departed = False
-        self.status, self._is_in_doubt = str(error), self._is_in_doubt or error.spent is not False
+        self.status = str(error)
+        self._is_in_doubt |= error.spent is not False
         for waiter in [each for each in list(self.waiters) if not each.retry]:
             self.leave(waiter)
             waiter.tell(error)
@@ -336,6 +337,7 @@ class Flight(Patience, Generic[T]):
         attempt = None
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
+        self._is_in_doubt |= attempt is not None and (attempt.is_open or attempt.is_in_doubt)
         patience = _rules.patience(left, window)
         if self._lease.lock is Lock.HELD:
             if newest is None:  # the caller's own may be about to expire, a second later there
@@ -413,7 +415,8 @@ class Flight(Patience, Generic[T]):
     def _attempt(self, before: Attempt | None, **details: Any) -> Attempt:
         """Describe what this flight does with a credential. What the service has said of that before stays known."""
         at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
-        return Attempt(by=self._name, at=at, errors=before.errors if before else {}, idempotency_key=key, **details)
+        own = Attempt(by=self._name, at=at, idempotency_key=key, is_in_doubt=self._is_in_doubt, **details)
+        return attrs.evolve(own, errors=before.errors) if before else own
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -463,6 +466,7 @@ class Flight(Patience, Generic[T]):
 
         One that was refused is not sent again, unless an answer to it was lost before, which may come again.
         """
+        self._is_in_doubt |= isinstance(error, OutcomeUnknownError)
         if isinstance(error, RequestRefusedError) and error.idempotency_key is not None and not self._is_in_doubt:
             key = spend.key_for(f"after {error.idempotency_key}")
             return None if key == error.idempotency_key else key  # it is the caller's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import http.client
 import io
 import logging
 import os
@@ -142,7 +143,10 @@ def send(
     call = _Call(answer_by, depart, steady)
     classes = HTTPConnectionPool.ConnectionCls, HTTPSConnectionPool.ConnectionCls
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
-    lender = requests.Session() if session is None and _is_replaced(*parts) else session
+    # Those of urllib3-future, which takes urllib3's place, and sockets of PyOpenSSL do not work like Python's own.
+    is_usual = not _is_replaced(*parts) and all(issubclass(each, http.client.HTTPConnection) for each in classes)
+    is_usual = is_usual and not urllib3.util.IS_PYOPENSSL
+    lender = session if session is not None or is_usual else requests.Session()
     context = _current.set(call)
     trouble: BaseException
     # A signal handler may raise in the main thread: Celery's does, at a task's time limit.
@@ -330,9 +334,9 @@ def _was_never_sent(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """Return the root cause, in words that cannot contain a secret."""
     *_, root = _links(error)
-    if isinstance(root, ssl.SSLCertVerificationError):
-        return str(root.verify_message)
-    number = getattr(root, "errno", None) or 0
+    if isinstance(root, ssl.SSLError):  # their numbers are OpenSSL's
+        return str(getattr(root, "verify_message", None) or (root.reason or "TLS failed").replace("_", " ").lower())
+    number = 0 if isinstance(root, socket.gaierror) else getattr(root, "errno", None) or 0
     # Windows has no words for the errors of its sockets, which begin at 10,000.
     return os.strerror(number) if 0 < number < 10_000 else _REASONS.get(type(root), type(root).__name__)
 

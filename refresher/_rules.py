@@ -201,6 +201,7 @@ class Attempt:
         seen: When a process last looked for what came of it, and how old it was then, at least: machines whose clocks
             tell nothing of *at* look for it in turn.
         idempotency_key: With which the credential was sent, so that others get the same answer.
+        is_in_doubt: Whether an answer to that may have been lost, so that it is sent again even if it is refused.
     """
 
     by: str
@@ -210,6 +211,7 @@ class Attempt:
     pause: float = 0.0
     seen: tuple[Instant, float] | None = None
     idempotency_key: str | None = None
+    is_in_doubt: bool = False
 
     def write(self) -> str:
         """Write it down."""
@@ -231,6 +233,7 @@ class Attempt:
                 pause=_within_a_day(entry.get("pause")),
                 seen=seen and (Instant.read(seen), _within_a_day(age)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
+                is_in_doubt=entry.get("is_in_doubt") is True,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             return None

@@ -308,9 +308,9 @@ class Auth(AuthBase, Generic[_Token]):
         sure: bool,
     ) -> requests.Response:
         """Send a request that was rejected once more for each newer token that there is."""
+        sent = response.request  # not that of later answers: who replays them keeps no secrets
+        rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
         while True:
-            sent = response.request
-            rejected: Headers = {name: Secret(sent.headers.get(name, "")) for name in credential.headers}
             current = self._current(sign_in, rejected)
             if current is None or (current.headers == rejected and not sure):
                 return response
@@ -332,7 +332,7 @@ class Auth(AuthBase, Generic[_Token]):
             response.close()
             answer: requests.Response = response.connection.send(sent.copy(), **settings.reveal())
             answer.history = [*response.history, response]
-            response, credential, sure = answer, current, True
+            response, rejected, sure = answer, current.headers, True
             if not self._is_rejected(answer, current):
                 return answer
 

@@ -864,6 +864,28 @@ def test_circle_refuses_something_else(circle, pair, answer):
     assert len(circle.requests) == 1
 
 
+def test_circle_with_an_adapter_that_signs(circle, pair):
+    """An adapter may put the real API key on what is sent. A rejected request ends with a verdict all the same."""
+
+    class Vault(HTTPAdapter):
+        def add_headers(self, request, **options):
+            request.headers["Authorization"] = f"Bearer {circle.api_key}"
+
+    session = requests.Session()
+    session.mount(circle.url, Vault())
+    auth = circle_auth(circle, pair, api_key=f"TEST_API_KEY:{32 * '1'}:{32 * '2'}", session=session)
+
+    def refuse(request):
+        if request.path.endswith("refresh"):
+            return circle.truly(request)
+        return Answer(403, {"code": 155104, "message": "expired"})
+
+    circle.next_answers.extend([refuse] * 20)
+    with pytest.raises(SignInRequiredError, match="the newest token that is known"):
+        session.get(f"{circle.url}/v1/w3s/user", auth=auth, timeout=10)
+    assert len(circle.requests) < 6
+
+
 def test_circle_never_content(circle, pair):
     """A service that refuses new tokens, too, costs one refresh a minute and no session."""
     auth = circle_auth(circle, pair)

@@ -38,7 +38,7 @@ def environment_of(kuzzle, redis_url, jwt, folder):
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         "KUZZLE_URL": kuzzle.url,
-        "KUZZLE_JWT": jwt,
+        "KUZZLE_TOKEN": jwt,
         "SITE_REDIS": redis_url,
         "SITE_DATABASE": str(folder / "database"),
     }
@@ -371,14 +371,14 @@ def run(environment, *argv):
 
 def test_keepalive(kuzzle, environment):
     """The management command refreshes all sessions that are due, and says in one line why it can't."""
-    due = {**environment, "KUZZLE_JWT": kuzzle.login("foo", ago=3000)}
+    due = {**environment, "KUZZLE_TOKEN": kuzzle.login("foo", ago=3000)}
     assert run(due, "manage.py", "keepalive").startswith("1 refreshed, ")
     assert run(due, "manage.py", "keepalive").startswith("0 refreshed, ")
     assert len(refreshes(kuzzle)) == 1
-    dead = {**environment, "KUZZLE_JWT": kuzzle.login("foo", ago=7200)}
+    dead = {**environment, "KUZZLE_TOKEN": kuzzle.login("foo", ago=7200)}
     assert " 1 ended" in run(dead, "manage.py", "keepalive")
     command = [sys.executable, "manage.py", "keepalive"]
-    due = {**environment, "KUZZLE_JWT": kuzzle.login("foo", ago=3100), "KUZZLE_URL": "http://127.0.0.1:1"}
+    due = {**environment, "KUZZLE_TOKEN": kuzzle.login("foo", ago=3100), "KUZZLE_URL": "http://127.0.0.1:1"}
     down = subprocess.run(command, cwd=SITE, env=due, check=False, capture_output=True, text=True)
     assert down.returncode == 1
     assert re.match("CommandError: [1-9][0-9]* sessions were skipped: Kuzzle could not", down.stderr.splitlines()[-1])

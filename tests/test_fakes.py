@@ -333,16 +333,46 @@ def test_head(circle):
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_a_fault_of_the_fake_is_told(fake, capfd):
-    """What goes wrong within the fake itself is not hidden."""
-    fake.next_answers.append(lambda request: 1 / 0)
+def ask_badly(fake, answer):
+    """Send a request to a fake that cannot answer it."""
+    fake.next_answers.append(answer)
     with pytest.raises(requests.ConnectionError):
+        requests.get(fake.url, timeout=10)
+
+
+@pytest.mark.parametrize("kind", [FakeKuzzle, FakeCircle])
+def test_a_fault_of_the_fake_is_told(kind, capfd):
+    """What goes wrong within the fake itself, or in a test's own function, is not hidden."""
+    fake = kind()
+    with pytest.raises(ZeroDivisionError), fake:
+        ask_badly(fake, lambda request: 1 / 0)
+    with fake:
         requests.get(fake.url, timeout=10)
     deadline = time.monotonic() + 5
     told = ""
     while "ZeroDivisionError" not in told and time.monotonic() < deadline:
         told += capfd.readouterr().err
     assert "ZeroDivisionError" in told
+
+
+@pytest.mark.parametrize(
+    "answer", [{"a": 1}, "text", None, lambda request: None], ids=["dict", "text", "None", "nothing"]
+)
+def test_what_is_no_answer(answer, capfd):
+    """What no answer can be made of fails the test, not only the client."""
+    with pytest.raises(TypeError, match=r"next_answers must hold Answers, bytes, or functions"), FakeKuzzle() as fake:
+        ask_badly(fake, answer)
+
+
+def test_failure_beside_another(capfd):
+    """A test that fails by itself fails for that."""
+
+    def fail(fake):
+        ask_badly(fake, None)
+        raise KeyError
+
+    with pytest.raises(KeyError), FakeKuzzle() as fake:
+        fail(fake)
 
 
 def test_client_that_hangs_up(fake, capfd):

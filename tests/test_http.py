@@ -411,6 +411,21 @@ class Tunnel(Proxy):
             other.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", r"wrong version number|record layer failure"), (b"", "eof")],
+)
+def test_no_tls(answer, reason):
+    """Who speaks no TLS, or ends it at once, is told of in words. Their numbers are not those of the system."""
+
+    def behave(client):
+        client.recv(65536)
+        client.sendall(answer)
+
+    with Peer(behave) as peer, pytest.raises(UnavailableError, match=reason):
+        post(peer.url.replace("http:", "https:"))
+
+
 def test_tunnel(proxy, authority, tmp_path, monkeypatch):
     """A proxy opens a tunnel, and in it there is TLS as ever. Another one is opened when the first is gone."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")

@@ -2640,6 +2640,54 @@ def test_call_that_joins_a_wrong_one(circle, cache, wrong, expected):
     assert circle.knows(joined[0].result())
 
 
+def test_calls_that_are_refused_alike(circle, cache):
+    """What is wrong with all of them is asked once, though each request has a name of its own."""
+    call, joined = call_with(circle, circle.sign_in(), api_key=OTHER_API_KEY), []
+
+    def answer(request):
+        names = [str(uuid.uuid4()) for _ in range(3)]
+        joined.extend(runner.submit(refresh_user_token, **call, cache=cache, request_id=name) for name in names)
+        time.sleep(0.3)
+        return circle.truly(request)
+
+    with ThreadPoolExecutor(3) as runner:
+        circle.next_answers.append(answer)
+        with pytest.raises(RequestRefusedError):
+            refresh_user_token(**call, cache=cache, request_id=str(uuid.uuid4()))
+    assert [type(each.exception()) for each in joined] == 3 * [RequestRefusedError]
+    assert len(circle.requests) == 1
+
+
+def test_auth_objects_beside_a_store_that_fails_slowly(kuzzle, clock, root):
+    """They learn from one command of one of them that they have to go on with the token that is due."""
+    asked, joined = [], []
+
+    class Failing(ProcessStore):
+        is_down = False
+
+        def get(self, key):
+            if not self.is_down:
+                return self.shared.get(key)
+            asked.append(key)
+            if not joined:
+                joined.extend(runner.submit(use) for _ in range(8))
+                time.sleep(0.3)
+            raise ConnectionError
+
+    def use():
+        auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=10)
+        return requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code
+
+    cache = TokenCache(store := Failing(SharedStore(clock)), clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    store.is_down = True
+    with ThreadPoolExecutor(8) as runner:
+        assert use() == 200
+        assert [each.result() for each in joined] == 8 * [200]
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("apart", [0.5, 5, 30])
 def test_replayed_pairs_of_one_minute(circle, clock, apart):
     """They show no wrong clock of the service, however close to each other they were issued."""
@@ -2666,6 +2714,31 @@ def test_young_token_by_a_clock_that_stands_still(kuzzle, clock):
     jwt = kuzzle.login()
     clock.advance(1)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(clock=clock), timeout=3).jwt)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_refusals_after_a_lost_answer(circle, clock, retry, is_killed):
+    """A key whose answer was lost is sent by every later call, however often others are refused meanwhile."""
+    call, store = call_with(circle, circle.sign_in()), SharedStore(clock)
+    caller = ProcessStore(store)
+
+    def lose(request):
+        circle.truly(request)
+        if is_killed:
+            caller.is_gone = True
+        return b""
+
+    circle.next_answers.append(lose)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**call, cache=TokenCache(caller, clock=clock), retry=False, timeout=2)
+    clock.advance(90)
+    for api_key in (circle.api_key, "TEST_API_KEY:" + 32 * "1" + ":" + 32 * "2"):
+        circle.fail_next(3)
+        with pytest.raises(RequestRefusedError):
+            refresh_user_token(**{**call, "api_key": api_key}, cache=TokenCache(store, clock=clock), retry=retry)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock)))
+    assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 1
 
 
 @pytest.mark.parametrize("is_lost", [False, True])

@@ -14,6 +14,7 @@ import pytest
 import requests
 import requests_mock
 import responses
+import urllib3
 import vcr
 from helpers import jwt_with
 from requests.adapters import HTTPAdapter
@@ -229,8 +230,25 @@ def test_responses_without_a_connection(session, of):
             assert reply.body == (b"" if of == "empty" else b"busy")
 
 
-def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):
-    """So does whoever replaces urllib3's connections."""
+@pytest.mark.parametrize("is_used", [False, True])
+def test_pyopenssl(fake_kuzzle, monkeypatch, is_used):
+    """Its sockets are requests' own affair, if it was put in place of Python's ``ssl``."""
+    build, built = HTTPAdapter.build_response, []
+
+    def build_response(*arguments):
+        built.append(arguments)
+        return build(*arguments)
+
+    monkeypatch.setattr(HTTPAdapter, "build_response", build_response)
+    monkeypatch.setattr(urllib3.util, "IS_PYOPENSSL", is_used)
+    fake_kuzzle.next_answers.append(Answer(200, GOOD))
+    assert send(fake_kuzzle.url, None).json().reveal() == GOOD
+    assert len(built) == is_used
+
+
+@pytest.mark.parametrize("module", ["tests", "urllib3.connection"])
+def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch, module):
+    """So does whoever replaces urllib3's connections, or urllib3 itself: urllib3-future has names like it."""
     real, made = HTTPConnectionPool.ConnectionCls, []
 
     class Recorder:
@@ -241,6 +259,7 @@ def test_connections_that_are_replaced(session, fake_kuzzle, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.real, name)
 
+    Recorder.__module__ = module
     monkeypatch.setattr(HTTPConnectionPool, "ConnectionCls", Recorder)
     fake_kuzzle.next_answers.append(Answer(200, GOOD))
     assert send(fake_kuzzle.url, session).json().reveal() == GOOD

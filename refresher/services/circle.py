@@ -77,7 +77,7 @@ class CircleCredential:
     refresh_token: Secret[str]
     device_id: str
     given_key: str | None = None
-    request_id: str | None = None
+    request_id: str | None = attrs.field(default=None, eq=False)
     token: UserToken | None = attrs.field(default=None, eq=False)
 
     def _keys(self) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ _LONGEST = 9.2e18
 _LONGEST_IN_COOKIE = 8.6e15
 
 _ENDED = attrs.evolve(SIGN_IN, spent=False)
+_BARE = attrs.evolve(SIGN_IN, what="does not accept a token without its prefix, kauth-: give all of it, or sign in")
 _UNSEEN = attrs.evolve(FOREIGN, what="did not see the token: check the URL and any proxy")
 # What an error means, where its status alone says something else.
 _MEANINGS = {
@@ -311,6 +312,7 @@ def _result(reply: Reply, request: Request, action: str) -> Secret[dict[str, Any
     if reply.status >= 400 and isinstance(error.reveal(), dict):
         known = _name(error.reveal().get("id"), request)
         case = meaning(reply.status, _MEANINGS.get(known or ""), REFUSED)
+        case = _BARE if case is SIGN_IN and request.secret.reveal().startswith("eyJ") else case
         raise failure(case, request, reply, code=error.reveal().get("code"), id=known)
     # Kuzzle's HTTP server may find fault with a request before Kuzzle sees it.
     by_uws = 400 <= reply.status <= 505 and b"<i>uWebSockets/" in reply.body

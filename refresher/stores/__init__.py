@@ -5,7 +5,8 @@ All processes that share a store share the newest tokens. On one machine a `File
 needs a `RedisStore`, or a `DjangoStore` on a cache that all of them reach.
 
 An entry is a text under a key, and expires after some seconds. Keys are hashes; the texts contain tokens, so anyone
-who can read a store can use them, unless an `EncryptedStore` encrypts them.
+who can read a store can use them, unless an `EncryptedStore` encrypts them. So can who reads what is traced of its
+commands: Django's log of SQL at DEBUG, Sentry's spans of Redis with ``send_default_pii``.
 """
 
 # What a Protocol asks for has no body.

@@ -177,8 +177,10 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # A client may hang up at any time. Anything else is a fault of the fake, and is reported.
-        if not isinstance(sys.exc_info()[1], OSError):
+        # A client may hang up at any time. Anything else is a fault of the fake or of a test, and fails that.
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.fake.failure = self.fake.failure or error
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
@@ -196,6 +198,7 @@ class Server(abc.ABC):
         self.clock: Clock = clock or Clock()
         self.requests: list[Received] = []
         self.next_answers: deque[Answer | bytes | Callable[[Received], Answer | bytes]] = deque()
+        self.failure: BaseException | None = None  # what a function in *next_answers* raised first
         self._lock = threading.Lock()
         self._server: _Server | None = None
         self._port = 0
@@ -243,16 +246,28 @@ class Server(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        failure, self.failure = self.failure, None
+        if failure is not None and error is None:
+            raise failure
 
     def receive(self, request: Received) -> Answer | bytes:
-        """Answer a request: with what waits in *next_answers*, else as the service would."""
+        """
+        Answer a request: with what waits in *next_answers*, else as the service would.
+
+        Raises:
+            TypeError: What waits is no answer. It is raised at the end of the ``with`` statement, too, as is whatever
+                a function in *next_answers* raises: an assertion of a test, say.
+        """
         with self._lock:
             self.requests.append(request)
             if not self.next_answers:
                 return self._answer(request)
             answer = self.next_answers.popleft()
         # Not under the lock: it may take its time.
-        return answer(request) if callable(answer) else answer
+        answer = answer(request) if callable(answer) else answer
+        if not isinstance(answer, (Answer, bytes)):
+            raise TypeError("next_answers must hold Answers, bytes, or functions of a request that return one of them")
+        return answer
 
     def truly(self, request: Received, *, after: float = 0.0) -> Answer:
         """Do what a request asks for, and answer *after* some seconds: for functions in *next_answers*."""

@@ -4,7 +4,7 @@ import os
 
 KUZZLE_URL = os.environ["KUZZLE_URL"]
 # The first token of the site's own session. It never has to be updated: the cache has the newest one.
-KUZZLE_JWT = os.environ["KUZZLE_JWT"]
+KUZZLE_TOKEN = os.environ["KUZZLE_TOKEN"]
 
 CACHES = {"default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": os.environ["SITE_REDIS"]}}
 DATABASES = {

@@ -60,4 +60,4 @@ def broken(request):
 
 def site(request):
     """Tell who the site itself is at Kuzzle."""
-    return JsonResponse(ask(settings.KUZZLE_JWT, "/_me"))
+    return JsonResponse(ask(settings.KUZZLE_TOKEN, "/_me"))

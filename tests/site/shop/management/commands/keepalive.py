@@ -13,7 +13,7 @@ from shop.kuzzle import tokens
 
 def auths():
     """Yield an auth object for the site itself, and for each user who has signed in."""
-    yield KuzzleAuth(settings.KUZZLE_URL, settings.KUZZLE_JWT, cache=tokens)
+    yield KuzzleAuth(settings.KUZZLE_URL, settings.KUZZLE_TOKEN, cache=tokens)
     for session in Session.objects.filter(expire_date__gt=timezone.now()).iterator():
         if jwt := session.get_decoded().get("jwt"):
             yield KuzzleAuth(settings.KUZZLE_URL, jwt, cache=tokens)
