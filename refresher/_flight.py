@@ -575,7 +575,8 @@ class Flight(Patience, Generic[T]):
     def _clean_up(self) -> None:
         """Write down what could not be written before, and let go of the lock."""
         ledger = self._ledger
-        ledger.save_until(self.chain, self._limit)
+        if self._spent is not None:  # this process may have the only copy
+            ledger.save_until(self.chain, self._limit)
         self._let_go()
         if not ledger.is_failing:
             ledger.save_all()

@@ -341,8 +341,6 @@ class Ledger:
         self._process, self.is_failing, self._is_saving = self.runtime.process(), False, False
         self.flights: dict[str, Any] = {}  # by the key of the chain
         self._asked: dict[object, float] = {}  # since when commands have been waited for
-        # Chains that a thread writes down which the process waits for, and until when it tries.
-        self._saving: dict[str, float] = {}
 
     def _text(self, key: str) -> str | None:
         text = self.store.get(key)
@@ -537,17 +535,14 @@ class Ledger:
         return tombstone
 
     def save_until(self, key: str, limit: float) -> None:
-        """Write a chain down, for some seconds at most, or let the thread go on for as long that is at it."""
-        is_new, pause = key not in self._saving, _rules.POLL
-        self._saving[key] = self.runtime.steady() + limit
-        while is_new and (chain := self.unsaved.get(key)) is not None:
+        """Write a chain down, for some seconds at most."""
+        end, pause = self.runtime.steady() + limit, _rules.POLL
+        while (chain := self.unsaved.get(key)) is not None:
             if not self.save(chain):
-                if self.runtime.steady() + pause > self._saving.get(key, -math.inf):
+                if self.runtime.steady() + pause > end:
                     break
                 self.runtime.sleep(pause)
                 pause = min(2 * pause, _rules.LONGEST_POLL)
-        if is_new:
-            self._saving.pop(key, None)
 
     def save_all(self) -> None:
         """Write down what could not be written before."""

@@ -83,8 +83,8 @@ MUTANTS = [
         "what could not be written at once is not written later",
         (
             _FLIGHT,
-            "        ledger.save_until(self.chain, self._limit)\n",
-            "",
+            "            ledger.save_until(self.chain, self._limit)\n",
+            "            pass\n",
         ),
         (_FLIGHT, "            ledger.save_later(self._sign_orphans_out)", "            pass"),
     ),
