@@ -235,11 +235,11 @@ class TokenCache:
         end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
         while True:
             key = self._ledger.recall(call.credential)[0].key
-            flight, _ = self._join(key, call, end, end, SignOut)
+            flight, outcome = self._join(key, call, end, end, SignOut)
             if isinstance(flight, SignOut) and flight.is_over:
                 return
-            if isinstance(flight, SignOut) and flight.error is not None:
-                raise _own(flight.error)
+            if isinstance(flight, SignOut) and outcome is not None:
+                raise _own(outcome)
             if self._runtime.steady() >= end:
                 raise _own(flight.too_late())
 
@@ -430,18 +430,12 @@ def _find(url: Any, jwt: Any, pair: Any) -> Credential[Any]:
     """Make a credential of any of a session's tokens, to look it up. All arguments are hidden."""
     of_circle = {name: hide(value) for name, value in pair.reveal().items() if value is not None}
     if of_circle and url is None and jwt is None:
-        return _find_pair(**of_circle)
+        needed: dict[str, Any] = {"refresh_token": None, "device_id": None, "api_key": Secret("any")}
+        return circle.credential(**needed | of_circle)
     for name in of_circle:
         kuzzle.check.fail(name, "must not be given with url and jwt: it is Circle's")
     kuzzle.check.need(url is not None, "url", "is missing")
     return kuzzle.credential(url, jwt)
-
-
-def _find_pair(
-    refresh_token: Any = None, device_id: Any = None, user_token: Any = None, user_id: Any = None, base_url: Any = None
-) -> Credential[Any]:
-    base_url = base_url or circle.BASE_URL
-    return circle.credential(refresh_token, device_id, Secret("any"), user_token, user_id, base_url)
 
 
 def get_ready() -> None:

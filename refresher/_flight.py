@@ -610,7 +610,7 @@ class SignOut(Flight[T]):
     """
 
     kind = "sign-out"
-    error: RefreshError | None = None
+    is_for_all = False  # who wants a token asks again
     is_over = False
     _longest = _rules.LEASE  # unless the token is found to be spent: who was killed before that has no lock any more
     _told = ""  # the key of the token that was signed out last
@@ -621,16 +621,12 @@ class SignOut(Flight[T]):
         return False
 
     def _refresh(self) -> None:
-        try:
-            while not self.is_over:
-                self._check()
-                chain, is_readable = self._ledger.look(self.call.credential)
-                if chain.key != self.chain:
-                    return
-                self._end(chain, is_readable)
-        except RefreshError as error:
-            self.has_departed = False
-            self.error = error
+        while not self.is_over:
+            self._check()
+            chain, is_readable = self._ledger.look(self.call.credential)
+            if chain.key != self.chain:
+                return
+            self._end(chain, is_readable)
 
     def _end(self, chain: Chain[T], is_readable: bool) -> None:
         """Sign its newest token out, make sure that nobody has a newer one, and forget the chain."""

@@ -179,10 +179,6 @@ def _count(refusal: Mapping[str, Any]) -> int:
     return int(min(max(number(refusal.get("refusals")) or 0.0, 0.0), 1000))
 
 
-def _within_a_day(value: object) -> float:
-    return min(max(number(value) or 0.0, 0.0), DAY)
-
-
 @attrs.frozen(kw_only=True)
 class Attempt:
     """
@@ -230,8 +226,8 @@ class Attempt:
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
                 errors={key: dict(error) for key, error in entry["errors"].items()},
-                pause=_within_a_day(entry.get("pause")),
-                seen=seen and (Instant.read(seen), _within_a_day(age)),
+                pause=min(max(number(entry.get("pause")) or 0.0, 0.0), DAY),
+                seen=seen and (Instant.read(seen), min(max(number(age) or 0.0, 0.0), DAY)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
                 is_in_doubt=entry.get("is_in_doubt") is True,
             )
