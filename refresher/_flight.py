@@ -451,8 +451,6 @@ class Flight(Patience, Generic[T]):
             self._close(spend, attempt, error.retry_after or 0.0)
             raise
         self._spent = spend
-        if self.call.rejected is not None:
-            ledger.replaced_at.put(chain.key, self._runtime.steady())
         exchange.learn(successor)
         self._keep(chain, spend, successor)
         if successor.keys[0] in ledger.orphans:  # what is asked for now is asked for after the sign-out
@@ -510,6 +508,7 @@ class Flight(Patience, Generic[T]):
         ledger.observed.seen_for(successor.keys[0])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
         newer = attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime)
+        newer = attrs.evolve(newer, is_replacement=self.call.rejected is not None)
         ledger.keep(newer, spend, in_memory=self._is_alone)
 
     def _verify(

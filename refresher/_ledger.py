@@ -117,7 +117,6 @@ class Ledger:
         self._led_at = Memo[float](steady)  # when a spent credential that is still used was last led to its chain
         self.failed_at = Memo[float](steady)  # when a refresh failed
         self._refused = Memo[str](steady)  # to whom the service refused which tokens that were still valid
-        self.replaced_at = Memo[float](steady)  # when a token was refreshed because it was rejected
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
@@ -196,18 +195,16 @@ class Ledger:
             left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)
         is_rejected = call.rejected == newest.headers
-        is_dead = is_rejected and (requested is None or self._is_to_blame(chain.key, newest, requested))
+        is_dead = is_rejected and (requested is None or self._is_to_blame(chain, newest, requested))
         refused = self._refused.get(newest.keys[-1]) if chain.newest else None  # a new sign-in may yield the same token
         if is_dead or (refused is not None and refused == _rules.asker(chain.spend(call.credential))):
             left, wanted = _rules.NOTHING_LEFT, True
         return newest, left, _rules.window(lifetime, newest.keys[0], self._ahead), wanted
 
-    def _is_to_blame(self, key: str, newest: Credential[Any], requested: Instant) -> bool:
+    def _is_to_blame(self, chain: Chain[Any], newest: Credential[Any], requested: Instant) -> bool:
         """Whether a refresh may help if a token was rejected: none of Kuzzle's that is new, and not again and again."""
-        now, replaced_at = self.now(), self.replaced_at.get(key) or -math.inf
-        oldest = max(requested.likely_age(now), now.wall - requested.wall)
-        is_first = newest.birth is None and self.runtime.steady() - replaced_at > _rules.REJECTED
-        return is_first or oldest > _rules.REJECTED
+        oldest = max(requested.likely_age(now := self.now()), now.wall - requested.wall)
+        return oldest > _rules.REJECTED or not (newest.birth is not None or chain.is_replacement)
 
     def is_held_back(self, key: str, left: Left, call: Call[Any]) -> bool:
         """Whether a refresh has just failed, and the token is still valid for longer than that matters."""
@@ -467,7 +464,8 @@ class Ledger:
         """Take the newest token of a chain for expired, as it was refused. That is so for one asker."""
         if chain.newest is not None:
             self._refused.put(spend.keys[-1], _rules.asker(spend))
-            self.chains.put(chain.key, attrs.evolve(chain))  # so that what calls got before is looked at again
+            if self.chains.get(chain.key) is chain:  # so that what calls got before is looked at again
+                self.chains.put(chain.key, attrs.evolve(chain))
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt or, if another machine made it, for which it is known to have been there."""

@@ -90,6 +90,7 @@ class Chain(Generic[T]):
         took: Seconds until it arrived.
         asked_for: The lifetime that was asked for, in seconds. None if the service chose it.
         lifetime: Seconds it is valid for, from when it was asked for.
+        is_replacement: Whether that was because the service had rejected the one before.
         has_ended: Whether it was signed out: a successor that comes too late for that has to be signed out as well.
         text: The store's entry.
     """
@@ -101,6 +102,7 @@ class Chain(Generic[T]):
     took: float = 0.0
     asked_for: float | None = None
     lifetime: float = 0.0
+    is_replacement: bool = False
     has_ended: bool = False
     text: str | None = attrs.field(default=None, repr=False)
 
@@ -120,7 +122,8 @@ class Chain(Generic[T]):
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
             entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
-            entry |= {"lifetime": None if self.lifetime == math.inf else self.lifetime}
+            lifetime = None if self.lifetime == math.inf else self.lifetime
+            entry |= {"lifetime": lifetime, "is_replacement": self.is_replacement}
         return attrs.evolve(self, text=json.dumps(entry))
 
 
@@ -151,6 +154,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
                 took=min(max(took or 0.0, 0.0), DAY),
                 asked_for=math.inf if asked_for == -1 else asked_for,
                 lifetime=max(0.0, min(newest.lifetime, math.inf if lifetime is None else lifetime)),
+                is_replacement=entry.reveal().get("is_replacement") is True,
                 text=text,
             )
     except (KeyError, TypeError, AttributeError):

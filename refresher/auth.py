@@ -224,7 +224,7 @@ class Auth(AuthBase, Generic[_Token]):
         """Return what to send: the last successor, but not what the headers *rejected* carried."""
         sender = vars(self._call.keywords["session"] or self).get("send", requests.Session.send)
         # requests-mock has a lock until the response to a request is read: it would stop other threads.
-        before = threadless.set(rejected is not None and sender.__module__.startswith("requests_mock."))
+        before = threadless.set(rejected is not None and str(sender.__module__).startswith("requests_mock."))
         try:
             last = self._advance(sign_in, rejected)
         finally:

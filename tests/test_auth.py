@@ -903,6 +903,38 @@ def test_circle_never_content(circle, pair):
     assert user(circle, auth).status_code == 200
 
 
+def test_circle_never_content_with_many_workers(circle, pair):
+    """Nor does it cost one for each process: a store tells why its newest token was asked for."""
+    store = MemoryStore()
+
+    def refuse(request):
+        if request.path.endswith("refresh"):
+            return circle.truly(request)
+        return Answer(403, {"code": 155104, "message": "expired"})
+
+    circle.next_answers.extend([refuse] * 20)
+    for _ in range(4):
+        auth = circle_auth(circle, pair, cache=TokenCache(store, runtime=Runtime()))
+        with pytest.raises(SignInRequiredError, match=r"the newest token that is known"):
+            user(circle, auth)
+    assert len(refreshes(circle)) == 1
+
+
+@pytest.mark.parametrize("module", [None, "tests"])
+def test_session_that_is_replaced(kuzzle, root, monkeypatch, module):
+    """Whatever sends a session's requests, a 401 is answered with a refresh."""
+    real = requests.Session.send
+
+    def send(*arguments, **options):
+        return real(*arguments, **options)
+
+    send.__module__ = module
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache())
+    monkeypatch.setattr(requests.Session, "send", send)
+    kuzzle.fail_next("security.token.invalid")
+    assert kuid(me(kuzzle, auth)) == "foo"
+
+
 def test_circle_right_after_a_refresh(circle, pair):
     """A user token that is refused when it is new says nothing of its refresh token, which is tried."""
     cache = TokenCache()

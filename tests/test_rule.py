@@ -2637,6 +2637,33 @@ def test_call_that_joins_a_wrong_one(circle, cache, wrong, expected):
     assert circle.knows(joined[0].result())
 
 
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_verdict_that_is_written_down_while_others_act(kuzzle, clock, root, is_forgotten):
+    """A newest token that was refused is handed out no more. What was forgotten meanwhile does not come back."""
+    cache = TokenCache(store := MemoryStore(), clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR / 2)
+
+    def note(key, value, seconds, real=store.set):
+        if key.endswith("-attempt") and json.loads(value)["errors"] and is_forgotten:
+            store.set = real
+            cache.forget(kuzzle.url, root)
+        return real(key, value, seconds)
+
+    store.set = note
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=cache)
+    chain = cache._ledger.chains.get(key_of("kuzzle", kuzzle.url, root))
+    assert (chain.newest is None) is is_forgotten
+    asked = len(kuzzle.requests)
+    if not is_forgotten:
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+        assert len(kuzzle.requests) == asked
+        assert kuzzle.knows(token.jwt)
+
+
 def test_calls_that_are_refused_alike(circle, cache):
     """What is wrong with all of them is asked once, though each request has a name of its own."""
     call, joined = call_with(circle, circle.sign_in(), api_key=OTHER_API_KEY), []

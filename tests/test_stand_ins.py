@@ -21,6 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPResponse
 
 from refresher import KuzzleAuth, TokenCache, _http
+from refresher._system import threadless
 from refresher.errors import OutcomeUnknownError
 from refresher.services import Request
 from refresher.testing import Answer, FakeKuzzle
@@ -107,6 +108,7 @@ def test_requests_mock_answers_a_401(of):
             auth = KuzzleAuth(url, old, cache=TokenCache(), session=mocked, timeout=5)
             assert session.get(url, auth=auth, timeout=5).status_code == 200
     assert [request.method for request in mocker.request_history] == ["GET", "POST", "GET"]
+    assert not threadless.get(), "other refreshes have threads of their own, as ever"
 
 
 def test_requests_mock_does_not_know(session):
