@@ -464,8 +464,7 @@ class Ledger:
         """Take the newest token of a chain for expired, as it was refused. That is so for one asker."""
         if chain.newest is not None:
             self._refused.put(spend.keys[-1], _rules.asker(spend))
-            if self.chains.get(chain.key) is chain:  # so that what calls got before is looked at again
-                self.chains.put(chain.key, attrs.evolve(chain))
+            self.chains.put(chain.key, attrs.evolve(chain))  # so that what calls got before is looked at again
 
     def age(self, attempt: Attempt) -> float:
         """Seconds since an attempt or, if another machine made it, for which it is known to have been there."""
