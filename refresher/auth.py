@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
 import attrs
@@ -442,6 +442,18 @@ class KuzzleAuth(Auth[KuzzleToken]):
                 request.headers["Cookie"] = "; ".join(others)
 
 
+class _Options(TypedDict, total=False):
+    """What `CircleAuth` takes besides the credential."""
+
+    api_key: str | None
+    base_url: str
+    retry: bool
+    timeout: Seconds
+    cache: TokenCache | None
+    session: requests.Session | None
+    on_refresh: Callable[[UserToken], object] | None
+
+
 class CircleAuth(Auth[UserToken]):
     """
     Sends your API key and a user token with every request to Circle, and refreshes the user token in time. Use it as
@@ -477,35 +489,11 @@ class CircleAuth(Auth[UserToken]):
 
     @overload
     def __init__(
-        self,
-        *,
-        refresh_token: str,
-        device_id: str,
-        user_token: str,
-        user_id: None = None,
-        api_key: str | None = None,
-        base_url: str = circle.BASE_URL,
-        retry: bool = True,
-        timeout: Seconds = 30.0,
-        cache: TokenCache | None = SHARED_CACHE,
-        session: requests.Session | None = None,
-        on_refresh: Callable[[UserToken], object] | None = None,
+        self, *, refresh_token: str, device_id: str, user_token: str, user_id: None = None, **options: Unpack[_Options]
     ) -> None: ...
     @overload
     def __init__(
-        self,
-        *,
-        refresh_token: str,
-        device_id: str,
-        user_token: None = None,
-        user_id: str,
-        api_key: str | None = None,
-        base_url: str = circle.BASE_URL,
-        retry: bool = True,
-        timeout: Seconds = 30.0,
-        cache: TokenCache | None = SHARED_CACHE,
-        session: requests.Session | None = None,
-        on_refresh: Callable[[UserToken], object] | None = None,
+        self, *, refresh_token: str, device_id: str, user_token: None = None, user_id: str, **options: Unpack[_Options]
     ) -> None: ...
     def __init__(
         self,
