@@ -141,12 +141,15 @@ class _Run(logging.Handler):
         """Count what was sent."""
         self.sent += event.attempts
 
-    def has_saved(self) -> bool:
-        """Whether the store has the new token. While that is tried, Python would not end anyway."""
-        end = time.monotonic() + _SAVING
-        while self.unsaved and time.monotonic() < end:
+    def wait(self, is_under_way: Callable[[], object], what: str, seconds: float = math.inf) -> None:
+        """Wait for a thread, as Python does at its end anyway: now what comes can be printed."""
+        began = time.monotonic()
+        while is_under_way() and (waited := time.monotonic() - began) < seconds:
+            if waited >= 1.0:
+                self.show_wait(what, None)
             time.sleep(0.05)
-        return not self.unsaved
+        if time.monotonic() - began >= 1.0:
+            self.show_wait("", None)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning, unless it is about a single attempt or a wrong key: what comes of it is printed anyway."""
@@ -172,14 +175,6 @@ def _printable(line: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
-def _write_raw(raw: io.RawIOBase, data: Secret[bytes]) -> None:
-    """Write all of it. With PYTHONUNBUFFERED, Python itself takes no notice of how much was written."""
-    while data.reveal():
-        if (count := raw.write(data.reveal())) is None:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        data = Secret(data.reveal()[count:])
-
-
 def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
     """Write to a standard stream, whatever state it is in. Return what went wrong."""
     if stream is None:
@@ -187,11 +182,13 @@ def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         data = Secret(reveal(text).encode(encoding, "backslashreplace"))
-        if isinstance(raw := getattr(stream, "buffer", None), io.RawIOBase):
-            _write_raw(raw, data)
+        # With PYTHONUNBUFFERED there is no buffer, and Python takes no notice of how much was written.
+        if isinstance(getattr(stream, "buffer", None), io.RawIOBase):
+            with open(stream.fileno(), "wb", closefd=False) as buffered:  # noqa: PTH123 - it has no path
+                buffered.write(data.reveal())
         else:
             stream.write(data.reveal().decode(encoding))
-        stream.flush()
+            stream.flush()
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):  # or Python tries again at its end, and fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -250,13 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         run.is_over = True
         trouble = _write(sys.stdout, text) if text else ""
-        has_saved = run.has_saved()
+        run.wait(lambda: run.unsaved, "The new token is being saved", _SAVING)
         if trouble:
-            fate = "Nothing is lost" if has_saved else "Nor could the new token be saved"
+            fate = "Nor could the new token be saved" if run.unsaved else "Nothing is lost"
             trouble += f". {fate}: run this again" if isinstance(text, Secret) else ""  # a token
             run.complain(f"standard output: {trouble}")
             return _TRY_LATER if sys.stdout else 2
-        if not has_saved:
+        if run.unsaved:
             run.complain("the new token could not be saved: keep what was printed, or the session may be lost")
     return run.status
 
@@ -363,8 +360,10 @@ def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
     except (RefreshError, _EndedError) as error:
         outcome = error
     run.is_over = True
-    run.sent += any(flight.has_departed for flight in list(cache._ledger.flights.values()))
-    _wait_for_answer(cache, run)
+    flights = cache._ledger.flights
+    run.sent += any(flight.has_departed for flight in list(flights.values()))
+    what = "A request was sent. Its answer is awaited, for a minute at most"
+    run.wait(lambda: any(flight.is_running for flight in list(flights.values())), what)
     last = cache._peek(credential)
     newest = last.token
     outcome = outcome if newest in (None, before) else newest
@@ -398,18 +397,6 @@ def _look_up(arguments: argparse.Namespace, run: _Run) -> tuple[TokenCache, Cred
     if any(ledger.unread.values()):
         raise InvalidArgumentError(f"{_KEY} does not fit: this session was saved with another key, or without one")
     return cache, credential
-
-
-def _wait_for_answer(cache: TokenCache, run: _Run) -> None:
-    """Wait for the answer to what was sent. Python would do so anyway, at its end: now it can be printed."""
-    polls = 0
-    while any(flight.is_running for flight in list(cache._ledger.flights.values())):
-        time.sleep(0.05)
-        polls += 1
-        if polls % 20 == 0:
-            run.show_wait("A request was sent. Its answer is awaited, for a minute at most", None)
-    if polls >= 20:
-        run.show_wait("", None)
 
 
 def _status(arguments: argparse.Namespace, run: _Run) -> str:

@@ -36,7 +36,7 @@ from refresher._cli import main
 from refresher._flight import Flight
 from refresher._rules import Attempt, Instant
 from refresher._runtime import REAL
-from refresher._text import Secret, fingerprint, key_of
+from refresher._text import fingerprint, key_of
 from refresher.services import kuzzle as kuzzle_service
 from refresher.testing import Answer, Clock
 
@@ -1078,23 +1078,6 @@ def test_output_that_fits_in_part(kuzzle, jwt, tmp_path, unbuffered, into):
     assert "Nothing is lost: run this again" in done.stderr
 
 
-def test_stream_that_takes_a_part():
-    """What is left is written too, until a stream takes no more."""
-
-    class Raw(io.RawIOBase):
-        taken = b""
-
-        def write(self, data):
-            self.taken += data[:3]
-            return min(3, len(data)) if len(self.taken) < 7 else None
-
-    raw = Raw()
-    _cli._write_raw(raw, Secret(b"abcd"))
-    assert raw.taken == b"abcd"
-    with pytest.raises(BlockingIOError):
-        _cli._write_raw(raw, Secret(b"efg"))
-
-
 @pytest.mark.parametrize("command", ["kuzzle $url", "status kuzzle $url", "demo", "--help", "--version"])
 def test_output_that_nobody_takes(kuzzle, jwt, command):
     """A reader that is gone, and a full disk, are told in one line. A token is kept; nothing else could be lost."""
@@ -1300,7 +1283,7 @@ def test_ended_while_python_ends(kuzzle, jwt):
     program = """
 import sys, threading, time
 from refresher import _cli
-_cli._wait_for_answer = lambda *_: None
+_cli._Run.wait = lambda *_: None
 sys.exit(_cli.main())
 """
     kuzzle.delay_next(3)
