@@ -184,7 +184,7 @@ def _write(stream: TextIO | None, text: str | Secret[str]) -> str:
         data = Secret(reveal(text).encode(encoding, "backslashreplace"))
         # With PYTHONUNBUFFERED there is no buffer, and Python takes no notice of how much was written.
         if isinstance(getattr(stream, "buffer", None), io.RawIOBase):
-            with open(stream.fileno(), "wb", closefd=False) as buffered:  # noqa: PTH123 - it has no path
+            with open(stream.fileno(), "wb", closefd=False) as buffered:
                 buffered.write(data.reveal())
         else:
             stream.write(data.reveal().decode(encoding))

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import attrs
 import requests
-import urllib3
+import urllib3.util
 from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.cookies import RequestsCookieJar
 from requests.exceptions import ConnectTimeout, InvalidSchema, InvalidURL
