@@ -98,7 +98,7 @@ class _Call:
         self.sent_at = time.time()
 
     def patiently(self, sock: Any, operation: Callable[[Any], int], data: Any) -> int:
-        """Send or receive a piece of data, for as long as the caller waits."""
+        """Receive a piece of data, for as long as the caller waits."""
         while True:
             remaining = self.remaining()
             # What came while this process was suspended is still read, but a peer that drips has to end.
@@ -403,10 +403,9 @@ _Base: Any = object
 
 
 class _Connection(_Base):  # type: ignore[misc]
-    """A connection that keeps to the time of the call it's used for, and sends a request in one piece."""
+    """A connection that keeps to the time of the call it's used for."""
 
     timeout: Any
-    _pieces: list[bytes] | None = None
 
     def connect(self) -> Any:
         call = _current.get()
@@ -430,24 +429,12 @@ class _Connection(_Base):  # type: ignore[misc]
         return _watched(connect, call.remaining)
 
     def putrequest(self, *args: Any, **options: Any) -> None:
+        call = _current.get()
         if self.sock is None:
             self.connect()
-        self._pieces = []
-        super().putrequest(*args, **options)
-
-    def send(self, piece: Any) -> None:
-        if self._pieces is None:  # it opens a tunnel through a proxy
-            super().send(piece)
-        else:
-            self._pieces.append(piece)
-
-    def getresponse(self) -> Any:
-        call, unsent = _current.get(), memoryview(b"".join(self._pieces or []))
-        self._pieces = None
         call.leave()
-        while unsent:
-            unsent = unsent[call.patiently(self.sock, self.sock.send, unsent) :]
-        return super().getresponse()
+        self.sock.settimeout(_timeout(call.remaining()))
+        super().putrequest(*args, **options)
 
     def response_class(self, *args: Any, **options: Any) -> _Response:
         return _Response(self, *args, **options)

@@ -156,26 +156,6 @@ def test_names_that_hang(monkeypatch, cached):
             assert client.recv(1) == b""
 
 
-def test_request_in_one_piece():
-    """Head and body are sent at once."""
-    pieces = []
-
-    def behave(client):
-        pieces.append(client.recv(65536))
-        client.sendall(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
-
-    with peer(behave) as listener, pytest.raises(UnavailableError):
-        refresh_user_token(
-            user_token="user-token",
-            refresh_token="refresh-token",
-            device_id="device-1",
-            api_key="key",
-            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
-            retry=False,
-        )
-    assert b'"refreshToken": "refresh-token"' in pieces[0]
-
-
 WAITER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us without
