@@ -474,6 +474,10 @@ MUTANTS = [
         (_FLIGHT, " and not self._is_in_doubt:", ":"),
     ),
     Mutant(
+        "nobody else is told that an answer may have been lost",
+        (_RULES, 'entry.get("is_in_doubt") is True', "False"),
+    ),
+    Mutant(
         "how long others have looked for an answer does not count",
         (_FLIGHT, "seen=(now, age))", "seen=(now, 0.0))"),
     ),
