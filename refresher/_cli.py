@@ -11,7 +11,8 @@ exit status:
 environment:
   REFRESHER_KEY  a Fernet key that encrypts the store, or several, separated by
                  white space: the first encrypts, and all decrypt. That needs
-                 pip install 'refresher[crypto]'
+                 pip install 'refresher[crypto]'. Make a key with
+                 openssl rand -base64 32 | tr +/ -_
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from ._text import Secret, fingerprint, hide_all, json_object, read_date, reveal
 from .errors import SignInRequiredError, UnavailableError
 from .services import Credential, Headers, circle, kuzzle
 from .tokens import KuzzleToken, UserToken
+
+_log = logging.getLogger("refresher")
 
 # How long an error may be to be read.
 _LARGEST_BODY = 1024 * 1024
@@ -156,7 +159,9 @@ class Auth(AuthBase, Generic[_Token]):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the newest token on a request, if it goes to the service. `requests` calls this."""
         sign_in = self._sign_in
-        if self._is_for_us(request.url) and (headers := self._headers()) is not None:
+        if not self._is_for_us(request.url):
+            _log.debug("no token for a request that does not go to %s", self._prefix)
+        elif (headers := self._headers()) is not None:
             for name, value in headers.items():
                 request.headers[name] = reveal(value)
             self._leave_cookie_out(request)

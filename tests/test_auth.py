@@ -697,6 +697,14 @@ def test_of_a_session(kuzzle):
 # Where it goes
 
 
+def test_another_name_of_the_host(kuzzle, root, caplog):
+    """Who calls one host by two names, as ``localhost`` and ``127.0.0.1``, finds in the log why there is no token."""
+    caplog.set_level(logging.DEBUG, "refresher")
+    url = kuzzle.url.replace("127.0.0.1", "localhost")
+    assert requests.get(f"{url}/_me", auth=KuzzleAuth(kuzzle.url, root), timeout=10).json()["result"]["_id"] == "-1"
+    assert caplog.messages == [f"no token for a request that does not go to {kuzzle.url}/"]
+
+
 @pytest.fixture
 def stranger():
     with FakeKuzzle() as fake:

@@ -910,7 +910,7 @@ def test_answer_that_is_lost_after_the_time_is_up(kuzzle, jwt, run, monkeypatch)
     def lose(request):
         given = kuzzle.truly(request)
         time.sleep(1.5)
-        return given, b""
+        return (given, b"")[1]
 
     kuzzle.next_answers.append(lose)
     with time_machine.travel(time.time() + 3300):

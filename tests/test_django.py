@@ -29,8 +29,8 @@ def clock():
 
 @pytest.fixture
 def old(kuzzle):
-    """The site's token: valid for ten more seconds."""
-    return kuzzle.login("foo", ago=3590)
+    """The site's token: it is due, as it is valid for ten more minutes."""
+    return kuzzle.login("foo", ago=3000)
 
 
 def environment_of(kuzzle, redis_url, jwt, folder):
