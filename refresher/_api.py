@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
@@ -160,26 +160,37 @@ def _in_cookie_mode(
     return attrs.evolve(token, jwt=None)
 
 
-class _Options(TypedDict, total=False):
-    """What `refresh_user_token` takes besides the credential."""
-
-    api_key: str | None
-    idempotency_key: str | uuid.UUID | None
-    request_id: str | uuid.UUID | None
-    base_url: str
-    retry: bool
-    timeout: Seconds
-    cache: TokenCache | None
-    session: requests.Session | None
-
-
 @overload
 def refresh_user_token(
-    *, refresh_token: str, device_id: str, user_token: str, user_id: None = None, **options: Unpack[_Options]
+    *,
+    refresh_token: str,
+    device_id: str,
+    user_token: str,
+    user_id: None = None,
+    api_key: str | None = None,
+    idempotency_key: str | uuid.UUID | None = None,
+    request_id: str | uuid.UUID | None = None,
+    base_url: str = circle.BASE_URL,
+    retry: bool = True,
+    timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED_CACHE,
+    session: requests.Session | None = None,
 ) -> UserToken: ...
 @overload
 def refresh_user_token(
-    *, refresh_token: str, device_id: str, user_token: None = None, user_id: str, **options: Unpack[_Options]
+    *,
+    refresh_token: str,
+    device_id: str,
+    user_token: None = None,
+    user_id: str,
+    api_key: str | None = None,
+    idempotency_key: str | uuid.UUID | None = None,
+    request_id: str | uuid.UUID | None = None,
+    base_url: str = circle.BASE_URL,
+    retry: bool = True,
+    timeout: Seconds = 30.0,
+    cache: TokenCache | None = SHARED_CACHE,
+    session: requests.Session | None = None,
 ) -> UserToken: ...
 def refresh_user_token(
     *,

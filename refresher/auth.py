@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 from urllib.parse import urlsplit
 
 import attrs
@@ -447,18 +447,6 @@ class KuzzleAuth(Auth[KuzzleToken]):
                 request.headers["Cookie"] = "; ".join(others)
 
 
-class _Options(TypedDict, total=False):
-    """What `CircleAuth` takes besides the credential."""
-
-    api_key: str | None
-    base_url: str
-    retry: bool
-    timeout: Seconds
-    cache: TokenCache | None
-    session: requests.Session | None
-    on_refresh: Callable[[UserToken], object] | None
-
-
 class CircleAuth(Auth[UserToken]):
     """
     Sends your API key and a user token with every request to Circle, and refreshes the user token in time. Use it as
@@ -494,11 +482,35 @@ class CircleAuth(Auth[UserToken]):
 
     @overload
     def __init__(
-        self, *, refresh_token: str, device_id: str, user_token: str, user_id: None = None, **options: Unpack[_Options]
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: str,
+        user_id: None = None,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
     ) -> None: ...
     @overload
     def __init__(
-        self, *, refresh_token: str, device_id: str, user_token: None = None, user_id: str, **options: Unpack[_Options]
+        self,
+        *,
+        refresh_token: str,
+        device_id: str,
+        user_token: None = None,
+        user_id: str,
+        api_key: str | None = None,
+        base_url: str = circle.BASE_URL,
+        retry: bool = True,
+        timeout: Seconds = 30.0,
+        cache: TokenCache | None = SHARED_CACHE,
+        session: requests.Session | None = None,
+        on_refresh: Callable[[UserToken], object] | None = None,
     ) -> None: ...
     def __init__(
         self,
