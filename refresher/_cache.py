@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, NoReturn, SupportsIndex, TypeVar, overload
@@ -35,7 +34,6 @@ _log = logging.getLogger("refresher")
 # How much longer than its timeout a caller waits: the flight may be about to say what went wrong. In seconds.
 _GRACE = 0.1
 _UNREAD = "has an entry of this session that cannot be read: check its key"
-_KEY = re.compile("[0-9a-f]{64}")
 
 # What a copy has in common with its original.
 _STATE = "_store", "_lease", "_clock", "_ahead", "_on_wait", "_on_event"
@@ -411,7 +409,7 @@ class TokenCache:
     def _clear(self, flights: dict[str, Flight[Any]], newest: list[str]) -> None:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
-        for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_KEY.fullmatch, kept)}:
+        for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_rules.KEY.fullmatch, kept)}:
             there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
             chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
             is_done &= ledger.drop(chain, {key})

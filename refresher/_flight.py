@@ -597,7 +597,8 @@ class Flight(Patience, Generic[T]):
 
 def _anew(attempt: Attempt | None, chain: Chain[Any]) -> str:
     """Tell this from requests that were refused, or whose session was forgotten."""
-    refusals, forgotten = attempt.refusals if attempt else 0, chain.generation if chain.newest is None else 0
+    refusals = sum(each.count for each in attempt.errors.values()) if attempt else 0
+    forgotten = chain.generation if chain.newest is None else 0
     return f"{refusals} {forgotten}" if refusals or forgotten else ""
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Generic
 
@@ -43,6 +44,7 @@ FOREVER = 3650 * DAY
 ROOM = 8192  # how many bytes a store must have for what is about to come, at least
 REFUSALS = (60.0, 300.0, 3600.0)  # how long the first, second, third refusal of a credential is remembered
 CLOCKS_DIFFER = 5.0  # how far ahead another machine's clock may be
+KEY = re.compile("[0-9a-f]{64}")  # what a chain is known by
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # between attempts
 
 
@@ -68,8 +70,9 @@ class Instant:
         return cls(wall, steady, str(values["boot"]))
 
     def age(self, now: Instant) -> float | None:
-        """Seconds since then, if that is known for sure."""
-        return max(0.0, now.steady - self.steady) if self.boot == now.boot else None
+        """Seconds since then, if that is known for sure. A moment that is yet to come is not what it says."""
+        is_known = self.boot == now.boot and self.steady <= now.steady + CLOCKS_DIFFER
+        return max(0.0, now.steady - self.steady) if is_known else None
 
     def likely_age(self, now: Instant) -> float:
         """Seconds since then, by the wall clocks if need be."""
@@ -171,7 +174,8 @@ def read_alias(text: str | None, credential: Credential[Any]) -> str | None:
     """Return the chain that a credential belongs to. None if the store does not say, or the proof is wrong."""
     entry = json_object(text)
     chain = str(entry.get("chain"))
-    return chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None
+    # It becomes the name of an entry: a file's, say.
+    return chain if KEY.fullmatch(chain) and entry.get("proof") == key_of(chain, credential.secret) else None
 
 
 def asker(credential: Credential[Any]) -> str:
@@ -179,8 +183,33 @@ def asker(credential: Credential[Any]) -> str:
     return key_of(credential.keys[-1], credential.scope)
 
 
-def _count(refusal: Mapping[str, Any]) -> int:
-    return int(min(max(number(refusal.get("refusals")) or 0.0, 0.0), 1000))
+@attrs.frozen
+class Refusal:
+    """What the service said when it refused a credential, as arguments of the error, when, and how often in a row."""
+
+    said: Mapping[str, Any]
+    at: Instant
+    count: int
+
+    @classmethod
+    def read(cls, values: Any) -> Refusal:
+        """
+        Read it. Whoever writes to the store writes no lines into a log, and nothing to a terminal.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is malformed.
+        """
+        said = dict(values["said"])
+        if not all(map(_is_plain, said.values())):
+            raise ValueError("no words")
+        SignInRequiredError(**said)
+        return cls(said, Instant.read(values["at"]), int(min(max(number(values["count"]) or 0.0, 0.0), 1000)))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) < 1000 and value.isprintable()
+    return value is None or isinstance(value, (int, float))
 
 
 @attrs.frozen(kw_only=True)
@@ -207,7 +236,7 @@ class Attempt:
     by: str
     at: Instant
     is_open: bool = False
-    errors: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    errors: Mapping[str, Refusal] = attrs.field(factory=dict)
     pause: float = 0.0
     seen: tuple[Instant, float] | None = None
     idempotency_key: str | None = None
@@ -229,7 +258,7 @@ class Attempt:
                 by=str(entry["by"]),
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
-                errors={key: dict(error) for key, error in entry["errors"].items()},
+                errors={key: Refusal.read(error) for key, error in entry["errors"].items()},
                 pause=min(max(number(entry.get("pause")) or 0.0, 0.0), DAY),
                 seen=seen and (Instant.read(seen), min(max(number(age) or 0.0, 0.0), DAY)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
@@ -238,25 +267,20 @@ class Attempt:
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    @property
-    def refusals(self) -> int:
-        """How often the service has refused the credential, to anybody."""
-        return sum(map(_count, self.errors.values()))
-
-    def refused(self, asker: str, error: SignInRequiredError, now: Instant) -> Mapping[str, Mapping[str, Any]]:
+    def refused(self, asker: str, error: SignInRequiredError, now: Instant) -> Mapping[str, Refusal]:
         """Return its errors with one more."""
-        count, said = 1 + _count(self.errors.get(asker, {})), {"message": str(error), **vars(error)}
-        return {**self.errors, asker: {"refusals": count, "at": attrs.asdict(now), "error": said}}
+        before = self.errors.get(asker)
+        said = {"message": str(error), **vars(error)}
+        return {**self.errors, asker: Refusal(said, now, 1 + (before.count if before else 0))}
 
     def refusal(self, asker: str, now: Instant) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
-        try:
-            said = self.errors[asker]
-            longest = (0.0, *REFUSALS)[min(_count(said), len(REFUSALS))]
-            counts = not self.is_open and -CLOCKS_DIFFER <= Instant.read(said["at"]).likely_age(now) < longest
-            return SignInRequiredError(**said["error"]) if counts else None
-        except (KeyError, TypeError, ValueError):
+        refusal = self.errors.get(asker)
+        if refusal is None or self.is_open:
             return None
+        longest = (0.0, *REFUSALS)[min(refusal.count, len(REFUSALS))]
+        counts = -CLOCKS_DIFFER <= refusal.at.likely_age(now) < longest
+        return SignInRequiredError(**refusal.said) if counts else None
 
     def pause_left(self, now: Instant) -> float:
         """Seconds for which the service still asks callers to wait."""

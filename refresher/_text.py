@@ -7,8 +7,8 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
@@ -82,10 +82,10 @@ def key_of(*parts: str | Secret[str]) -> str:
 
 
 def number(value: object) -> float | None:
-    """Take a finite number out of JSON. True and False do not count."""
+    """Take a number out of JSON that a float can be. True and False do not count."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if isinstance(value, int) or math.isfinite(value) else None
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def json_object(text: str | bytes | None) -> dict[str, Any]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    import redis
 
 # Each is one step of the server. A lock without an end, which we never write, is nobody's.
 _ACQUIRE = """
@@ -30,6 +27,13 @@ return redis.call('del', KEYS[1])
 LONGEST_LEASE = 86_400.0
 
 
+class Client(Protocol):
+    """What clients of redis-py and of valkey-py have in common, also those of a cluster."""
+
+    def eval(self, script: str, numkeys: int, *keys_and_args: Any) -> Any:
+        """Run a script."""
+
+
 class RedisStore:
     """
     Entries in a Redis or Valkey, for many machines. Needs ``refresher[redis]``.
@@ -46,7 +50,7 @@ class RedisStore:
         InvalidArgumentError: *client* is no such client, one for asyncio, or a pipeline, or *prefix* is no string.
     """
 
-    def __init__(self, client: redis.Redis, prefix: str = "refresher:2:") -> None:
+    def __init__(self, client: Client, prefix: str = "refresher:2:") -> None:
         is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
         # What has execute() is a pipeline, which does nothing at once.
         if is_async or isinstance(client, type) or hasattr(client, "execute") or not hasattr(client, "eval"):

@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("memory is trusted for a minute", (_RULES, "TRUSTED = 0.5 ", "TRUSTED = 60.0 ")),
     Mutant(
         "who may point to a chain is not checked, nor whose a token is",
-        (_RULES, 'chain if entry and entry.get("proof") == key_of(chain, credential.secret) else None', "chain"),
+        (_RULES, ' and entry.get("proof") == key_of(chain, credential.secret)', ""),
         (_KUZZLE, "return user is not None and bool(found - {user, None})", "return False"),
     ),
     Mutant(
@@ -307,7 +307,7 @@ MUTANTS = [
         "ages go by the wall clock, which somebody sets",
         (
             _RULES,
-            "        return max(0.0, now.steady - self.steady) if self.boot == now.boot else None",
+            "        return max(0.0, now.steady - self.steady) if is_known else None",
             "        return max(0.0, now.wall - self.wall)",
         ),
     ),
