@@ -74,7 +74,8 @@ class RefreshError(Exception):
         request_id: Names the request in the service's logs, if anything does.
         retry_after: How many seconds the service asked to wait, at most an hour.
         spent: Whether the credential that was sent is used up. None if nobody knows.
-        idempotency_key: What Circle's request carried. A request with the same key is the same request.
+        idempotency_key: What Circle's request carried, or has to carry next, if Circle asks for another. A request with
+            the same key is the same request.
         retryable: Whether sending the same again may help and can do no harm.
     """
 

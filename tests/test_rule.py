@@ -2810,6 +2810,20 @@ def test_key_that_was_refused_to_a_single_attempt(circle, clock, store):
     assert first != second
 
 
+def test_key_that_is_too_old_for_a_lost_answer(circle, clock, store):
+    """So it does if an answer to the old one was lost: that cannot come any more."""
+    call = call_with(circle, circle.sign_in())
+    circle.next_answers.append(b"")
+    circle.fail_next(156020)
+    for error in (OutcomeUnknownError, RequestRefusedError):
+        with pytest.raises(error) as caught:
+            refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
+        clock.advance(HOUR)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False))
+    first, second, third = (request.json()["idempotencyKey"] for request in circle.requests)
+    assert first == second != third == caught.value.idempotency_key
+
+
 def test_own_key_that_was_refused_to_a_single_attempt(circle, clock, store):
     """A later call without a key of its own does not send it either."""
     call = call_with(circle, circle.sign_in())

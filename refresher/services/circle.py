@@ -141,10 +141,12 @@ class CircleCredential:
             try:
                 pair, reply = send(step.request(user_token, request_id), step.parse)
             except RequestRefusedError as error:
-                own, last_key = self.given_key, step.idempotency_key
-                if error.code != _NEW_KEY or own == last_key or is_again or not (own or send.retry):
+                last_key = step.idempotency_key
+                if error.code == _NEW_KEY:
+                    error.idempotency_key = self.given_key or _as_uuid(key_of(last_key, "refused"))
+                if error.idempotency_key == last_key or is_again or not (self.given_key or send.retry):
                     raise
-                step, is_again = attrs.evolve(step, given_key=own or _as_uuid(key_of(last_key, "refused"))), True
+                step, is_again = attrs.evolve(step, given_key=error.idempotency_key), True
             else:
                 step, user_token, is_again = step.following(pair), Secret(pair.user_token), False
                 # If two were issued when they were asked for, and are valid by the local clock, the `Date` is wrong.
