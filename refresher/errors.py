@@ -79,6 +79,16 @@ class RefreshError(Exception):
         retryable: Whether sending the same again may help and can do no harm.
     """
 
+    provider: str | None
+    status: int | None
+    code: int | None
+    id: str | None
+    request_id: str | None
+    retry_after: float | None
+    spent: bool | None
+    idempotency_key: str | None
+    retryable: bool
+
     def __init__(
         self,
         message: str,
