@@ -177,9 +177,8 @@ class Flight(Patience, Generic[T]):
         if isinstance(error, SignInRequiredError):
             chain, _ = self._ledger.recall(call.credential)
             return len({_rules.asker(chain.spend(each.credential)) for each in (self.call, call)}) > 1
-        if isinstance(error, RequestRefusedError):
-            return self.call.credential != call.credential
-        return not self.is_for_all
+        is_own = isinstance(error, RequestRefusedError) and self.call.credential != call.credential
+        return is_own or not self.is_for_all
 
     def leave(self, waiter: Waiter) -> None:
         """Wait no more."""

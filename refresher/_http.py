@@ -145,8 +145,7 @@ def send(
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
     # Those of urllib3-future, which takes urllib3's place, and sockets of PyOpenSSL do not work like Python's own.
     is_usual = not _is_replaced(*parts) and all(issubclass(each, http.client.HTTPConnection) for each in classes)
-    is_usual = is_usual and not urllib3.util.IS_PYOPENSSL
-    lender = session if session is not None or is_usual else requests.Session()
+    lender = session if session is not None or (is_usual and not urllib3.util.IS_PYOPENSSL) else requests.Session()
     context = _current.set(call)
     trouble: BaseException
     # A signal handler may raise in the main thread: Celery's does, at a task's time limit.

@@ -501,9 +501,18 @@ class Coroutines(MemoryStore):
         """Return an entry."""
 
 
+class Misspelled(Store):
+    """A store that names one of its methods like another's."""
+
+    get = put = delete = acquire = release = lambda *_: None
+
+
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
+        pytest.param(
+            Misspelled(), "Misspelled has no set, renew; for a store in memory, use TokenCache()", id="a subclass"
+        ),
         pytest.param(Coroutines(), "its methods must not be async", id="asyncio"),
         pytest.param("/planted", "use TokenCache(FileStore(path))", id="path as text"),
         pytest.param(Path("/planted"), "use TokenCache(FileStore(path))", id="path"),

@@ -92,7 +92,9 @@ def check_store(value: object) -> Store:
     Raises:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
-    missing = [name for name in _METHODS if not hasattr(value, name)]  # also found by a __getattr__, as of a proxy
+    # What a subclass of `Store` lacks does nothing there. What a proxy has may be found by a __getattr__.
+    empty = [name for name in _METHODS if getattr(type(value), name, None) is getattr(Store, name)]
+    missing = [name for name in _METHODS if name in empty or not hasattr(value, name)]
     is_async = any(inspect.iscoroutinefunction(getattr(value, name, None)) for name in _METHODS)
     if isinstance(value, type):
         hint = "use an instance of this class, such as MemoryStore()"
