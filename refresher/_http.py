@@ -405,6 +405,7 @@ class _Connection(_Base):  # type: ignore[misc]
     """A connection that keeps to the time of the call it's used for."""
 
     timeout: Any
+    sock: Any
 
     def connect(self) -> Any:
         call = _current.get()

@@ -269,8 +269,7 @@ class Attempt:
 
     def refused(self, asker: str, error: SignInRequiredError, now: Instant) -> Mapping[str, Refusal]:
         """Return its errors with one more."""
-        before = self.errors.get(asker)
-        said = {"message": str(error), **vars(error)}
+        before, said = self.errors.get(asker), {"message": str(error), **vars(error)}
         return {**self.errors, asker: Refusal(said, now, 1 + (before.count if before else 0))}
 
     def refusal(self, asker: str, now: Instant) -> RefreshError | None:
