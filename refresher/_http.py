@@ -405,7 +405,6 @@ class _Connection(_Base):  # type: ignore[misc]
     """A connection that keeps to the time of the call it's used for."""
 
     timeout: Any
-    sock: Any
 
     def connect(self) -> Any:
         call = _current.get()
@@ -430,7 +429,7 @@ class _Connection(_Base):  # type: ignore[misc]
 
     def putrequest(self, *args: Any, **options: Any) -> None:
         call = _current.get()
-        if self.sock is None:
+        if self.is_closed:
             self.connect()
         call.leave()
         self.sock.settimeout(_timeout(call.remaining()))
