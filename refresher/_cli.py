@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--no-retry", action="store_true", help="try once, and don't wait out downtime")
         option("--quiet", action="store_true", help="print nothing on standard error but failures")
     for each in (print_kuzzle, print_circle, status_kuzzle, status_circle, forget_kuzzle, forget_circle):
-        about = f"where tokens are kept, encrypted if {_KEY} is set (default: ~/.local/state/refresher or its like)"
+        about = f"where tokens are kept, encrypted if {_KEY} is set (default: in XDG_STATE_HOME, or in ~/.local/state)"
         each.add_argument("--store", metavar="FOLDER", help=about)
     return parser
 

@@ -766,6 +766,7 @@ def call_until(moment, jwt):
                     handle()
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # or Python 3.12.1 tells of no opcode
     sys.settrace(trace)
     try:
         told.append(refresh_kuzzle_token(url, jwt, cache=cache))
