@@ -367,7 +367,8 @@ def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
     run.wait(lambda: any(flight.is_running for flight in list(flights.values())), what)
     last = cache._peek(credential)
     newest = last.token
-    outcome = outcome if newest in (None, before) else newest
+    is_over = isinstance(outcome, errors.SignInRequiredError)  # then that is what was refused
+    outcome = outcome if is_over or newest in (None, before) else newest
     is_failure = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
     is_kept = is_failure and not isinstance(outcome, RequestRefusedError) and not _is_being_spent(cache, last)
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):

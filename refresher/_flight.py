@@ -386,8 +386,9 @@ class Flight(Patience, Generic[T]):
                 return self.pause(seconds)
             raise not_yet(service, "may have issued this token just now", view.hold)
         if step is Step.WAIT_FOR_SERVICE:
+            self.status = f"{self._service} asked to wait"
             if view.pause < time_left and self.retry():
-                return self.pause(view.pause)
+                return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
             raise not_yet(service, "asked to wait", view.pause)
         self.status = f"{self._ledger.name} cannot be read or written"
         if can_wait and step is not Step.GO_ON:

@@ -918,6 +918,25 @@ def test_answer_that_is_lost_after_the_time_is_up(kuzzle, jwt, run, monkeypatch)
     assert (status, out) == (75, "")
 
 
+def test_session_that_is_over_behind_a_lost_pointer(kuzzle, jwt, run, tmp_path, monkeypatch):
+    """A token that this run has only found, and that the service refuses, is not printed."""
+    store = tmp_path / "store"
+
+    def print_token(token, lifetime):
+        monkeypatch.setenv("KUZZLE_JWT", token)
+        return run("kuzzle", kuzzle.url, "--store", store, "--expires-in", lifetime, "--output", "token")
+
+    second = print_token(jwt, "1h")[1].strip()
+    FileStore(store).delete(key_of("kuzzle", kuzzle.url, second) + "-alias")
+    kuzzle.clock.advance(2)
+    third = print_token(second, "2h")[1].strip()
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {third}"}, timeout=10)
+    kuzzle.clock.advance(2)
+    for _ in range(2):
+        status, out, _ = print_token(jwt, "3h")
+        assert (status, out) == (77, "")
+
+
 def test_bug(kuzzle, jwt, run, monkeypatch):
     """A bug of ours is one line that says where, and nothing of what was in hand."""
 

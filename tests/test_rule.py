@@ -2665,6 +2665,23 @@ def test_verdict_that_is_written_down_while_others_act(kuzzle, clock, root, is_f
         assert kuzzle.knows(token.jwt)
 
 
+def test_newer_token_while_the_service_asked_to_wait(kuzzle, clock, store, monkeypatch):
+    """Who waits for as long as another process was told finds what others have stored meanwhile."""
+    monkeypatch.setattr("refresher._flight._LONGEST_NAP", 0.05)
+    jwt = kuzzle.login("foo", ago=HOUR - 20)
+    told = Attempt(by="one", at=Instant(time.time(), Runtime().steady(), Runtime().boot), pause=HOUR)
+    name = key_of("kuzzle", kuzzle.url, jwt) + "-attempt"
+    store.set(name, told.write(), HOUR)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, timeout=None, cache=TokenCache(store))
+        with pytest.raises(UnavailableError, match="asked to wait"):
+            refresh_kuzzle_token(kuzzle.url, jwt, timeout=1, cache=TokenCache(store))
+        store.delete(name)
+        token = refresh_kuzzle_token(kuzzle.url, jwt, timeout=5, cache=TokenCache(store))
+        assert waits.result(timeout=10) == token
+    assert len(kuzzle.requests) == 1
+
+
 def test_calls_that_are_refused_alike(circle, cache):
     """What is wrong with all of them is asked once, though each request has a name of its own."""
     call, joined = call_with(circle, circle.sign_in(), api_key=OTHER_API_KEY), []
