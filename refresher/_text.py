@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -82,10 +83,10 @@ def key_of(*parts: str | Secret[str]) -> str:
 
 
 def number(value: object) -> float | None:
-    """Take a number out of JSON that a float can be. True and False do not count."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Take a finite number out of JSON, or the next that a float can be. True and False do not count."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         return None
-    return value if abs(value) <= sys.float_info.max else None
+    return max(-sys.float_info.max, min(value, sys.float_info.max))
 
 
 def json_object(text: str | bytes | None) -> dict[str, Any]:
