@@ -2783,6 +2783,29 @@ def test_refusals_after_a_lost_answer(circle, clock, retry, is_killed):
     assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 1
 
 
+def test_lost_answer_before_a_store_that_hangs(circle, clock):
+    """A call that sends nothing knows so, though an answer was lost before."""
+    call, store, gate, real = (
+        call_with(circle, circle.sign_in()),
+        SharedStore(clock),
+        threading.Event(),
+        SharedStore.get,
+    )
+    circle.next_answers.append(b"")
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
+
+    def acquire(*_):
+        store.get = lambda key: gate.wait(10) and real(store, key)
+        raise ConnectionError
+
+    store.acquire = acquire
+    with pytest.raises(UnavailableError, match="Time is up") as caught:
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), timeout=1)
+    gate.set()
+    assert caught.value.spent is False
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_own_idempotency_keys(circle, clock, store, is_lost):
     """The caller's key is sent, unless an answer to another was lost: only that brings the pair."""
