@@ -97,7 +97,7 @@ class _Call:
             raise HTTPException from None
         self.sent_at = time.time()
 
-    def patiently(self, sock: Any, operation: Callable[[Any], int], data: Any) -> int:
+    def receive(self, sock: socket.socket, buffer: Any) -> int:
         """Receive a piece of data, for as long as the caller waits."""
         while True:
             remaining = self.remaining()
@@ -107,7 +107,7 @@ class _Call:
                 raise TimeoutError
             sock.settimeout(min(max(remaining, 0.001), _SOCKET_SLICE))
             try:
-                return operation(data)
+                return sock.recv_into(buffer)
             except TimeoutError as error:
                 if remaining <= 0 or _of_signal(error) is not None:
                     raise
@@ -360,7 +360,7 @@ class _Response(HTTPResponse):
     def _receive(self, buffer: Any) -> int:
         if self._call is None:
             return 0
-        count = self._call.patiently(self._sock, self._sock.recv_into, buffer)
+        count = self._call.receive(self._sock, buffer)
         self._is_cut = count == 0
         return count
 
@@ -432,8 +432,11 @@ class _Connection(_Base):  # type: ignore[misc]
         if self.is_closed:
             self.connect()
         call.leave()
-        self.sock.settimeout(_timeout(call.remaining()))
         super().putrequest(*args, **options)
+
+    def send(self, piece: Any) -> None:
+        self.sock.settimeout(_timeout(_current.get().remaining()))
+        super().send(piece)
 
     def response_class(self, *args: Any, **options: Any) -> _Response:
         return _Response(self, *args, **options)

@@ -206,6 +206,27 @@ def test_large_request_that_nobody_reads():
         assert time.monotonic() - started < 1
 
 
+def test_large_request_that_is_read_in_part():
+    """Its parts share the time that there is."""
+
+    def behave(client):
+        time.sleep(0.7)
+        while b"\r\n\r\n" not in client.recv(65536):
+            pass
+        time.sleep(3)
+
+    with Peer(behave) as peer:
+        started = time.monotonic()
+        with pytest.raises(OutcomeUnknownError, match="timed out"):
+            post(peer.url, headers={"X-Large": "x" * 8_000_000}, body=b"x" * 8_000_000, seconds=1)
+        assert time.monotonic() - started < 1.5
+
+
+def test_words_for_a_name_that_is_unknown():
+    """Some systems have numbers for that which are those of other errors."""
+    assert _http._reason(socket.gaierror(8, "nodename nor servname provided")) == "unknown host name"
+
+
 @pytest.fixture
 def strangers_server():
     """Another server, which should not hear of anything."""
@@ -581,8 +602,10 @@ def test_flood_of_chunks():
 def test_fast_drip():
     """Nor does a peer that drips so fast that there is always something to read have its way for long."""
     call = _http._Call(lambda: 0.0, never, lambda: 1.0, sent_at=1.0)
-    with socket.socket() as sock, pytest.raises(TimeoutError):
-        assert sum(call.patiently(sock, len, b"x") for _ in range(1000)) == 0
+    one, other = socket.socketpair()
+    other.sendall(bytes(1000))
+    with one, other, pytest.raises(TimeoutError):
+        assert sum(call.receive(one, bytearray(1)) for _ in range(1000)) == 0
 
 
 def test_answer_that_came_while_suspended():
