@@ -144,12 +144,13 @@ class _Run(logging.Handler):
 
     def wait(self, is_under_way: Callable[[], object], what: str, seconds: float = math.inf) -> None:
         """Wait for a thread, as Python does at its end anyway: now what comes can be printed."""
-        began = time.monotonic()
+        began, told = time.monotonic(), 0
         while is_under_way() and (waited := time.monotonic() - began) < seconds:
-            if waited >= 1.0:
+            if waited > told + 1:
+                told = int(waited)
                 self.show_wait(what, None)
             time.sleep(0.05)
-        if time.monotonic() - began >= 1.0:
+        if told:
             self.show_wait("", None)
 
     def emit(self, record: logging.LogRecord) -> None:

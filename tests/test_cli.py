@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +61,19 @@ def test_module():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("KUZZLE.")
+
+
+def test_wait_is_told_once_a_second(monkeypatch):
+    """And wiped out in the end."""
+    run, now, told = _cli._Run(), [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(_cli, "time", clock)
+    monkeypatch.setattr(run, "show_wait", lambda what, _: told.append((round(now[0]), what)))
+    run.wait(lambda: now[0] < 0.9, "soon")
+    assert told == []
+    now[0] = 0.0
+    run.wait(lambda: True, "the answer", 3.5)
+    assert told == [(1, "the answer"), (2, "the answer"), (3, "the answer"), (4, "")]
 
 
 def test_signal_that_is_lost(monkeypatch):
