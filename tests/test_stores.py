@@ -501,6 +501,19 @@ class Coroutines(MemoryStore):
         """Return an entry."""
 
 
+class Lent(Store):
+    """A store that has another's methods."""
+
+    def __init__(self, lender):
+        for name in ("get", "set", "delete", "acquire", "renew", "release"):
+            setattr(self, name, getattr(lender, name))
+
+
+def test_methods_of_another_store():
+    """A store may have its methods from another, whatever class it is of."""
+    assert check_store(store := Lent(MemoryStore())) is store
+
+
 class Misspelled(Store):
     """A store that names one of its methods like another's."""
 

@@ -92,10 +92,10 @@ def check_store(value: object) -> Store:
     Raises:
         InvalidArgumentError: It's something else. The message says what to use instead.
     """
-    # What a subclass of `Store` lacks does nothing there. What a proxy has may be found by a __getattr__.
-    empty = [name for name in _METHODS if getattr(type(value), name, None) is getattr(Store, name)]
-    missing = [name for name in _METHODS if name in empty or not hasattr(value, name)]
-    is_async = any(inspect.iscoroutinefunction(getattr(value, name, None)) for name in _METHODS)
+    methods = {name: getattr(value, name, None) for name in _METHODS}  # also found by a __getattr__, as of a proxy
+    # What a subclass of `Store` lacks does nothing there.
+    missing = [key for key, it in methods.items() if it is None or getattr(it, "__func__", None) is vars(Store)[key]]
+    is_async = any(map(inspect.iscoroutinefunction, methods.values()))
     if isinstance(value, type):
         hint = "use an instance of this class, such as MemoryStore()"
     elif is_async:
