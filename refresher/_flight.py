@@ -259,8 +259,7 @@ class Flight(Patience, Generic[T]):
         credential = self.call.credential
         if self._failure is not None:
             return self._failure
-        is_lost = self._is_in_doubt and self._departed_at is not None  # by this flight
-        if self.has_departed or is_lost or self._lease.lock is Lock.HELD:
+        if self.has_departed or (self._is_in_doubt and self._departed_at) or self._lease.lock is Lock.HELD:
             what = f"{self._service} did not answer in time, and the {self.kind} goes on"
             return self._unknown(what, idempotency_key=credential.idempotency_key)
         return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)

@@ -125,8 +125,7 @@ class Chain(Generic[T]):
         if self.newest is not None and self.newest.token is not None and self.requested is not None:
             entry |= {"token": self.newest.token.to_dict(), "requested": attrs.asdict(self.requested)}
             entry |= {"took": self.took, "asked_for": -1 if self.asked_for == math.inf else self.asked_for}
-            lifetime = None if self.lifetime == math.inf else self.lifetime
-            entry |= {"lifetime": lifetime, "is_replacement": self.is_replacement}
+            entry |= {"lifetime": None if self.lifetime == math.inf else self.lifetime, "replaces": self.is_replacement}
         return attrs.evolve(self, text=json.dumps(entry))
 
 
@@ -157,7 +156,7 @@ def read(key: str, text: str | None, credential: Credential[T]) -> Chain[T] | No
                 took=min(max(took or 0.0, 0.0), DAY),
                 asked_for=math.inf if asked_for == -1 else asked_for,
                 lifetime=max(0.0, min(newest.lifetime, math.inf if lifetime is None else lifetime)),
-                is_replacement=entry.reveal().get("is_replacement") is True,
+                is_replacement=entry.reveal().get("replaces") is True,
                 text=text,
             )
     except (KeyError, TypeError, AttributeError):

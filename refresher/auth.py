@@ -28,8 +28,6 @@ from .errors import SignInRequiredError, UnavailableError
 from .services import Credential, Headers, circle, kuzzle
 from .tokens import KuzzleToken, UserToken
 
-_log = logging.getLogger("refresher")
-
 # How long an error may be to be read.
 _LARGEST_BODY = 1024 * 1024
 # Where a redirect leads that names no host, however that is read.
@@ -160,7 +158,7 @@ class Auth(AuthBase, Generic[_Token]):
         """Put the newest token on a request, if it goes to the service. `requests` calls this."""
         sign_in = self._sign_in
         if not self._is_for_us(request.url):
-            _log.debug("no token for a request that does not go to %s", self._prefix)
+            logging.getLogger("refresher").debug("no token for a request that does not go to %s", self._prefix)
         elif (headers := self._headers()) is not None:
             for name, value in headers.items():
                 request.headers[name] = reveal(value)

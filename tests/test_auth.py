@@ -872,6 +872,17 @@ def test_circle_refuses_something_else(circle, pair, answer):
     assert len(circle.requests) == 1
 
 
+def refuse_users(circle, times):
+    """Let Circle refuse every user token, and carry out refreshes."""
+
+    def refuse(request):
+        if request.path.endswith("refresh"):
+            return circle.truly(request)
+        return Answer(403, {"code": 155104, "message": "expired"})
+
+    circle.next_answers.extend([refuse] * times)
+
+
 def test_circle_with_an_adapter_that_signs(circle, pair):
     """An adapter may put the real API key on what is sent. A rejected request ends with a verdict all the same."""
 
@@ -882,13 +893,7 @@ def test_circle_with_an_adapter_that_signs(circle, pair):
     session = requests.Session()
     session.mount(circle.url, Vault())
     auth = circle_auth(circle, pair, api_key=f"TEST_API_KEY:{32 * '1'}:{32 * '2'}", session=session)
-
-    def refuse(request):
-        if request.path.endswith("refresh"):
-            return circle.truly(request)
-        return Answer(403, {"code": 155104, "message": "expired"})
-
-    circle.next_answers.extend([refuse] * 20)
+    refuse_users(circle, 20)
     with pytest.raises(SignInRequiredError, match="the newest token that is known"):
         session.get(f"{circle.url}/v1/w3s/user", auth=auth, timeout=10)
     assert len(circle.requests) < 6
@@ -897,13 +902,7 @@ def test_circle_with_an_adapter_that_signs(circle, pair):
 def test_circle_never_content(circle, pair):
     """A service that refuses new tokens, too, costs one refresh a minute and no session."""
     auth = circle_auth(circle, pair)
-
-    def refuse(request):
-        if request.path.endswith("refresh"):
-            return circle.truly(request)
-        return Answer(403, {"code": 155104, "message": "expired"})
-
-    circle.next_answers.extend([refuse] * 6)
+    refuse_users(circle, 6)
     for _ in range(4):
         with pytest.raises(SignInRequiredError, match=r"the newest token that is known: sign in again \(403\)"):
             user(circle, auth)
@@ -914,13 +913,7 @@ def test_circle_never_content(circle, pair):
 def test_circle_never_content_with_many_workers(circle, pair):
     """Nor does it cost one for each process: a store tells why its newest token was asked for."""
     store = MemoryStore()
-
-    def refuse(request):
-        if request.path.endswith("refresh"):
-            return circle.truly(request)
-        return Answer(403, {"code": 155104, "message": "expired"})
-
-    circle.next_answers.extend([refuse] * 20)
+    refuse_users(circle, 20)
     for _ in range(4):
         auth = circle_auth(circle, pair, cache=TokenCache(store, runtime=Runtime()))
         with pytest.raises(SignInRequiredError, match=r"the newest token that is known"):

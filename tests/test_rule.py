@@ -2775,7 +2775,7 @@ def test_refusals_after_a_lost_answer(circle, clock, retry, is_killed):
     with pytest.raises(OutcomeUnknownError):
         refresh_user_token(**call, cache=TokenCache(caller, clock=clock), retry=False, timeout=2)
     clock.advance(90)
-    for api_key in (circle.api_key, "TEST_API_KEY:" + 32 * "1" + ":" + 32 * "2"):
+    for api_key in (circle.api_key, OTHER_API_KEY):
         circle.fail_next(3)
         with pytest.raises(RequestRefusedError):
             refresh_user_token(**{**call, "api_key": api_key}, cache=TokenCache(store, clock=clock), retry=retry)
@@ -2785,18 +2785,13 @@ def test_refusals_after_a_lost_answer(circle, clock, retry, is_killed):
 
 def test_lost_answer_before_a_store_that_hangs(circle, clock):
     """A call that sends nothing knows so, though an answer was lost before."""
-    call, store, gate, real = (
-        call_with(circle, circle.sign_in()),
-        SharedStore(clock),
-        threading.Event(),
-        SharedStore.get,
-    )
+    call, store, gate = call_with(circle, circle.sign_in()), SharedStore(clock), threading.Event()
     circle.next_answers.append(b"")
     with pytest.raises(OutcomeUnknownError):
         refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
 
     def acquire(*_):
-        store.get = lambda key: gate.wait(10) and real(store, key)
+        store.get = lambda key: gate.wait(10) and SharedStore.get(store, key)
         raise ConnectionError
 
     store.acquire = acquire
