@@ -333,11 +333,12 @@ def test_head(circle):
     assert answer.endswith(b"\r\n\r\n")
 
 
-def ask_badly(fake, answer):
-    """Send a request to a fake that cannot answer it."""
-    fake.next_answers.append(answer)
-    with pytest.raises(requests.ConnectionError):
-        requests.get(fake.url, timeout=10)
+def ask_badly(fake, *answers):
+    """Send requests to a fake that cannot answer them. What the first one met counts."""
+    for answer in answers:
+        fake.next_answers.append(answer)
+        with pytest.raises(requests.ConnectionError):
+            requests.get(fake.url, timeout=10)
 
 
 @pytest.mark.parametrize("kind", [FakeKuzzle, FakeCircle])
@@ -345,7 +346,7 @@ def test_a_fault_of_the_fake_is_told(kind, capfd):
     """What goes wrong within the fake itself, or in a test's own function, is not hidden."""
     fake = kind()
     with pytest.raises(ZeroDivisionError), fake:
-        ask_badly(fake, lambda request: 1 / 0)
+        ask_badly(fake, lambda request: 1 / 0, None)
     with fake:
         requests.get(fake.url, timeout=10)
     deadline = time.monotonic() + 5

@@ -2682,6 +2682,48 @@ def test_newer_token_while_the_service_asked_to_wait(kuzzle, clock, store, monke
     assert len(kuzzle.requests) == 1
 
 
+def test_how_long_a_call_waits_that_joins_a_wrong_one(circle, clock, monkeypatch):
+    """Whoever has a token that is due waits briefly for all that others are refused together, not for each."""
+    pair, cache, untils, joined = circle.sign_in(), TokenCache(clock=clock), [], []
+    refresh_user_token(**call_with(circle, pair), cache=cache)
+    clock.advance(HOUR - 20)
+
+    def join(key, call, end, until, real=cache._join):
+        if call.credential.api_key.reveal() == circle.api_key:
+            untils.append(until)
+        return real(key, call, end, until)
+
+    def answer(request):
+        joined.append(runner.submit(refresh_user_token, **call_with(circle, pair), cache=cache))
+        time.sleep(0.3)
+        return circle.truly(request)
+
+    monkeypatch.setattr(cache, "_join", join)
+    circle.next_answers.append(answer)
+    with ThreadPoolExecutor(1) as runner:
+        refresh_user_token(**call_with(circle, pair, api_key=OTHER_API_KEY), cache=cache)
+    assert circle.knows(joined[0].result())
+    assert len(untils) == 2
+    assert untils[0] == untils[1]
+
+
+def test_refresh_that_joins_a_sign_out(kuzzle, cache):
+    """That the sign-out failed is not the answer to who wants a token."""
+    jwt, joined = kuzzle.login("foo", ago=HOUR - 20), []
+
+    def answer(request):
+        joined.append(runner.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=cache))
+        time.sleep(0.3)
+        return Answer(
+            403, {"error": {"id": "security.rights.forbidden", "status": 403, "message": "no"}, "status": 403}
+        )
+
+    kuzzle.next_answers.append(answer)
+    with ThreadPoolExecutor(1) as runner, pytest.raises(RequestRefusedError):
+        KuzzleAuth(kuzzle.url, jwt, cache=cache).sign_out()
+    assert kuzzle.knows(joined[0].result().jwt)
+
+
 def test_calls_that_are_refused_alike(circle, cache):
     """What is wrong with all of them is asked once, though each request has a name of its own."""
     call, joined = call_with(circle, circle.sign_in(), api_key=OTHER_API_KEY), []
