@@ -315,7 +315,7 @@ class TokenCache:
         chain, newest, left, window, _ = self._assess(Call(credential=credential), by_store)
         last = newest or credential.unspent() or credential
         attempt = ledger.last_attempt(last)[0] if by_store else None
-        is_refused = any(ledger.refusal(attempt, asker) for asker in (attempt.errors if attempt else ()))
+        is_refused = any(attempt.refusal(asker, ledger.now()) for asker in attempt.errors) if attempt else False
         return SessionStatus(
             provider=credential.service,
             user=last.user,

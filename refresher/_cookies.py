@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 from collections.abc import Callable
 from http.cookiejar import Cookie, eff_request_host  # type: ignore[attr-defined]
@@ -15,6 +16,7 @@ from requests.cookies import MockRequest, RequestsCookieJar, create_cookie
 from ._text import Secret, hide
 
 
+@functools.lru_cache(maxsize=16)
 def _host(url: str) -> str:
     """Return the host, as cookie jars call it."""
     return str(eff_request_host(MockRequest(requests.Request("POST", url).prepare()))[1])
@@ -36,8 +38,7 @@ def _cookies_for(session: requests.Session, url: str, name: str) -> list[Secret[
 
 def find(session: requests.Session, url: str, name: str) -> Secret[str] | None:
     """Look up the value of the session's cookie that is for *url*."""
-    there = _cookies_for(session, url, name)
-    return hide(there[0].reveal().value) if there else None
+    return hide(there[0].reveal().value) if (there := _cookies_for(session, url, name)) else None
 
 
 def keep(

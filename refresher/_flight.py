@@ -351,7 +351,7 @@ class Flight(Patience, Generic[T]):
             readable=is_readable,
             lock=self._lease.lock,
             patience=patience,
-            refusal=ledger.refusal(attempt, _rules.asker(spend)),
+            refusal=attempt.refusal(_rules.asker(spend), ledger.now()) if attempt else None,
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
             delay=ledger.delay() if self._is_alone else 0.0,

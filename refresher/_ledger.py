@@ -16,7 +16,6 @@ from ._exchange import Observed
 from ._rules import Attempt, Chain, Instant, Left, Lock
 from ._runtime import HALF_A_DAY, MOST, Event, Memo, Runtime
 from ._text import hide_all, json_object
-from .errors import RefreshError
 from .services import Credential, Headers, T
 from .stores import MemoryStore, Store
 
@@ -292,6 +291,8 @@ class Ledger:
         own = credential.keys[0]
         key = self._aliases.get(own) or own
         found, is_readable = self.ask("cannot be read", self._read, key, credential)
+        for each in credential.keys if found is not None else ():
+            self.unread.pop(f"{each}-alias", None)  # it is not needed any more
         for each in credential.keys if key == own else ():
             if found is None and is_readable:
                 text, is_readable = self.ask("cannot be read", self._text, f"{each}-alias")
@@ -455,10 +456,6 @@ class Ledger:
         if (attempt := Attempt.read(text)) is not None:
             self.age(attempt)  # of another machine's, this counts from the first look
         return attempt, is_readable
-
-    def refusal(self, attempt: Attempt | None, asker: str) -> RefreshError | None:
-        """Return what the service said to somebody when it refused a credential lately."""
-        return None if attempt is None else attempt.refusal(asker, self.now())
 
     def give_up(self, chain: Chain[Any], spend: Credential[Any]) -> None:
         """Take the newest token of a chain for expired, as it was refused. That is so for one asker."""

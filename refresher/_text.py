@@ -92,7 +92,7 @@ def number(value: object) -> float | None:
 def json_object(text: str | bytes | None) -> dict[str, Any]:
     """Read a JSON object. Anything else reads as an empty one."""
     try:
-        value = json.loads(text or "")
+        value = json.loads(text or "{}")
     except (ValueError, TypeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -45,7 +45,7 @@ from refresher import (
 )
 from refresher._flight import Flight
 from refresher._ledger import Call
-from refresher._rules import Chain
+from refresher._rules import KEY, Chain
 from refresher._runtime import HALF_A_DAY, Memo, Runtime
 from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
@@ -755,6 +755,22 @@ def test_wrong_key(kuzzle, root, which):
         with pytest.raises(UnavailableError, match="an entry of this session that cannot be read: check its key"):
             command(kuzzle.url, jwt)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(EncryptedStore(store, keys[0]))) == token
+
+
+def test_entry_that_could_not_be_read_for_a_moment(kuzzle, root):
+    """What stood in the way for a moment is no matter once the session has been found."""
+    inner, key = MemoryStore(), Fernet.generate_key()
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(EncryptedStore(inner, key)))
+    cache, (name,) = TokenCache(EncryptedStore(inner, key)), filter(KEY.fullmatch, inner.keys())
+    entry = inner.get(name)
+    inner.delete(name)
+    inner.set(f"{name}-alias", "junk", 99)
+    with pytest.raises(UnavailableError, match="cannot be read"):
+        cache.peek(kuzzle.url, root)
+    inner.set(name, entry, 99)
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
+    cache.forget(kuzzle.url, root)
+    assert cache.peek(kuzzle.url, root).state == "unknown"
 
 
 def test_key_that_others_have_changed(kuzzle, root):
