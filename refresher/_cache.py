@@ -232,8 +232,7 @@ class TokenCache:
         get_ready()
         end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
         while True:
-            key = self._ledger.recall(call.credential)[0].key
-            flight, outcome = self._join(key, call, end, end, SignOut)
+            flight, outcome = self._join(self._ledger.recall(call.credential)[0].key, call, end, end, SignOut)
             if isinstance(flight, SignOut) and flight.is_over:
                 return
             if isinstance(flight, SignOut) and outcome is not None:
@@ -383,9 +382,8 @@ class TokenCache:
         if any(self._ledger.unread_of(chain, credential)):
             self._fail(_UNREAD, credential.service)
         newest = chain.newest or known
-        keys = {credential.keys[0], *(newest.keys if newest else ())}
         self._ledger.flights.pop(chain.key, None)
-        if not (self._ledger.drop(chain, keys) and is_readable):
+        if not (self._ledger.drop(chain, {credential.keys[0], *(newest.keys if newest else ())}) and is_readable):
             what = "cannot be reached, so other processes may still use the session: call again"
             self._fail(what, credential.service)
 

@@ -84,6 +84,7 @@ class Flight(Patience, Generic[T]):
         # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
         self._held_since: dict[int, float] = {}
         self._key: str | None = None  # with which the answer can be asked for again
+        self._asker: str | None = None  # to whom it may have been lost
         self._spent: Credential[T] | None = None
         self._exchange: Exchange | None = None
         self._failure: RefreshError | None = None
@@ -336,7 +337,6 @@ class Flight(Patience, Generic[T]):
         attempt = None
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
-        self._is_in_doubt |= attempt is not None and (attempt.is_open or attempt.is_in_doubt)
         patience = _rules.patience(left, window)
         if self._lease.lock is Lock.HELD:
             if newest is None:  # the caller's own may be about to expire, a second later there
@@ -374,7 +374,6 @@ class Flight(Patience, Generic[T]):
     def _wait_or_fail(self, step: Step, view: View, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
         service, time_left = self.call.credential.service, self._time_left()
-        can_wait = time_left > _rules.LAST_CALL and self.retry()
         if step is Step.REFUSE and view.refusal is not None:
             raise view.refusal
         if step is Step.USE:
@@ -391,7 +390,7 @@ class Flight(Patience, Generic[T]):
                 return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
             raise not_yet(service, "asked to wait", view.pause)
         self.status = f"{self._ledger.name} cannot be read or written"
-        if can_wait and step is not Step.GO_ON:
+        if time_left > _rules.LAST_CALL and self.retry() and step is not Step.GO_ON:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON
         what = f"{self.status}, so nothing was sent to {self._service}: try again later"
@@ -400,6 +399,8 @@ class Flight(Patience, Generic[T]):
     def _announce(self, spend: Credential[T], attempt: Attempt | None, chain: Chain[T]) -> bool:
         """Write down what is about to be spent. What cannot be written down cannot be kept either."""
         self._key = (attempt and attempt.idempotency_key) or spend.key_for(_anew(attempt, chain))
+        doubt = attempt.in_doubt if attempt else None
+        self._asker, self._is_in_doubt = doubt or _rules.asker(spend), self._is_in_doubt or doubt is not None
         room = max(_rules.ROOM, len(chain.text or "")) * " "
 
         def announce() -> bool:
@@ -415,8 +416,9 @@ class Flight(Patience, Generic[T]):
     def _attempt(self, before: Attempt | None, **details: Any) -> Attempt:
         """Describe what this flight does with a credential. What the service has said of that before stays known."""
         at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
-        own = Attempt(by=self._name, at=at, idempotency_key=key, is_in_doubt=self._is_in_doubt, **details)
-        return attrs.evolve(own, errors=before.errors) if before else own
+        doubt = self._asker if self._is_in_doubt or details.get("is_open") else None
+        own = Attempt(by=self._name, at=at, idempotency_key=key, in_doubt=doubt, **details)
+        return attrs.evolve(own, errors=before.errors, in_doubt=doubt or before.in_doubt) if before else own
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -445,8 +447,8 @@ class Flight(Patience, Generic[T]):
             self._key = self._next_key(spend, error)
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
-            is_lost = isinstance(error, OutcomeUnknownError) and error.status is None
-            if spend.idempotency_key is None or not is_lost:  # else to ask again brings the answer that was lost
+            # Else to ask again brings the answer that was lost.
+            if spend.idempotency_key is None or not isinstance(error, OutcomeUnknownError) or error.status is not None:
                 ledger.failed_at.put(chain.key, self._runtime.steady())
             self._close(spend, attempt, error.retry_after or 0.0)
             raise
@@ -506,9 +508,9 @@ class Flight(Patience, Generic[T]):
             left = successor.expiry - ledger.observed.service_now(spend.scope)[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
         ledger.observed.seen_for(successor.keys[0])
-        newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested)
-        newer = attrs.evolve(newer, took=took, asked_for=spend.requested, lifetime=lifetime)
-        newer = attrs.evolve(newer, is_replacement=self.call.rejected is not None)
+        newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested, took=took)
+        is_replacement = self.call.rejected is not None
+        newer = attrs.evolve(newer, asked_for=spend.requested, lifetime=lifetime, is_replacement=is_replacement)
         ledger.keep(newer, spend, in_memory=self._is_alone)
 
     def _verify(
@@ -534,11 +536,10 @@ class Flight(Patience, Generic[T]):
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
-                # If it was not the credential that was refused, its answer may still be lost.
-                key = self._key if error.idempotency_key is None else None
-                verdict = Attempt(by=self._name, at=ledger.now(), idempotency_key=key)
-                errors = (tried or before or verdict).refused(_rules.asker(spend), error, verdict.at)
-                verdict = attrs.evolve(verdict, errors=errors)
+                verdict, asker = self._attempt(tried or before), _rules.asker(spend)
+                if error.idempotency_key is not None and self._asker == asker:  # else its answer may still be lost
+                    verdict = attrs.evolve(verdict, idempotency_key=None, in_doubt=None)
+                verdict = attrs.evolve(verdict, errors=verdict.refused(asker, error, verdict.at))
                 if self._note(spend, verdict, now):  # else others could not write down a successor either
                     ledger.give_up(chain, spend)
                     raise error

@@ -334,7 +334,8 @@ def _reason(error: Exception) -> str:
     """Return the root cause, in words that cannot contain a secret."""
     *_, root = _links(error)
     if isinstance(root, ssl.SSLError):  # their numbers are OpenSSL's
-        return str(getattr(root, "verify_message", None) or (root.reason or "TLS failed").replace("_", " ").lower())
+        reason = str(getattr(root, "reason", None) or "").replace("_", " ").lower()  # what is made in Python has none
+        return str(getattr(root, "verify_message", None) or reason or "TLS failed")
     number = 0 if isinstance(root, socket.gaierror) else getattr(root, "errno", None) or 0
     # Windows has no words for the errors of its sockets, which begin at 10,000.
     return os.strerror(number) if 0 < number < 10_000 else _REASONS.get(type(root), type(root).__name__)
@@ -428,10 +429,9 @@ class _Connection(_Base):  # type: ignore[misc]
         return _watched(connect, call.remaining)
 
     def putrequest(self, *args: Any, **options: Any) -> None:
-        call = _current.get()
         if self.is_closed:
             self.connect()
-        call.leave()
+        _current.get().leave()
         super().putrequest(*args, **options)
 
     def send(self, piece: Any) -> None:

@@ -203,7 +203,8 @@ class Ledger:
     def _is_to_blame(self, chain: Chain[Any], newest: Credential[Any], requested: Instant) -> bool:
         """Whether a refresh may help if a token was rejected: none of Kuzzle's that is new, and not again and again."""
         oldest = max(requested.likely_age(now := self.now()), now.wall - requested.wall)
-        return oldest > _rules.REJECTED or (newest.birth is None and not chain.is_replacement)
+        is_new = -_rules.CLOCKS_DIFFER <= oldest <= _rules.REJECTED  # else a clock is wrong
+        return not is_new or (newest.birth is None and not chain.is_replacement)
 
     def is_held_back(self, key: str, left: Left, call: Call[Any]) -> bool:
         """Whether a refresh has just failed, and the token is still valid for longer than that matters."""

@@ -229,7 +229,7 @@ class Attempt:
         seen: When a process last looked for what came of it, and how old it was then, at least: machines whose clocks
             tell nothing of *at* look for it in turn.
         idempotency_key: With which the credential was sent, so that others get the same answer.
-        is_in_doubt: Whether an answer to that may have been lost, so that it is sent again even if it is refused.
+        in_doubt: The `asker` to whom an answer to that may have been lost: then it is sent again even if it is refused.
     """
 
     by: str
@@ -239,7 +239,7 @@ class Attempt:
     pause: float = 0.0
     seen: tuple[Instant, float] | None = None
     idempotency_key: str | None = None
-    is_in_doubt: bool = False
+    in_doubt: str | None = None
 
     def write(self) -> str:
         """Write it down."""
@@ -261,7 +261,7 @@ class Attempt:
                 pause=min(max(number(entry.get("pause")) or 0.0, 0.0), DAY),
                 seen=seen and (Instant.read(seen), min(max(number(age) or 0.0, 0.0), DAY)),
                 idempotency_key=key if is_uuid(key := str(entry.get("idempotency_key"))) else None,
-                is_in_doubt=entry.get("is_in_doubt") is True,
+                in_doubt=doubt if KEY.fullmatch(doubt := str(entry.get("in_doubt"))) else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             return None

@@ -921,6 +921,26 @@ def test_circle_never_content_with_many_workers(circle, pair):
     assert len(refreshes(circle)) == 1
 
 
+class AnotherMachine(Runtime):
+    """It was started at another time, and its clock is half an hour ahead."""
+
+    def now(self):
+        return super().now() + HOUR / 2
+
+
+def test_circle_not_content_on_two_machines(circle, pair):
+    """A token that has been replaced by a machine whose clock is ahead is not young for ever to the others."""
+    store = MemoryStore()
+    other, runtime = circle_auth(circle, pair, cache=TokenCache(store, runtime=AnotherMachine())), Runtime()
+    runtime.boot = "here"
+    auth = circle_auth(circle, pair, cache=TokenCache(store, runtime=runtime))
+    for each in (other, auth):
+        assert user(circle, each).status_code == 200
+        circle.fail_next(155103)
+        assert user(circle, each).status_code == 200
+    assert len(refreshes(circle)) == 2
+
+
 @pytest.mark.parametrize("module", [None, "tests"])
 def test_session_that_is_replaced(kuzzle, root, monkeypatch, module):
     """Whatever sends a session's requests, a 401 is answered with a refresh."""

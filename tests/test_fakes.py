@@ -365,6 +365,13 @@ def test_what_is_no_answer(answer, capfd):
         ask_badly(fake, answer)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_test_that_fails_itself():
+    """A function may call pytest.fail(), too."""
+    with pytest.raises(pytest.fail.Exception, match="no such request"), FakeKuzzle() as fake:
+        ask_badly(fake, lambda request: pytest.fail("no such request"))
+
+
 def test_failure_beside_another(capfd):
     """A test that fails by itself fails for that."""
 

@@ -447,6 +447,23 @@ def test_no_tls(answer, reason):
         post(peer.url.replace("http:", "https:"))
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ssl.SSLError("planted"), "TLS failed"), (ssl.SSLError(1, "planted"), "TLS failed")]
+)
+def test_tls_error_of_an_adapter(error, reason):
+    """What OpenSSL did not make has no reason, and tells nothing else."""
+
+    class Adapter(HTTPAdapter):
+        def send(self, request, **options):
+            raise error
+
+    session = requests.Session()
+    session.mount("https://", Adapter())
+    with pytest.raises(OutcomeUnknownError, match=f"{reason}") as caught:
+        post("https://kuzzle.example", session=session)
+    assert "planted" not in str(caught.value)
+
+
 def test_tunnel(proxy, authority, tmp_path, monkeypatch):
     """A proxy opens a tunnel, and in it there is TLS as ever. Another one is opened when the first is gone."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")

@@ -3036,6 +3036,45 @@ def test_lost_answer_beside_a_refusal(circle, clock, store, before):
     assert circle.knows(refresh(**({} if before == "refused since" else by_id)))
 
 
+@pytest.mark.parametrize("others", [[("api_key", 155103)], [("user_id", 155102), ("api_key", 401)]])
+def test_lost_answer_beside_verdicts(circle, clock, store, others):
+    """What others are refused, and for what they are told to sign in, says nothing of an answer that one has lost."""
+    pair = circle.sign_in()
+    by = {"user_id": {"user_id": "user-1", "user_token": None}, "api_key": {"api_key": OTHER_API_KEY}}
+
+    def refresh(**options):
+        return refresh_user_token(**call_with(circle, pair, **options), cache=TokenCache(store, clock=clock))
+
+    circle.next_answers.append(lambda request: (circle.truly(request), b"")[1])
+    with pytest.raises(OutcomeUnknownError):
+        refresh(retry=False)
+    for name, code in others:
+        circle.fail_next(code)
+        with pytest.raises((SignInRequiredError, RequestRefusedError)):
+            refresh(**by[name])
+    assert circle.knows(refresh())
+
+
+def test_refusal_that_another_has_waited_for(circle, clock, store):
+    """A request that was under way for a while has lost no answer: a key that was refused is not sent again."""
+    call, is_asked = call_with(circle, circle.sign_in()), threading.Event()
+    circle.fail_next(3, times=2)
+    refuse = circle.next_answers.popleft()
+    circle.next_answers.appendleft(lambda request: (is_asked.set(), time.sleep(0.5), refuse(request))[2])
+
+    def be_refused():
+        with pytest.raises(RequestRefusedError):
+            refresh_user_token(**call, cache=TokenCache(store, clock=clock))
+
+    first = threading.Thread(target=be_refused)
+    first.start()
+    is_asked.wait(5)
+    be_refused()
+    first.join()
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock)))
+    assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 3
+
+
 def test_refusals_by_two_names(circle, clock, store):
     """Each is remembered, so that calls by both ask no more often than calls by one."""
     pair, asked = circle.sign_in(), []

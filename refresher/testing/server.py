@@ -264,7 +264,11 @@ class Server(abc.ABC):
                 return self._answer(request)
             answer = self.next_answers.popleft()
         # Not under the lock: it may take its time.
-        answer = answer(request) if callable(answer) else answer
+        try:
+            answer = answer(request) if callable(answer) else answer
+        except BaseException as error:  # also what pytest.fail() raises, which is no Exception
+            self.failure = self.failure or error
+            raise
         if not isinstance(answer, (Answer, bytes)):
             raise TypeError("next_answers must hold Answers, bytes, or functions of a request that return one of them")
         return answer

@@ -475,7 +475,7 @@ MUTANTS = [
     ),
     Mutant(
         "nobody else is told that an answer may have been lost",
-        (_RULES, 'entry.get("is_in_doubt") is True', "False"),
+        (_RULES, 'doubt if KEY.fullmatch(doubt := str(entry.get("in_doubt"))) else None', "None"),
     ),
     Mutant(
         "how long others have looked for an answer does not count",
