@@ -67,16 +67,21 @@ def refresh_kuzzle_token(
     """
     Trade a Kuzzle token for a new one, or get the new one that the cache knows.
 
-    A refresh spends *jwt*: Kuzzle accepts it for one more second, and never refreshes it again.
+    A refresh spends *jwt*: Kuzzle accepts it for one more second, and never refreshes it again. A token is made of its
+    user, its second and its lifetime alone: two sign-ins of one user that are refreshed in the same second get the same
+    token, and are one session from then on. Let them share a store, or give each machine a user of its own.
 
     Args:
-        url: Where Kuzzle answers, with the path prefix if there is one: ``"http://localhost:7512"``.
+        url: Where Kuzzle answers, with the path prefix if there is one: ``"http://localhost:7512"``. Sessions
+            are known by it, so give the same one everywhere.
         jwt: The token of a sign-in, or any successor of it, with its prefix ``kauth-``. If no successor is known, it
             has to be valid, and neither an API key nor infinite. In cookie mode you may leave it out: then it is the
             ``authToken`` cookie of *session*.
-        expires_in: How long the new token is valid, at least one second: a string as npm's ``ms`` reads it (``"2h"``,
-            ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token that was asked to be valid for less is
-            refreshed. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides.
+        expires_in: How long the new token is valid, at least one second, and two if it is to be refreshed in time: a
+            string as npm's ``ms`` reads it (``"2h"``, ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token
+            that was asked to be valid for less is refreshed. ``"-1"`` means for ever, and such a token cannot be
+            refreshed. None: the server decides, however long *jwt* was valid: an hour, unless it is configured
+            otherwise.
         cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, unless another has come there
             meanwhile, and is None in the result. Use one session for each Kuzzle: cookies do not tell the ports of a
             host apart.
@@ -85,12 +90,12 @@ def refresh_kuzzle_token(
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
             allows. If False, there is one attempt.
         timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
-            was sent goes on for up to a minute, and the next call finds its result in the cache. Give it two seconds
-            at least: a process that cannot know how old a token is refreshes it a second after it first saw it.
+            was sent goes on until a minute after that, and the next call finds its result in the cache. Give it two
+            seconds at least: a process that cannot know how old a token is refreshes it a second after it first saw it.
         cache: Remembers the newest token of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes its *jwt*, and gives up when *timeout* is over.
-        session: Connections, proxies, TLS settings, headers and cookies to use. It is not changed, except for the
-            ``authToken`` cookie in cookie mode.
+        session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed, except
+            for the ``authToken`` cookie in cookie mode.
 
     Returns:
         The newest token. Save it before anything else, or use a cache with a store.
@@ -230,10 +235,10 @@ def refresh_user_token(
         retry: Whether to try again after failures and lost responses, as long as *timeout* allows. If False, there is
             one attempt.
         timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
-            was sent goes on for up to a minute, and the next call finds its result in the cache.
+            was sent goes on until a minute after that, and the next call finds its result in the cache.
         cache: Remembers the newest pair of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes the pair it is given, and gives up when *timeout* is over.
-        session: Connections, proxies, TLS settings, headers and cookies to use. It is not changed.
+        session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed.
 
     Returns:
         The newest pair. Save it before anything else, or use a cache with a store.

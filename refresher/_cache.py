@@ -53,7 +53,7 @@ class TokenCache:
 
     Args:
         store: Where entries are kept. None means in the memory of this process.
-        lease: How many seconds a refresh that was sent goes on when nobody waits for it any more.
+        lease: For how many seconds after it was sent a refresh goes on though nobody waits for it any more.
         clock: Tells the time, in seconds since 1970. It may be wrong. None means the system's clocks: then a
             wall clock that is set does not matter on one machine.
         ahead: How many seconds before its end a token is refreshed, at most half its lifetime. Make it more
@@ -163,7 +163,7 @@ class TokenCache:
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
                 if valid is not None and outcome.spent is False and not (call.patient or is_wrong):
-                    _log.warning("%s: %s, going on with the old token", chain.key[:8], outcome)
+                    _log.warning("%s: %s, going on with the old token", fingerprint(valid.secret.reveal()), outcome)
                     return valid
                 raise _own(outcome)
             has_expired = left.most <= 0 < chain.lifetime  # while its writing down was waited for

@@ -85,6 +85,7 @@ class Flight(Patience, Generic[T]):
         self._held_since: dict[int, float] = {}
         self._key: str | None = None  # with which the answer can be asked for again
         self._asker: str | None = None  # to whom it may have been lost
+        self._tried: dict[str, Attempt | None] = {}  # what others were last seen to try with which credential
         self._spent: Credential[T] | None = None
         self._exchange: Exchange | None = None
         self._failure: RefreshError | None = None
@@ -257,13 +258,12 @@ class Flight(Patience, Generic[T]):
 
     def too_late(self) -> RefreshError:
         """Make the error of a call whose time is up."""
-        credential = self.call.credential
         if self._failure is not None:
             return self._failure
         if self.has_departed or (self._is_in_doubt and self._departed_at) or self._lease.lock is Lock.HELD:
             what = f"{self._service} did not answer in time, and the {self.kind} goes on"
-            return self._unknown(what, idempotency_key=credential.idempotency_key)
-        return UnavailableError(f"Time is up: {self.status}", provider=credential.service, spent=False)
+            return self._unknown(what, idempotency_key=self.call.credential.idempotency_key)
+        return UnavailableError(f"Time is up: {self.status}", provider=self.call.credential.service, spent=False)
 
     def _unknown(self, what: str, **details: Any) -> OutcomeUnknownError:
         return OutcomeUnknownError(f"{what}: call again", provider=self.call.credential.service, **details)
@@ -337,6 +337,8 @@ class Flight(Patience, Generic[T]):
         attempt = None
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
+            # The store may have lost what was there a moment ago.
+            attempt = self._tried[spend.keys[0]] = attempt or self._tried.get(spend.keys[0])
         patience = _rules.patience(left, window)
         if self._lease.lock is Lock.HELD:
             if newest is None:  # the caller's own may be about to expire, a second later there
@@ -490,12 +492,11 @@ class Flight(Patience, Generic[T]):
 
     def _note(self, spend: Credential[T], done: Attempt, looked_at: float) -> bool:
         """Write down an attempt that is over. Return whether that is done, and took no other's place."""
-        ledger = self._ledger
-        is_noted = ledger.note(spend, done)
+        is_noted = self._ledger.note(spend, done)
         if not is_noted or self._lease.is_ours() or self._runtime.steady() - looked_at <= _rules.TRUSTED:
             return is_noted
         # It was suspended, and another process may have announced one meanwhile.
-        ledger.note(spend, attrs.evolve(done, by="", at=ledger.now(), is_open=True, errors={}, seen=None))
+        self._ledger.note(spend, attrs.evolve(done, by="", at=self._ledger.now(), is_open=True, errors={}, seen=None))
         return False
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:

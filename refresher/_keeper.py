@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -170,8 +171,7 @@ class _Keeper:
         """Begin no more refreshes in a second than the service takes."""
         rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._cache._runtime
         if rate is not None:
-            now = runtime.steady()
-            turn = max(now, self._next.get(auth._scope, now))
+            turn = max(runtime.steady(), self._next.get(auth._scope, -math.inf))
             self._next[auth._scope] = turn + auth._requests / rate
             while (seconds := turn - runtime.steady()) > 0:
                 if self._running:

@@ -92,12 +92,16 @@ class Event:
 _STEADY = find_clock()
 
 
-def _is_ending() -> bool:
-    """Whether nothing keeps the process from its end, but our own threads."""
+def _is_ending(caller: threading.Thread, *, is_over: bool = False) -> bool:
+    """
+    Whether a thread is a daemon, and nothing keeps the process from its end but our own threads.
+
+    Greenlets of gevent are no daemons. One that is killed while it asks for the main thread would leave it for dead.
+    """
     main = threading.main_thread()
-    if main.is_alive():
+    if not caller.daemon or isinstance(caller, threading._DummyThread) or (not is_over and main.is_alive()):
         return False
-    return all(each is main or each.daemon or each.name == "refresher" for each in threading.enumerate())
+    return is_over or all(each is main or each.daemon or each.name == "refresher" for each in threading.enumerate())
 
 
 class Runtime:
@@ -148,8 +152,8 @@ class Runtime:
 
     def caller(self) -> Callable[[], bool]:
         """Return what tells whether the calling thread is still there: daemon threads end with the process."""
-        is_daemon = threading.current_thread().daemon
-        return lambda: not (is_daemon and _is_ending())
+        thread = threading.current_thread()
+        return lambda: not _is_ending(thread)
 
     # Effects
 
@@ -163,7 +167,7 @@ class Runtime:
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
         """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
-        if not daemon and threading.current_thread().daemon and (self._is_over or _is_ending()):
+        if not daemon and _is_ending(threading.current_thread(), is_over=self._is_over):
             threading.Event().wait()  # it ends with the process, as whatever it began now would
         if not daemon and self._is_over:
             return work()

@@ -245,8 +245,8 @@ class Auth(AuthBase, Generic[_Token]):
     ) -> Credential[_Token] | None:
         """Find the last successor."""
         first = self._find(sign_in)
-        if first is None or not first.can_expire:
-            return first
+        if first is None or not (first.can_expire or (rejected is not None and first.token)):
+            return first  # that one of Kuzzle's which is without end is over is found out by a refresh
         call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
         last = self._follow(sign_in, first, self._cache._get(call))
         self._ready = _Ready(call, last, last.headers)

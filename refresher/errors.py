@@ -25,8 +25,8 @@ Kuzzle's response is lost.
     The call asks again. If the request was lost as well, it gets a new token. Otherwise the new token is gone, and
     `SignInRequiredError` is raised: sign in again.
 The service is slow.
-    `OutcomeUnknownError` when *timeout* is over. The refresh goes on for up to a minute. Call again: the result is in
-    the cache.
+    `OutcomeUnknownError` when *timeout* is over. The refresh goes on until a minute after it was sent. Call again: the
+    result is in the cache.
 A process is killed before it has saved the new token.
     On Circle, the next call has the same idempotency key and gets the same pair. On Kuzzle, the token is lost if it was
     not in the store yet: sign in again.
@@ -74,9 +74,10 @@ class RefreshError(Exception):
         request_id: Names the request in the service's logs, if anything does.
         retry_after: How many seconds the service asked to wait, at most an hour.
         spent: Whether the credential that was sent is used up. None if nobody knows.
-        idempotency_key: What Circle's request carried, or has to carry next, if Circle asks for another. A request with
-            the same key is the same request.
-        retryable: Whether sending the same again may help and can do no harm.
+        idempotency_key: What Circle's request carried, or has to carry next, if Circle asks for another than ours. A
+            request with the same key is the same request.
+        retryable: Whether it may help, and can do no harm, to send at once again what was sent. Whether to call again
+            later, the class says.
     """
 
     provider: str | None

@@ -103,7 +103,7 @@ class KuzzleToken(_Token):
 
     @property
     def fingerprint(self) -> str:
-        """Eight digits that tell tokens apart without revealing them."""
+        """Eight digits that tell tokens apart without revealing them. In cookie mode all have the same."""
         return fingerprint(self.jwt or "")
 
     def to_dict(self) -> dict[str, object]:

@@ -899,6 +899,20 @@ def test_circle_with_an_adapter_that_signs(circle, pair):
     assert len(circle.requests) < 6
 
 
+def test_infinite_token_that_is_over(kuzzle, clock, root):
+    """Functions do not hand out a token any more of which an auth object was told that its session has ended."""
+    cache = TokenCache(clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, expires_in="-1", cache=cache)
+    clock.advance(90)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.jwt}"}, timeout=10)
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache)
+    with pytest.raises(SignInRequiredError):
+        requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert cache.peek(kuzzle.url, root).state == "refused"
+
+
 def test_circle_never_content(circle, pair):
     """A service that refuses new tokens, too, costs one refresh a minute and no session."""
     auth = circle_auth(circle, pair)

@@ -794,6 +794,34 @@ def test_signal_at_any_moment(kuzzle, mode):
     assert len(kuzzle.requests) == len({request.headers["Authorization"] for request in kuzzle.requests})
 
 
+KILLED_GREENLET = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gevent, gevent.event
+from refresher import TokenCache, refresh_kuzzle_token
+url, *jwts = sys.argv[1:]
+cache, is_ready = TokenCache(), gevent.event.Event()
+refresh_kuzzle_token(url, jwts[0], cache=cache)
+
+def view(jwt):
+    is_ready.wait()
+    return refresh_kuzzle_token(url, jwt, cache=cache, timeout=5).kuid
+
+killed = gevent.spawn(view, jwts[1])
+gevent.sleep(0.1)
+is_ready.set()
+killed.kill()
+with gevent.Timeout(20):
+    print(gevent.spawn(view, jwts[2]).get())
+"""
+
+
+def test_greenlet_that_is_killed(kuzzle):
+    """In a gevent worker, one that is killed as it begins a call does not stop all other calls."""
+    assert run(KILLED_GREENLET, kuzzle.url, *logins(kuzzle, 3)) == "user-2\n"
+
+
 FINALIZED = """
 class Goodbye:
     def __init__(self):
@@ -981,6 +1009,21 @@ def test_only_copy_is_written_down(kuzzle, clock, store, root):
     store.is_down = False
     wait_for_copies(cache)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
+
+
+def test_store_that_is_flushed_while_another_is_waited_for(kuzzle, clock, store, root):
+    """Who has seen that another spends a token does not say that the session is over before that one has its answer."""
+    caches = [TokenCache(store, clock=clock) for _ in range(2)]
+    kuzzle.next_answers.append(lambda request: kuzzle.truly(request, after=4))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=caches[0], timeout=15)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        second = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=caches[1], timeout=15)
+        while not any("another process" in each.status for each in [*caches[1]._ledger.flights.values()]):
+            time.sleep(0.01)
+        store.memory = MemoryStore(timer=clock)
+        assert second.result() == first.result()
 
 
 def test_store_that_is_flushed_while_a_request_is_out(kuzzle, store, root, monkeypatch):

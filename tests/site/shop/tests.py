@@ -36,6 +36,14 @@ def test_a_lost_reply(fake_kuzzle):
     assert client.get("/me").headers["Location"] == "/sign-in"
 
 
+def test_the_sites_own_session(fake_kuzzle):
+    """When it has ended, that is the site's fault, and its users stay signed in."""
+    client = signed_in(fake_kuzzle.login("foo"), Client(raise_request_exception=False))
+    with override_settings(KUZZLE_TOKEN=fake_kuzzle.login("foo", ago=7200)):
+        assert client.get("/site").status_code == 500
+    assert client.get("/me").status_code == 200
+
+
 def test_async(fake_kuzzle):
     """An async view works on an event loop, too."""
     client = signed_in(fake_kuzzle.login("foo"), AsyncClient())

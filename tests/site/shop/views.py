@@ -3,12 +3,13 @@
 import requests
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.db import transaction
 from django.http import JsonResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_POST
 
-from refresher import KuzzleAuth
+from refresher import KuzzleAuth, SignInRequiredError
 
 from .kuzzle import ask, tokens
 
@@ -59,5 +60,8 @@ def broken(request):
 
 
 def site(request):
-    """Tell who the site itself is at Kuzzle."""
-    return JsonResponse(ask(settings.KUZZLE_TOKEN, "/_me"))
+    """Tell who the site itself is at Kuzzle. If its own session has ended, no visitor has to sign in for that."""
+    try:
+        return JsonResponse(ask(settings.KUZZLE_TOKEN, "/_me"))
+    except SignInRequiredError as error:
+        raise ImproperlyConfigured("the session of KUZZLE_TOKEN has ended") from error
