@@ -128,12 +128,13 @@ class Flight(Patience, Generic[T]):
             _log.exception("on_event has failed")
         while self.waiters:
             waiter = self.waiters.pop()
-            waiter.tell(None if self._may_ask_again(waiter) else outcome)
+            # It may have joined when the last attempt was just failing.
+            waiter.tell(None if self._has_time(waiter, self._failure) else outcome)
 
-    def _may_ask_again(self, waiter: Waiter) -> bool:
-        """Whether a call that joined when the last attempt was just failing has time for another."""
-        error, pause = self._failure, self._ledger.observed.pause(self.call.credential.scope)
+    def _has_time(self, waiter: Waiter, error: RefreshError | None) -> bool:
+        """Whether a call waits for long enough for another attempt after one that has failed."""
         is_allowed = error is not None and error.retryable and waiter.retry
+        pause = max(getattr(error, "retry_after", None) or 0.0, self._ledger.observed.pause(self.call.credential.scope))
         return is_allowed and waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
 
     def _report(self, outcome: Any) -> None:
@@ -239,11 +240,11 @@ class Flight(Patience, Generic[T]):
         self._gone_at = self._runtime.steady()
 
     def failed(self, error: RefreshError) -> None:
-        """Tell those who do not want another attempt."""
+        """Tell those who do not want another attempt, or cannot wait for it."""
         self.has_departed = False
         self.status = str(error)
         self._is_in_doubt |= error.spent is not False
-        for waiter in [each for each in list(self.waiters) if not each.retry]:
+        for waiter in [each for each in list(self.waiters) if not self._has_time(each, error)]:
             self.leave(waiter)
             waiter.tell(error)
 
@@ -387,10 +388,8 @@ class Flight(Patience, Generic[T]):
                 return self.pause(seconds)
             raise not_yet(service, "may have issued this token just now", view.hold)
         if step is Step.WAIT_FOR_SERVICE:
-            self.status = f"{self._service} asked to wait"
-            if view.pause < time_left and self.retry():
-                return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
-            raise not_yet(service, "asked to wait", view.pause)
+            self.failed(not_yet(service, "asked to wait", view.pause))
+            return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
         self.status = f"{self._ledger.name} cannot be read or written"
         if time_left > _rules.LAST_CALL and self.retry() and step is not Step.GO_ON:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
@@ -418,9 +417,10 @@ class Flight(Patience, Generic[T]):
     def _attempt(self, before: Attempt | None, **details: Any) -> Attempt:
         """Describe what this flight does with a credential. What the service has said of that before stays known."""
         at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
-        doubt = self._asker if self._is_in_doubt or details.get("is_open") else None
+        doubt = before.in_doubt if before and not self._asker else None
+        doubt = self._asker if self._is_in_doubt or details.get("is_open") else doubt
         own = Attempt(by=self._name, at=at, idempotency_key=key, in_doubt=doubt, **details)
-        return attrs.evolve(own, errors=before.errors, in_doubt=doubt or before.in_doubt) if before else own
+        return attrs.evolve(own, errors=before.errors) if before else own
 
     def _spend(
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
@@ -446,7 +446,9 @@ class Flight(Patience, Generic[T]):
                 raise
             return None
         except (RefreshError, _Abandoned) as error:
-            self._key = self._next_key(spend, error)
+            key, self._key = self._key, self._next_key(spend, error)
+            # Another has not been sent yet, or its answer is lost as well.
+            self._is_in_doubt &= self._key == key or isinstance(error, OutcomeUnknownError)
             self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             # Else to ask again brings the answer that was lost.

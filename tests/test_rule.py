@@ -2945,6 +2945,20 @@ def test_key_that_is_too_old_for_a_lost_answer(circle, clock, store):
     assert first == second != third == caught.value.idempotency_key
 
 
+def test_key_that_is_refused_after_one_that_was_too_old(circle, clock, store):
+    """That an answer to a former key was lost is no reason to send it again."""
+    call = call_with(circle, circle.sign_in())
+    circle.next_answers.append(b"")
+    circle.fail_next(156020)
+    circle.fail_next(3)
+    for error in (OutcomeUnknownError, RequestRefusedError, RequestRefusedError):
+        with pytest.raises(error):
+            refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False))
+    keys = [request.json()["idempotencyKey"] for request in circle.requests]
+    assert len(set(keys)) == len(keys) - 1 == 3
+
+
 def test_own_key_that_was_refused_to_a_single_attempt(circle, clock, store):
     """A later call without a key of its own does not send it either."""
     call = call_with(circle, circle.sign_in())
