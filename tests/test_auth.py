@@ -913,6 +913,19 @@ def test_infinite_token_that_is_over(kuzzle, clock, root):
     assert cache.peek(kuzzle.url, root).state == "refused"
 
 
+def test_kuzzle_that_says_so_the_second_time(kuzzle, root):
+    """An error that anybody may have written is worth one refresh. What Kuzzle itself says of the new token counts."""
+
+    def refuse(request):
+        return kuzzle.truly(request) if request.path.endswith("_refreshToken") else kuzzle.refuse(request, "refused")
+
+    kuzzle.next_answers.append(Answer(401, b"<html>"))
+    kuzzle.next_answers.extend([refuse] * 2)
+    with pytest.raises(SignInRequiredError, match="the newest token that is known"):
+        requests.get(f"{kuzzle.url}/_me", auth=KuzzleAuth(kuzzle.url, root), timeout=10)
+    assert len(kuzzle.requests) == 3
+
+
 def test_circle_never_content(circle, pair):
     """A service that refuses new tokens, too, costs one refresh a minute and no session."""
     auth = circle_auth(circle, pair)

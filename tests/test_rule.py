@@ -2959,6 +2959,38 @@ def test_key_that_is_refused_after_one_that_was_too_old(circle, clock, store):
     assert len(set(keys)) == len(keys) - 1 == 3
 
 
+def test_keys_that_are_all_too_old(circle):
+    """Circle may ask for another key once. Then the call is refused."""
+    circle.fail_next(156020, times=3)
+    with pytest.raises(RequestRefusedError):
+        refresh_user_token(**call_with(circle, circle.sign_in()), cache=None)
+    assert len(circle.requests) == 2
+
+
+def test_own_key_after_a_lost_answer_that_is_too_old(circle, clock, store):
+    """If the answer cannot come any more, the caller's own key is sent: also if there is to be one attempt."""
+    call, own = call_with(circle, circle.sign_in()), str(uuid.uuid4())
+    circle.next_answers.append(b"")
+    circle.fail_next(156020)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock), retry=False)
+    options = {"idempotency_key": own, "retry": False}
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), **options))
+    first, second, third = (request.json()["idempotencyKey"] for request in circle.requests)
+    assert first == second != third == own
+
+
+def test_keys_of_two_who_are_refused(circle, clock, store):
+    """No key is sent again that was refused to another."""
+    call = call_with(circle, circle.sign_in())
+    for api_key in (circle.api_key, OTHER_API_KEY, circle.api_key):
+        circle.fail_next(155104)
+        with pytest.raises(SignInRequiredError):
+            refresh_user_token(**{**call, "api_key": api_key}, cache=TokenCache(store, clock=clock))
+        clock.advance(HOUR)
+    assert len({request.json()["idempotencyKey"] for request in circle.requests}) == 3
+
+
 def test_own_key_that_was_refused_to_a_single_attempt(circle, clock, store):
     """A later call without a key of its own does not send it either."""
     call = call_with(circle, circle.sign_in())
