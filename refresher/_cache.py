@@ -155,7 +155,7 @@ class TokenCache:
             soon = min(end, began + _rules.BRIEFLY) if can_go_on else math.inf
             flight, outcome = self._join(chain.key, call, end, min(end, soon))
             chain, _ = ledger.recall(call.credential)
-            newest, left, _, wanted = ledger.assess(chain, call)
+            newest, left, window, wanted = ledger.assess(chain, call)
             valid = newest if newest is not None and left.most > 0 and call.rejected != newest.headers else None
             if isinstance(outcome, RefreshError):
                 is_outage = valid is not None and isinstance(outcome, UnavailableError)  # for all who have a token
@@ -171,8 +171,8 @@ class TokenCache:
                 continue  # that was found for another call
             if outcome is not None and not has_expired and (flight.call is call or not wanted):
                 return outcome if valid is None or wanted else valid  # another flight may have been faster
-            if valid is not None and self._runtime.steady() >= soon:
-                return valid
+            if valid is not None and (self._runtime.steady() >= soon or (left.least > window and not wanted)):
+                return valid  # it may be all that is to be had for now, or about to be written down
             if self._runtime.steady() >= end:
                 raise _own(flight.too_late())
 

@@ -204,16 +204,14 @@ class Flight(Patience, Generic[T]):
 
     def answer_by(self) -> float:
         """Connect while somebody waits. Give a request that was sent the time that an exchange may take in any case."""
-        if not self.has_departed:
-            return self.until()
-        return max(self.until(), self._gone_at + self._limit)
+        return max(self.until(), self._gone_at + self._limit) if self.has_departed else self.until()
 
     def retry(self) -> bool:
         return any(waiter.retry for waiter in self._waiting())
 
     def _check(self) -> None:
-        """Go on only if somebody waits."""
-        if not self._waiting():
+        """Go on only if somebody waits, and no other has taken its place."""
+        if not self._waiting() or self._ledger.flights.get(self.chain, self) is not self:
             raise _Abandoned
 
     def _go_on(self) -> None:

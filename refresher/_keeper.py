@@ -184,12 +184,12 @@ class _Keeper:
         runtime, first = auth._cache._runtime, auth._credential
         began = runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.
-        before = None if first is None else (auth._cache._ledger.recall(first)[0].newest or first).secret
+        before = None if first is None else (auth._cache._ledger.recall(first)[0].newest or first).keys[-1]
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
             last = auth._advance(auth._sign_in, patient=True, is_left=lambda: self._is_left or not consumer.is_alive())
-            outcome = "fresh" if last is None or last.secret == before else "refreshed"
+            outcome = "fresh" if last is None or last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error
         except RefreshError as error:

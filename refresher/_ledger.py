@@ -604,13 +604,14 @@ class Lease:
                 runtime.start(self._renew, daemon=True)
 
     def _renew(self) -> None:
-        runtime, store, end = self._ledger.runtime, self._ledger.store, self._end
+        runtime, store, ask, end = self._ledger.runtime, self._ledger.store, self._ledger.ask, self._end
         while end is not None and not runtime.wait(end, _rules.LEASE / 3):
             asked = runtime.steady()
             if self.lock is Lock.OURS and asked < self._until:
                 arguments = self._chain, self._owner, _rules.LEASE
-                is_ours, is_well = self._ledger.ask("cannot renew a lock", store.renew, *arguments)
-                if is_ours is False and self._ledger.ask("cannot lock", store.acquire, *arguments)[0] == 0:
+                is_ours, is_well = ask("cannot renew a lock", store.renew, *arguments)
+                is_lost = is_ours is False and self.lock is Lock.OURS  # else it was given back just now
+                if is_lost and ask("cannot lock", store.acquire, *arguments)[0] == 0:
                     is_ours = True
                     self.announce()
                 if is_well:  # else the lease ends, unless the next try succeeds

@@ -256,7 +256,7 @@ class Auth(AuthBase, Generic[_Token]):
         self, sign_in: _SignIn[_Token], first: Credential[_Token], newest: Credential[_Token]
     ) -> Credential[_Token]:
         """Go on with the newest token of a sign-in."""
-        last = first if newest.secret == first.secret else first.following(newest.token)
+        last = first if newest.keys[-1] == first.keys[-1] else first.following(newest.token)
         sign_in.chain = self._cache._ledger.recall(first)[0].key
         if last is not first and sign_in.credential is first:
             sign_in.credential, sign_in.unsaved = last, last.token

@@ -37,6 +37,7 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    keep_alive,
     refresh_kuzzle_token,
     refresh_user_token,
 )
@@ -953,6 +954,19 @@ class AnotherMachine(Runtime):
 
     def now(self):
         return super().now() + HOUR / 2
+
+
+def test_circle_that_keeps_refresh_tokens(clock):
+    """A pair may have a new user token alone: that is sent, and handed over."""
+    saved, cache = [], TokenCache(clock=clock)
+    with FakeCircle(clock=clock, rotate=False) as circle:
+        auth = circle_auth(circle, circle.sign_in(), cache=cache, on_refresh=saved.append)
+        for _ in range(3):
+            assert user(circle, auth).status_code == 200
+            clock.advance(HOUR - 30)
+            assert [outcome.outcome for outcome in keep_alive([auth])] == ["refreshed"]
+            clock.advance(40)
+    assert len({pair.user_token for pair in saved}) == 3
 
 
 def test_circle_not_content_on_two_machines(circle, pair):

@@ -396,6 +396,87 @@ def test_last_moments_while_the_store_hangs(kuzzle, clock, root, silence):
     assert len(kuzzle.requests) == 2
 
 
+class Gate(SharedStore):
+    """One of its writes waits at a gate: the first of the chain or, of an attempt, that after some moment."""
+
+    def __init__(self, clock, part):
+        super().__init__(clock)
+        self.part, self.is_shut, self.waits, self.opens = part, False, threading.Event(), threading.Event()
+
+    def set(self, key, value, seconds):
+        if self.is_shut and self.part in key + value:
+            self.is_shut = False
+            self.waits.set()
+            self.opens.wait(20)
+        super().set(key, value, seconds)
+
+
+def test_token_that_cannot_be_written_down_in_time(kuzzle, clock, root):
+    """Its answer has come: the call has a token, though the store does not answer."""
+    store = Gate(clock, '"token"')
+    store.is_shut = True
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=2)
+    store.opens.set()
+    assert kuzzle.knows(token.jwt)
+
+
+def test_two_flights_with_one_token(kuzzle, clock, root):
+    """Who was passed by in a token's last moments, as the store hung, does not spend it once more."""
+    store = Gate(clock, "-attempt")
+    cache = TokenCache(store, clock=clock)
+    newest = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 2.6)
+
+    def answer(request):
+        token = kuzzle.truly(request)
+        store.opens.set()
+        time.sleep(4)
+        return token
+
+    kuzzle.next_answers.append(answer)
+    store.is_shut = True
+    auths = [KuzzleAuth(kuzzle.url, newest.jwt, cache=cache, timeout=10) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        passed_by = pool.submit(lambda: [*keep_alive(auths[:1])])
+        store.waits.wait(5)
+        time.sleep(0.6)
+        later = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=10)
+        assert kuzzle.knows(later.result().jwt)
+        assert [outcome.outcome for outcome in passed_by.result()] == ["refreshed"]
+    assert len(kuzzle.requests) == 2
+
+
+class LateRenewal(SharedStore):
+    """Its answer to the first renewal is late: the lock has been released by then."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.renewed, self.released, self.over = threading.Event(), threading.Event(), threading.Event()
+
+    def renew(self, key, owner, lease):
+        self.renewed.set()
+        self.released.wait(20)
+        is_ours = super().renew(key, owner, lease)
+        self.over.set()
+        return is_ours
+
+    def release(self, key, owner):
+        super().release(key, owner)
+        self.released.set()
+
+
+def test_lock_that_is_given_back_while_it_is_renewed(kuzzle, clock, root):
+    """It is not taken again for a call that is over."""
+    store = LateRenewal(clock)
+    kuzzle.next_answers.append(lambda request: (store.renewed.wait(10), Answer(503))[1])
+    with pytest.raises((UnavailableError, OutcomeUnknownError)):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), queuable=False)
+    store.over.wait(20)
+    started = time.monotonic()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=20).jwt)
+    assert time.monotonic() - started < 2.0
+
+
 class FullDisk(FileStore):
     """A folder on a disk that is full."""
 
@@ -691,6 +772,20 @@ def test_replayed_answers_until_time_is_up(circle, clock):
         refresh_user_token(**call_with(circle, pairs[0]), cache=cache, timeout=0.5)
     circle.next_answers.clear()
     assert circle.knows(refresh_user_token(**call_with(circle, pairs[0]), cache=cache))
+
+
+@pytest.mark.parametrize("code", [-1, 3])
+@pytest.mark.parametrize("cached", [True, False])
+def test_failure_behind_a_replayed_answer(circle, clock, store, code, cached):
+    """The key of the request that failed says nothing of the token that the call is about."""
+    call = call_with(circle, circle.sign_in())
+    refresh_user_token(**call, cache=None)
+    clock.advance(2 * HOUR)
+    circle.next_answers.append(circle.truly)
+    circle.fail_next(code)
+    with pytest.raises((OutcomeUnknownError, RequestRefusedError)):
+        refresh_user_token(**call, cache=TokenCache(store, clock=clock) if cached else None, retry=False)
+    assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock) if cached else None))
 
 
 def test_replayed_answers_without_end(circle, clock, monkeypatch):

@@ -14,7 +14,7 @@ import attrs
 
 from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, number, reveal
-from ..errors import InvalidArgumentError, RequestRefusedError
+from ..errors import InvalidArgumentError, RefreshError
 from ..tokens import UserToken, instant
 from . import BUSY, FAILED, REFUSED, SIGN_IN, Headers, Reply, Request, Send, failure, meaning
 
@@ -134,17 +134,19 @@ class CircleCredential:
         call, and nobody received it. That pair is refreshed in turn, until there is a valid one or time is up.
         """
         request_id = self.request_id or str(uuid.uuid4())
-        step = attrs.evolve(self, given_key=key or self.given_key)
+        first = step = attrs.evolve(self, given_key=key or self.given_key)
         user_token = step.user_token or Secret(send(step.exchange_request(request_id), parse)[0].user_token)
-        last, alike, is_again = math.nan, 0, False
+        last, alike, is_again, own = math.nan, 0, False, self.given_key
         for _ in range(_MOST_STEPS):
             try:
                 pair, reply = send(step.request(user_token, request_id), step.parse)
-            except RequestRefusedError as error:
-                last_key = step.idempotency_key
+            except RefreshError as error:
+                last_key, is_first = step.idempotency_key, step.token is first.token
                 if error.code == _NEW_KEY:
-                    error.idempotency_key = self.given_key or _as_uuid(key_of(last_key, "refused"))
-                if error.idempotency_key == last_key or is_again or not (self.given_key or send.retry):
+                    error.idempotency_key = (own if is_first else None) or _as_uuid(key_of(last_key, "refused"))
+                if error.idempotency_key in (None, last_key) or is_again or not (own or send.retry):
+                    # The key of a later step is none to send with this credential.
+                    error.idempotency_key = error.idempotency_key if is_first else own
                     raise
                 step, is_again = attrs.evolve(step, given_key=error.idempotency_key), True
             else:
@@ -155,7 +157,7 @@ class CircleCredential:
                 if alike >= (2 if left > 0 else _SURE) or not _has_expired(pair, reply):
                     return step
                 last = left
-        raise failure("keeps returning expired tokens: try again later", step.request(user_token, request_id))
+        raise failure("keeps returning expired tokens: try again later", first.request(user_token, request_id))
 
     def sign_out(self, send: Send, /) -> None:
         """Do nothing: Circle has no sign-out."""
