@@ -472,6 +472,6 @@ def _spend(call: Call[T], patience: Patience) -> T:
         REAL.sleep(hold)
     exchange = Exchange(REAL, observed, patience, credential.scope, call.session)
     successor = credential.refresh(exchange, key=None)
-    observed.seen_for(successor.keys[0])
+    observed.seen_for(successor.keys[-1])
     exchange.learn(successor)
     return successor.token  # type: ignore[return-value]  # a successor has one

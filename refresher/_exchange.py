@@ -101,7 +101,7 @@ class Observed:
 
     def hold(self, credential: Credential[Any], *ages: float) -> float:
         """Seconds until a credential may be refreshed. *ages*: for how long it is known to have been there."""
-        since, truly = self._since(credential.keys[0])
+        since, truly = self._since(credential.keys[-1])
         age = max(self._steady() - since, self._runtime.steady() - truly, *ages)  # a caller's clock may stand still
         return _rules.birth_hold(credential.birth, age=age, service_now=self.service_now(credential.scope))
 

@@ -318,8 +318,8 @@ class Flight(Patience, Generic[T]):
             self._lease.lock = Lock.LOST
             return self._ledger.recall(self.call.credential)[0], False
         chain, is_readable = self._ledger.look(self.call.credential)
-        self._first = min(self._first, chain.generation)
-        if chain.newest is None:  # if it was forgotten since, what comes now is not kept
+        self._first = min(self._first, chain.generation if is_readable else math.inf)
+        if chain.newest is None and self._first < math.inf:  # if it was forgotten since, what comes now is not kept
             chain = attrs.evolve(chain, generation=int(self._first))
         return chain, is_readable
 
@@ -508,7 +508,7 @@ class Flight(Patience, Generic[T]):
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
             left = successor.expiry - ledger.observed.service_now(spend.scope)[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
-        ledger.observed.seen_for(successor.keys[0])
+        ledger.observed.seen_for(successor.keys[-1])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested, took=took)
         is_replacement = self.call.rejected is not None
         newer = attrs.evolve(newer, asked_for=spend.requested, lifetime=lifetime, is_replacement=is_replacement)
@@ -590,7 +590,7 @@ class Flight(Patience, Generic[T]):
         """Sign out what came too late for the sign-out of its session."""
         ledger = self._ledger
         for key, orphan in list(ledger.orphans.items()):
-            patience = Patience(self._runtime, self._limit, True, _log.debug)
+            patience = Patience(self._runtime, max(self._limit, _rules.LEASE), True, _log.debug)
             with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))

@@ -184,12 +184,12 @@ class Ledger:
         if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
             lifetime = newest.lifetime
         if newest is None:
-            self.observed.seen_for(call.credential.keys[0])  # from now on
+            self.observed.seen_for(call.credential.keys[-1])  # from now on
             return None, _rules.NOTHING_LEFT, 0.0, True
         if requested is not None and (age := requested.age(now)) is not None:
             left = _rules.left_here(lifetime, requested, now, age)
         else:
-            seen_for = self.observed.seen_for(newest.keys[0])
+            seen_for = self.observed.seen_for(newest.keys[-1])
             service_now = self.observed.service_now(newest.scope)
             left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)

@@ -44,7 +44,7 @@ class Memo(Generic[V]):
         """Return what is remembered, if anything is."""
         found = self._new.get(key)
         if found is None and (found := self._old.get(key)) is not None:
-            self._new[key] = found
+            found = self._new.setdefault(key, found)  # another thread may have put something newer there
         return found
 
     def put(self, key: str, value: V) -> None:

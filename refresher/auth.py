@@ -101,7 +101,7 @@ class Auth(AuthBase, Generic[_Token]):
         self._sign_in = _SignIn(credential)
         self._ready: _Ready[_Token] | None = None
         if credential is not None:
-            self._cache._ledger.observed.seen_for(credential.keys[0])
+            self._cache._ledger.observed.seen_for(credential.keys[-1])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"

@@ -796,6 +796,25 @@ def test_forgotten_tokens_are_gone(kuzzle, cache, root, how):
     assert left() is None
 
 
+class Interrupted(dict):
+    """What is looked up in it is put elsewhere by another thread at the same time."""
+
+    def get(self, key):
+        self.memo.put(key, "newer")
+        return super().get(key)
+
+
+def test_memory_of_two_threads(clock):
+    """What one looks up after half a day does not take the place of what another remembers just now."""
+    memo = Memo(clock)
+    memo.put("key", "old")
+    clock.advance(HALF_A_DAY + 1)
+    memo.put("another", "value")
+    memo._old = Interrupted(memo._old)
+    memo._old.memo = memo
+    assert memo.get("key") == memo.get("key") == "newer"
+
+
 def test_forget_circle(circle, cache):
     """A pair is forgotten by any pair that led to it."""
     old = circle.sign_in()

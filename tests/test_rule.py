@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -475,6 +476,27 @@ def test_lock_that_is_given_back_while_it_is_renewed(kuzzle, clock, root):
     started = time.monotonic()
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock), timeout=20).jwt)
     assert time.monotonic() - started < 2.0
+
+
+def test_first_look_that_fails(kuzzle, clock, store, root):
+    """One command that fails does not make a session that was forgotten, and is used again, look younger than it is."""
+    TokenCache(store, clock=clock).forget(kuzzle.url, root)
+    clock.advance(2)
+    store.failing = ["get"]
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock))
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
+
+
+def test_two_machines_with_one_refresh_token(clock, store):
+    """Where Circle gives new user tokens alone, each is as old as it is, and not as old as the refresh token."""
+    caches = [TokenCache(store, clock=each) for each in (clock, functools.partial(clock))]
+    with FakeCircle(clock=clock, rotate=False) as circle:
+        call = call_with(circle, circle.sign_in())
+        for _ in range(12):
+            for cache in caches:
+                assert circle.knows(refresh_user_token(**call, cache=cache))
+            clock.advance(HOUR / 6)
+        assert len(circle.requests) <= 4
 
 
 class FullDisk(FileStore):
