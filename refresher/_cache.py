@@ -451,8 +451,7 @@ def current(call: Call[T], cache: TokenCache | None) -> T:
     get_ready()
 
     def tell(what: str) -> None:
-        end = patience.until()
-        show_wait(what, None if end == math.inf else max(0.0, end - REAL.steady()))
+        show_wait(what, None if call.timeout is None else max(0.0, patience.until() - REAL.steady()))
 
     patience = Patience(REAL, call.timeout, call.retry, tell)
     try:

@@ -197,14 +197,14 @@ class Exchange:
                 else:
                     path, outcome = f"{old} -> {token.fingerprint}", "ok"
                     return token, reply
-                if lost is not None and request.idempotency_key is None and isinstance(error, SignInRequiredError):
-                    error.spent = True
                 if error.retry_after is not None:
                     self._observed.leave_alone(self._scope, error.retry_after)
                 pause = self._pause(error, attempts)
                 if pause is None:
-                    # Nothing was spent this time, but an answer was lost before.
-                    error = lost if lost is not None and isinstance(error, UnavailableError) else error
+                    if lost is not None:  # nothing was spent this time, but an answer was lost before
+                        error = lost if isinstance(error, UnavailableError) else error
+                        is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)
+                        error.spent = is_proof or error.spent or None
                     outcome = str(error)
                     raise error
                 lost = error if isinstance(error, OutcomeUnknownError) else lost
@@ -254,8 +254,8 @@ class Exchange:
     def _pause(self, error: RefreshError, attempts: int) -> float | None:
         if not self._patience.retry():
             return None
-        time_left = self._patience.until() - self._runtime.steady()
-        return _rules.pause_after(error, attempts, time_left, self._runtime.pick(0.0, 1.0))
+        left = self._patience.until() - self._runtime.steady()
+        return _rules.pause_after(error, attempts, left, self._runtime.pick(0.0, 1.0))
 
 
 def not_yet(service: str, what: str, seconds: float) -> UnavailableError:

@@ -234,8 +234,7 @@ class Flight(Patience, Generic[T]):
         self._go_on()
         if self._is_old() and not self._lease.announce():
             raise _LookAgain
-        self.has_departed, self._departed_at = True, self._ledger.now()
-        self._gone_at = self._runtime.steady()
+        self.has_departed, self._departed_at, self._gone_at = True, self._ledger.now(), self._runtime.steady()
 
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt, or cannot wait for it."""

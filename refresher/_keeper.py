@@ -181,8 +181,7 @@ class _Keeper:
 
     def _refresh(self, auth: Auth[Any], consumer: threading.Thread) -> KeepAliveOutcome:
         """Refresh one session, unless nobody wants the rest, or who took the outcomes has ended with the process."""
-        runtime, first = auth._cache._runtime, auth._credential
-        began = runtime.steady()
+        runtime, first, began = auth._cache._runtime, auth._credential, auth._cache._runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.
         before = None if first is None else (auth._cache._ledger.recall(first)[0].newest or first).keys[-1]
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"

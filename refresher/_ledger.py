@@ -180,6 +180,9 @@ class Ledger:
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
         """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
+        own, known = call.credential, chain.newest
+        if known is not None and known.keys[0] == own.keys[0] and (own.expiry or 0.0) > (known.expiry or 0.0):
+            chain = Chain(key=chain.key)  # it brings a later user token of the same refresh token
         now, newest, requested, lifetime = self.now(), chain.newest, chain.requested, chain.lifetime
         if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
             lifetime = newest.lifetime
@@ -193,7 +196,7 @@ class Ledger:
             service_now = self.observed.service_now(newest.scope)
             left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)
-        is_rejected = call.rejected == newest.headers
+        is_rejected = call.rejected is not None and call.rejected == chain.spend(call.credential).headers
         is_dead = is_rejected and (requested is None or self._is_to_blame(chain, newest, requested))
         refused = self._refused.get(newest.keys[-1]) if chain.newest else None  # a new sign-in may yield the same token
         if is_dead or (refused is not None and refused == _rules.asker(chain.spend(call.credential))):

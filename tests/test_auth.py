@@ -956,6 +956,30 @@ class AnotherMachine(Runtime):
         return super().now() + HOUR / 2
 
 
+class TwoKeys(FakeCircle):
+    """It has another API key."""
+
+    def receive(self, request):
+        if request.headers["Authorization"] == "Bearer TEST_API_KEY:other:one":
+            request.headers.replace_header("Authorization", f"Bearer {self.api_key}")
+        return super().receive(request)
+
+
+def test_circle_with_two_api_keys(clock):
+    """A user token that is rejected is refreshed, whichever key its pair was first asked for with."""
+    cache = TokenCache(clock=clock)
+    with TwoKeys(clock=clock) as circle:
+        pair = circle.sign_in()
+        clock.advance(HOUR - 10)
+        for api_key in (circle.api_key, "TEST_API_KEY:other:one"):
+            auth = circle_auth(circle, pair, cache=cache, api_key=api_key)
+            assert user(circle, auth).status_code == 200
+        clock.advance(HOUR / 2)
+        circle.fail_next(155104)
+        assert user(circle, auth).status_code == 200
+        assert len(refreshes(circle)) == 2
+
+
 def test_circle_that_keeps_refresh_tokens(clock):
     """A pair may have a new user token alone: that is sent, and handed over."""
     saved, cache = [], TokenCache(clock=clock)

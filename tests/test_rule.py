@@ -487,6 +487,23 @@ def test_first_look_that_fails(kuzzle, clock, store, root):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
 
 
+@pytest.mark.parametrize("seconds", [5, HOUR + 60])
+def test_user_token_that_was_refreshed_elsewhere(circle, clock, store, seconds):
+    """If the refresh token stays, a later user token that the caller brings is newer than what the cache has."""
+    with FakeCircle(clock=clock, rotate=False) as circle:
+        first, cache = circle.sign_in(), TokenCache(store, clock=clock)
+        refresh_user_token(**call_with(circle, first), cache=cache)
+        clock.advance(60)
+        elsewhere = refresh_user_token(**call_with(circle, first, user_id="user-1", user_token=None), cache=None)
+        clock.advance(seconds)
+        options = {"device_id": "device-1", "api_key": circle.api_key, "base_url": circle.url, "cache": cache}
+        pair = {"user_token": elsewhere.user_token, "refresh_token": elsewhere.refresh_token}
+        assert (
+            requests.get(f"{circle.url}/v1/w3s/user", auth=CircleAuth(**pair, **options), timeout=10).status_code == 200
+        )
+        assert circle.knows(refresh_user_token(**pair, **options))
+
+
 def test_two_machines_with_one_refresh_token(clock, store):
     """Where Circle gives new user tokens alone, each is as old as it is, and not as old as the refresh token."""
     caches = [TokenCache(store, clock=each) for each in (clock, functools.partial(clock))]
@@ -3212,6 +3229,19 @@ def test_callers_own_key_after_another_was_refused(circle, clock, store):
         refresh_user_token(**call, cache=TokenCache(store, clock=clock), idempotency_key=str(uuid.uuid4()))
     own = {"idempotency_key": str(uuid.uuid4()), "retry": False}
     assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), **own))
+
+
+@pytest.mark.parametrize("answer", [Answer(404, b"<html>"), Answer(302, b"", {"Location": "/"})])
+def test_something_strange_after_a_lost_answer(kuzzle, clock, root, answer):
+    """The token may have been spent before, so it is not handed out as if it were good."""
+    cache = TokenCache(clock=clock)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 15)
+    kuzzle.next_answers.append(lambda request: (kuzzle.truly(request), Answer(502, b"<html>"))[1])
+    kuzzle.next_answers.append(answer)
+    with pytest.raises(ReplyError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    assert caught.value.spent is None
 
 
 @pytest.mark.parametrize("before", ["refused before", "refused since", "forgotten"])

@@ -260,8 +260,7 @@ def meaning(status: int, known: Meaning | None = None, otherwise: Meaning = FORE
         known: What the service's own code for the error means, if it has one.
         otherwise: What any other 4xx means, if the service itself wrote it.
     """
-    by_class = {3: REDIRECT, 4: otherwise, 5: FAILED}.get(min(status // 100, 5), STRANGE)
-    return known or _BY_STATUS.get(status, by_class)
+    return known or _BY_STATUS.get(status) or {3: REDIRECT, 4: otherwise, 5: FAILED}.get(min(status // 100, 5), STRANGE)
 
 
 def failure(
