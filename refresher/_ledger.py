@@ -397,7 +397,7 @@ class Ledger:
         if newest is not None and there <= chain.generation:
             # Before the chain: whoever reads its newest token finds the way back.
             alias = _rules.write_alias(chain.key, newest)
-            for key in sorted({*newest.keys} - {chain.key}):
+            for key in sorted({*newest.keys} - {chain.key}) if newest.keys[0] != chain.key else ():
                 self.store.set(f"{key}-alias", alias, seconds)
         if there < chain.generation:
             self.store.set(chain.key, str(chain.text), seconds)
@@ -510,7 +510,7 @@ class Ledger:
         """Let a spent credential lead to its chain for one more day, and what may pass until it is led again."""
         self._led_at.put(spent.keys[0], self.runtime.steady())
         seconds = _GONE if chain in spent.keys else _LED  # the first token is the one that people keep
-        for key in sorted({*spent.keys} - {chain}):
+        for key in sorted({*spent.keys} - {chain}) if spent.keys[0] != chain else ():  # else its own key leads there
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)
             self.ask("cannot be written", self.store.set, *entry)
 

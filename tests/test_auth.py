@@ -987,7 +987,7 @@ def test_circle_that_keeps_refresh_tokens(clock):
         auth = circle_auth(circle, circle.sign_in(), cache=cache, on_refresh=saved.append)
         for _ in range(3):
             assert user(circle, auth).status_code == 200
-            clock.advance(HOUR - 30)
+            clock.advance(HOUR - 10)
             assert [outcome.outcome for outcome in keep_alive([auth])] == ["refreshed"]
             clock.advance(40)
     assert len({pair.user_token for pair in saved}) == 3

@@ -488,7 +488,7 @@ def test_first_look_that_fails(kuzzle, clock, store, root):
 
 
 @pytest.mark.parametrize("seconds", [5, HOUR + 60])
-def test_user_token_that_was_refreshed_elsewhere(circle, clock, store, seconds):
+def test_user_token_that_was_refreshed_elsewhere(clock, store, seconds):
     """If the refresh token stays, a later user token that the caller brings is newer than what the cache has."""
     with FakeCircle(clock=clock, rotate=False) as circle:
         first, cache = circle.sign_in(), TokenCache(store, clock=clock)

@@ -162,8 +162,8 @@ def exchange(world: World, process: Process, session: Session, request: Request,
         if not request.spends:
             session.secrets[data["userToken"]] = None
             return
-        new: Any = UserToken.from_dict(data)
-        is_new = new.refresh_token not in session.secrets
+        new: Any = UserToken.from_dict({"refreshToken": plain(request.secret), **data})
+        is_new = new.user_token not in session.pairs
     else:
         new = json.loads(answer.body)["result"].get("jwt")  # type: ignore[arg-type]
         new = new or answer.headers["Set-Cookie"].partition(";")[0].partition("=")[2]
@@ -199,7 +199,8 @@ def answered(world: World, process: Process, session: Session, request: Request,
         return
     machine = process.machine
     session.refused.append((machine.offset, world.time))
-    key = plain(request.secret), process if world.store.kind == "memory" else (machine.name, machine.boots)
+    asked_with = plain(request.headers.get("X-User-Token", request.secret))
+    key = asked_with, process if world.store.kind == "memory" else (machine.name, machine.boots)
     if not session.signed_out or -1.0 < session.left() < last_moments(session.newest, process.ahead) + 1.5:
         return
     is_waited_for = any(call.process is process and call.ended == math.inf for call in session.calls)
@@ -360,7 +361,7 @@ def _could_not_end(world: World, holder: Process, since: float, session: Session
 def handed_out(world: World, call: Any, token: Any) -> None:
     """A call has got a token: it must be of this user, and work."""
     session = call.session
-    secret = token.refresh_token if isinstance(token, UserToken) else token
+    secret = session.secret_of(token)
     if secret not in session.secrets:
         world.violated("another user's token was handed out", f"to {session.user}")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections.abc import Callable
 from email.message import Message
@@ -66,7 +67,13 @@ class Session:
 
     @property
     def newest_secret(self) -> str:
-        return self.newest if isinstance(self.newest, str) else self.newest.refresh_token
+        return self.secret_of(self.newest)
+
+    def secret_of(self, token: Any) -> str:
+        """Give what tells a token from the others of its session."""
+        if isinstance(token, str):
+            return token
+        return token.refresh_token if self.server.rotates else token.user_token
 
     @property
     def is_circle(self) -> bool:
@@ -120,7 +127,9 @@ class Server:
         self.world, self.url = world, url
         kind: Any = FakeCircle if url == CIRCLE else FakeKuzzle
         sys.modules[kind.__module__].secrets = _Chance(world)  # type: ignore[attr-defined]
-        self.fake = kind(clock=_WorldClock(world))
+        # Whether each refresh yields a refresh token, too.
+        self.rotates = url != CIRCLE or random.Random(world.seed + 3_000_003).random() < 0.8
+        self.fake = kind(clock=_WorldClock(world), **({} if self.rotates else {"rotate": False}))
         self.trouble, self.trouble_until, self.disturbed_at = "", 0.0, -math.inf
         world.servers[url] = self
 
@@ -149,11 +158,11 @@ class Server:
         """End a session."""
         session.signed_out = True
         known = self.fake._pairs if session.is_circle else self.fake._sessions
-        known.pop(session.newest_secret, None)
+        known.pop(getattr(session.newest, "refresh_token", session.newest), None)
 
     def can_refresh(self, session: Session) -> bool:
         if session.is_circle:
-            return session.newest_secret in self.fake._pairs
+            return session.newest.refresh_token in self.fake._pairs
         return self.fake.knows(session.newest) and not self.fake._sessions[session.newest].refreshed
 
     def is_good(self, token: Any) -> bool:
