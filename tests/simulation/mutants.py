@@ -347,7 +347,7 @@ MUTANTS = [
     ),
     Mutant(
         "who joins a call that is just failing fails with it",
-        (_FLIGHT, "None if self._may_ask_again(waiter) else outcome", "outcome"),
+        (_FLIGHT, "None if self._has_time(waiter, self._failure) else outcome", "outcome"),
     ),
     Mutant(
         "who joins does not extend the time",
@@ -476,6 +476,38 @@ MUTANTS = [
     Mutant(
         "nobody else is told that an answer may have been lost",
         (_RULES, 'doubt if KEY.fullmatch(doubt := str(entry.get("in_doubt"))) else None', "None"),
+    ),
+    Mutant(
+        "what somebody else is refused gives up the key of an answer that was lost",
+        (
+            _FLIGHT,
+            "if error.idempotency_key is not None and self._asker == asker:",
+            "if error.idempotency_key is not None:",
+        ),
+    ),
+    Mutant(
+        "what another was seen to spend is forgotten with the store",
+        (_FLIGHT, "attempt or self._tried.get(spend.keys[0])", "attempt"),
+    ),
+    Mutant(
+        "who was passed by spends the token, too",
+        (_FLIGHT, " or self._ledger.flights.get(self.chain, self) is not self", ""),
+    ),
+    Mutant(
+        "a look that failed tells the generation",
+        (_FLIGHT, "chain.generation if is_readable else math.inf", "chain.generation"),
+    ),
+    Mutant(
+        "the refresh token alone tells whether a pair is new",
+        (_AUTH, "newest.keys[-1] == first.keys[-1]", "newest.secret == first.secret"),
+    ),
+    Mutant(
+        "a pair is as old as its refresh token",
+        (_LEDGER, "self.observed.seen_for(newest.keys[-1])", "self.observed.seen_for(newest.keys[0])"),
+    ),
+    Mutant(
+        "the key of a later step is kept for the first token",
+        (_CIRCLE, "error.idempotency_key if is_first else own", "error.idempotency_key"),
     ),
     Mutant(
         "how long others have looked for an answer does not count",
