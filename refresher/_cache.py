@@ -398,10 +398,11 @@ class TokenCache:
         """
         ledger = self._ledger
         ledger.observed.forget()
-        flights, ledger.flights = ledger.flights, {}
+        flights = {**ledger.flights}
         known = [ledger.chains.get(key) or Chain(key=key) for key in {*ledger.chains.keys(), *flights}]
         for chain in known:  # also if the store hangs
             ledger.bury(chain)
+        ledger.flights = {}
         self._aside(self._clear, flights, [chain.newest.keys[0] for chain in known if chain.newest])
 
     def _clear(self, flights: dict[str, Flight[Any]], newest: list[str]) -> None:

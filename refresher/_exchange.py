@@ -186,11 +186,11 @@ class Exchange:
         path, outcome = old, "interrupted"
         try:
             while True:
-                self._leave_alone(request)
-                self._patience.begin()
-                attempts += 1
-                self.attempts += 1
                 try:
+                    self._leave_alone(request)
+                    self._patience.begin()
+                    attempts += 1
+                    self.attempts += 1
                     token, reply = self._ask(request, parse)
                 except RefreshError as failed:
                     error = failed
@@ -200,11 +200,11 @@ class Exchange:
                 if error.retry_after is not None:
                     self._observed.leave_alone(self._scope, error.retry_after)
                 pause = self._pause(error, attempts)
+                if lost is not None:  # nothing was spent this time, but an answer was lost before
+                    error = lost if isinstance(error, UnavailableError) else error
+                    is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)
+                    error.spent = is_proof or error.spent or None
                 if pause is None:
-                    if lost is not None:  # nothing was spent this time, but an answer was lost before
-                        error = lost if isinstance(error, UnavailableError) else error
-                        is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)
-                        error.spent = is_proof or error.spent or None
                     outcome = str(error)
                     raise error
                 lost = error if isinstance(error, OutcomeUnknownError) else lost
@@ -252,9 +252,7 @@ class Exchange:
         self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
 
     def _pause(self, error: RefreshError, attempts: int) -> float | None:
-        if not self._patience.retry():
-            return None
-        left = self._patience.until() - self._runtime.steady()
+        left = self._patience.until() - self._runtime.steady() if self._patience.retry() else -math.inf
         return _rules.pause_after(error, attempts, left, self._runtime.pick(0.0, 1.0))
 
 

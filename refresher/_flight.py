@@ -69,7 +69,7 @@ class Flight(Patience, Generic[T]):
     has_departed = False  # something is on the wire
     # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
     _done = _is_alone = _is_in_doubt = _has_let_go = False
-    _first = math.inf  # the generation that it has found first
+    first = math.inf  # the generation that it has found first, or that was forgotten meanwhile
 
     def __init__(self, ledger: Ledger, chain: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
         self._ledger, self._runtime = ledger, ledger.runtime
@@ -241,9 +241,10 @@ class Flight(Patience, Generic[T]):
         self.has_departed = False
         self.status = str(error)
         self._is_in_doubt |= error.spent is not False
-        for waiter in [each for each in list(self.waiters) if not self._has_time(each, error)]:
-            self.leave(waiter)
-            waiter.tell(error)
+        for waiter in list(self.waiters):
+            if not waiter.retry or (error.spent is False and not self._has_time(waiter, error)):
+                self.leave(waiter)
+                waiter.tell(error)
 
     def pause(self, seconds: float) -> None:
         """Sleep. Whoever joins or leaves ends that early."""
@@ -317,9 +318,9 @@ class Flight(Patience, Generic[T]):
             self._lease.lock = Lock.LOST
             return self._ledger.recall(self.call.credential)[0], False
         chain, is_readable = self._ledger.look(self.call.credential)
-        self._first = min(self._first, chain.generation if is_readable else math.inf)
-        if chain.newest is None and self._first < math.inf:  # if it was forgotten since, what comes now is not kept
-            chain = attrs.evolve(chain, generation=int(self._first))
+        self.first = min(self.first, chain.generation if is_readable else math.inf)
+        if chain.newest is None and self.first < math.inf:  # if it was forgotten since, what comes now is not kept
+            chain = attrs.evolve(chain, generation=int(self.first))
         return chain, is_readable
 
     def is_stuck(self) -> bool:
@@ -457,7 +458,7 @@ class Flight(Patience, Generic[T]):
         exchange.learn(successor)
         self._keep(chain, spend, successor)
         if successor.keys[0] in ledger.orphans:  # what is asked for now is asked for after the sign-out
-            self._first = math.inf
+            self.first = math.inf
             return None
         return successor
 

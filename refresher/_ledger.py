@@ -180,9 +180,6 @@ class Ledger:
 
     def assess(self, chain: Chain[T], call: Call[T]) -> tuple[Credential[T] | None, Left, float, bool]:
         """Return the newest credential with a token, how long it is valid, its window, and if a successor is wanted."""
-        own, known = call.credential, chain.newest
-        if known is not None and known.keys[0] == own.keys[0] and (own.expiry or 0.0) > (known.expiry or 0.0):
-            chain = Chain(key=chain.key)  # it brings a later user token of the same refresh token
         now, newest, requested, lifetime = self.now(), chain.newest, chain.requested, chain.lifetime
         if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
             lifetime = newest.lifetime
@@ -397,7 +394,7 @@ class Ledger:
         if newest is not None and there <= chain.generation:
             # Before the chain: whoever reads its newest token finds the way back.
             alias = _rules.write_alias(chain.key, newest)
-            for key in sorted({*newest.keys} - {chain.key}) if newest.keys[0] != chain.key else ():
+            for key in sorted({*newest.keys} - {chain.key}):
                 self.store.set(f"{key}-alias", alias, seconds)
         if there < chain.generation:
             self.store.set(chain.key, str(chain.text), seconds)
@@ -509,8 +506,8 @@ class Ledger:
     def _lead(self, spent: Credential[Any], chain: str) -> None:
         """Let a spent credential lead to its chain for one more day, and what may pass until it is led again."""
         self._led_at.put(spent.keys[0], self.runtime.steady())
-        seconds = _GONE if chain in spent.keys else _LED  # the first token is the one that people keep
-        for key in sorted({*spent.keys} - {chain}) if spent.keys[0] != chain else ():  # else its own key leads there
+        seconds = _GONE if chain in spent.keys[1:] else _LED  # the first token is the one that people keep
+        for key in sorted({*spent.keys} - {chain}):
             entry = f"{key}-alias", _rules.write_alias(chain, spent), math.ceil(seconds)
             self.ask("cannot be written", self.store.set, *entry)
 
@@ -525,6 +522,8 @@ class Ledger:
 
     def bury(self, chain: Chain[Any], *, has_ended: bool = False) -> Chain[Any]:
         """Forget a chain in this process. What the store has is left to `save`."""
+        if (flight := self.flights.get(chain.key)) is not None:  # what comes of it is not kept
+            flight.first = min(flight.first, chain.generation)
         # Others may have tokens of it that are not in the store, or that are there and not known here.
         generation, has_ended = max(0, chain.generation) + LEAP, has_ended or chain.has_ended
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()

@@ -96,10 +96,10 @@ def _is_ending(caller: threading.Thread, *, is_over: bool = False) -> bool:
     """
     Whether a thread is a daemon, and nothing keeps the process from its end but our own threads.
 
-    Greenlets of gevent are no daemons. One that is killed while it asks for the main thread would leave it for dead.
+    Greenlets of gevent are not asked: one that is killed just then would leave the main thread for dead.
     """
     main = threading.main_thread()
-    if not caller.daemon or isinstance(caller, threading._DummyThread) or (not is_over and main.is_alive()):
+    if not caller.daemon or type(caller).__module__ == "gevent.threading" or (not is_over and main.is_alive()):
         return False
     return is_over or all(each is main or each.daemon or each.name == "refresher" for each in threading.enumerate())
 

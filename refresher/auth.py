@@ -299,7 +299,8 @@ class Auth(AuthBase, Generic[_Token]):
     def _is_rejected(response: requests.Response, credential: Credential[_Token]) -> bool | None:
         if response.status_code < 400 or _is_too_long(response):
             return False
-        return credential.is_rejected(response.status_code, json_object(response.content))
+        is_rejected = credential.is_rejected(response.status_code, json_object(response.content))
+        return is_rejected if is_rejected or credential.can_expire else False
 
     def _again(
         self,

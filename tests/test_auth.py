@@ -927,6 +927,18 @@ def test_kuzzle_that_says_so_the_second_time(kuzzle, root):
     assert len(kuzzle.requests) == 3
 
 
+@pytest.mark.parametrize("answer", [Answer(401, b"<html>"), Answer(401, b"")])
+def test_infinite_token_behind_a_gateway(kuzzle, root, answer):
+    """What Kuzzle itself did not say is the answer: such a token cannot be refreshed."""
+    cache = TokenCache()
+    refresh_kuzzle_token(kuzzle.url, root, expires_in="-1", cache=cache)
+    kuzzle.next_answers.append(answer)
+    assert (
+        requests.get(f"{kuzzle.url}/_me", auth=KuzzleAuth(kuzzle.url, root, cache=cache), timeout=10).status_code == 401
+    )
+    assert len(kuzzle.requests) == 2
+
+
 def test_circle_never_content(circle, pair):
     """A service that refuses new tokens, too, costs one refresh a minute and no session."""
     auth = circle_auth(circle, pair)

@@ -487,23 +487,6 @@ def test_first_look_that_fails(kuzzle, clock, store, root):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)) == token
 
 
-@pytest.mark.parametrize("seconds", [5, HOUR + 60])
-def test_user_token_that_was_refreshed_elsewhere(clock, store, seconds):
-    """If the refresh token stays, a later user token that the caller brings is newer than what the cache has."""
-    with FakeCircle(clock=clock, rotate=False) as circle:
-        first, cache = circle.sign_in(), TokenCache(store, clock=clock)
-        refresh_user_token(**call_with(circle, first), cache=cache)
-        clock.advance(60)
-        elsewhere = refresh_user_token(**call_with(circle, first, user_id="user-1", user_token=None), cache=None)
-        clock.advance(seconds)
-        options = {"device_id": "device-1", "api_key": circle.api_key, "base_url": circle.url, "cache": cache}
-        pair = {"user_token": elsewhere.user_token, "refresh_token": elsewhere.refresh_token}
-        assert (
-            requests.get(f"{circle.url}/v1/w3s/user", auth=CircleAuth(**pair, **options), timeout=10).status_code == 200
-        )
-        assert circle.knows(refresh_user_token(**pair, **options))
-
-
 def test_two_machines_with_one_refresh_token(clock, store):
     """Where Circle gives new user tokens alone, each is as old as it is, and not as old as the refresh token."""
     caches = [TokenCache(store, clock=each) for each in (clock, functools.partial(clock))]
@@ -926,6 +909,19 @@ def test_signal_at_any_moment(kuzzle, mode):
     """At any moment of a call, a signal handler may raise, or call with the same cache. It goes on working."""
     run(PRELUDE + f"MODE = {mode!r}\n" + INTERRUPTED, kuzzle.url, *logins(kuzzle, 1000))
     assert len(kuzzle.requests) == len({request.headers["Authorization"] for request in kuzzle.requests})
+
+
+FOREIGN_THREAD = """
+import _thread, sys, time
+from refresher import TokenCache, refresh_kuzzle_token
+_thread.start_new_thread(lambda: refresh_kuzzle_token(*sys.argv[1:], timeout=None, cache=TokenCache()), ())
+time.sleep(1)
+"""
+
+
+def test_thread_that_python_did_not_start(root):
+    """A process ends though such a thread waits for a refresh without a limit."""
+    run(FOREIGN_THREAD, "http://127.0.0.1:1", root)
 
 
 KILLED_GREENLET = """
@@ -3229,6 +3225,32 @@ def test_callers_own_key_after_another_was_refused(circle, clock, store):
         refresh_user_token(**call, cache=TokenCache(store, clock=clock), idempotency_key=str(uuid.uuid4()))
     own = {"idempotency_key": str(uuid.uuid4()), "retry": False}
     assert circle.knows(refresh_user_token(**call, cache=TokenCache(store, clock=clock), **own))
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_service_that_asks_to_wait_after_a_lost_answer(kuzzle, root, is_cached):
+    """Nobody is told that nothing was spent."""
+    kuzzle.next_answers.append(lambda request: (kuzzle.truly(request), b"")[1])
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "60"}))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache() if is_cached else None, timeout=5)
+    assert caught.value.spent is None
+
+
+@pytest.mark.parametrize("how", ["forget", "clear"])
+def test_forgotten_while_a_call_waits_for_the_store(kuzzle, clock, store, root, how):
+    """What comes of a call that waits for the store is not kept."""
+    store.is_down, cache = True, TokenCache(store, clock=clock)
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=20)
+        while store.commands < 5:
+            time.sleep(0.01)
+        with pytest.raises(UnavailableError):
+            cache.forget(kuzzle.url, root) if how == "forget" else cache.clear()
+        store.is_down = False
+        assert kuzzle.knows(call.result().jwt)
+    assert cache.peek(kuzzle.url, root).state == "unknown"
+    assert TokenCache(store, clock=clock).peek(kuzzle.url, root).state == "unknown"
 
 
 @pytest.mark.parametrize("answer", [Answer(404, b"<html>"), Answer(302, b"", {"Location": "/"})])

@@ -446,7 +446,7 @@ MUTANTS = [
     ),
     Mutant(
         "what came too late for a sign-out is asked for again and again",
-        (_FLIGHT, "            self._first = math.inf\n", "            pass\n"),
+        (_FLIGHT, "            self.first = math.inf\n", "            pass\n"),
     ),
     Mutant(
         "one failed write ends a sign-out",
