@@ -496,7 +496,8 @@ class Flight(Patience, Generic[T]):
         if not is_noted or self._lease.is_ours() or self._runtime.steady() - looked_at <= _rules.TRUSTED:
             return is_noted
         # It was suspended, and another process may have announced one meanwhile.
-        self._ledger.note(spend, attrs.evolve(done, by="", at=self._ledger.now(), is_open=True, errors={}, seen=None))
+        now, doubt = self._ledger.now(), done.in_doubt or _rules.asker(spend)
+        self._ledger.note(spend, attrs.evolve(done, by="", at=now, is_open=True, errors={}, seen=None, in_doubt=doubt))
         return False
 
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:

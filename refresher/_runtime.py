@@ -92,16 +92,16 @@ class Event:
 _STEADY = find_clock()
 
 
-def _is_ending(caller: threading.Thread, *, is_over: bool = False) -> bool:
+def _goes_on(caller: threading.Thread, *, is_over: bool = False) -> bool:
     """
-    Whether a thread is a daemon, and nothing keeps the process from its end but our own threads.
+    Whether a thread does not end with its process just now: a daemon does, if only our own threads keep that running.
 
     Greenlets of gevent are not asked: one that is killed just then would leave the main thread for dead.
     """
     main = threading.main_thread()
     if not caller.daemon or type(caller).__module__ == "gevent.threading" or (not is_over and main.is_alive()):
-        return False
-    return is_over or all(each is main or each.daemon or each.name == "refresher" for each in threading.enumerate())
+        return True
+    return not (is_over or all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate()))
 
 
 class Runtime:
@@ -152,8 +152,7 @@ class Runtime:
 
     def caller(self) -> Callable[[], bool]:
         """Return what tells whether the calling thread is still there: daemon threads end with the process."""
-        thread = threading.current_thread()
-        return lambda: not _is_ending(thread)
+        return functools.partial(_goes_on, threading.current_thread())
 
     # Effects
 
@@ -167,7 +166,7 @@ class Runtime:
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
         """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
-        if not daemon and _is_ending(threading.current_thread(), is_over=self._is_over):
+        if not daemon and not _goes_on(threading.current_thread(), is_over=self._is_over):
             threading.Event().wait()  # it ends with the process, as whatever it began now would
         if not daemon and self._is_over:
             return work()
