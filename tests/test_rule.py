@@ -50,11 +50,13 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._exchange import Observed
-from refresher._ledger import Lease
-from refresher._rules import Attempt, Instant, Left, Lock
+from refresher._flight import Flight
+from refresher._ledger import Call, Lease
+from refresher._rules import Attempt, Instant, Left, Lock, asker
 from refresher._runtime import REAL, Runtime
-from refresher._text import key_of
+from refresher._text import Secret, key_of
 from refresher.services import Reply
+from refresher.services.circle import credential as circle_credential
 from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
@@ -817,9 +819,57 @@ def test_replayed_answers_without_end(circle, clock, monkeypatch):
     for _ in range(12):
         pairs.append(refresh_user_token(**call_with(circle, pairs[-1]), cache=TokenCache()))
         clock.advance(2 * HOUR)
-    with pytest.raises(ReplyError, match="keeps returning expired tokens"):
+    with pytest.raises(ReplyError, match="keeps returning expired tokens") as caught:
         refresh_user_token(**call_with(circle, pairs[0]), cache=TokenCache())
     assert len(circle.requests) == 12 + 3
+    assert caught.value.idempotency_key == circle.requests[12].json()["idempotencyKey"]
+
+
+def test_later_step_whose_key_is_too_old(circle, clock):
+    """The caller's own key is that of the first step alone."""
+    call = {**call_with(circle, circle.sign_in()), "idempotency_key": str(uuid.uuid4()), "cache": None}
+    refresh_user_token(**call)
+    clock.advance(2 * HOUR)
+    circle.next_answers.append(circle.truly)
+    circle.fail_next(156020)
+    assert circle.knows(refresh_user_token(**call))
+    assert len({request.json()["idempotencyKey"] for request in circle.requests[1:]}) == 3
+
+
+def test_attempt_that_may_have_taken_the_place_of_another(store):
+    """Nobody knows whether an answer to the other was lost, so its key is sent again."""
+    ledger = TokenCache(store)._ledger
+    pair = "refresh-token", "device-1", Secret("TEST_API_KEY:id:secret"), "user-token"
+    credential, key = circle_credential(*pair), str(uuid.uuid4())
+    flight = Flight(ledger, credential.keys[0], Call(credential=credential), 60.0, None)
+    done = Attempt(by="it", at=ledger.now(), idempotency_key=key)
+    assert not flight._note(credential, done, ledger.runtime.steady() - 1.0)
+    theirs, _ = ledger.last_attempt(credential)
+    assert (theirs.is_open, theirs.idempotency_key, theirs.in_doubt) == (True, key, asker(credential))
+
+
+def test_refresh_token_that_stays_leaves_no_trail(clock, store):
+    """What a store has of a session does not grow with the number of its pairs."""
+    cache, sizes = TokenCache(store, clock=clock), []
+    with FakeCircle(clock=clock, rotate=False) as circle:
+        call = call_with(circle, circle.sign_in())
+        for _ in range(100):
+            refresh_user_token(**call, cache=cache)
+            clock.advance(HOUR)
+            sizes.append(sum(map(bool, map(store.memory.get, store.memory.keys()))))
+    assert max(sizes[50:]) <= max(sizes[:50]) + 1
+
+
+def test_service_that_has_asked_another_process_to_wait(kuzzle, store, root):
+    """Who cannot wait for so long is told at once, and for how long."""
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "60"}))
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(UnavailableError) as caught:
+            refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=Runtime()), timeout=4)
+        assert caught.value.retry_after > 50
+    assert time.monotonic() - started < 2
+    assert len(kuzzle.requests) == 1
 
 
 # Interrupts
@@ -1821,9 +1871,10 @@ def test_orphans_after_an_outage(kuzzle, store, root):
     assert not ledger.unsaved
 
 
-def test_orphan_that_is_found_after_an_outage(kuzzle, store, root):
+@pytest.mark.parametrize("lease", [0.0, 0.1])
+def test_orphan_that_is_found_after_an_outage(kuzzle, store, root, lease):
     """It is signed out at once, and not by the next refresh, which may never come."""
-    cache, other = TokenCache(store, lease=0.1), TokenCache(store)
+    cache, other = TokenCache(store, lease=lease), TokenCache(store)
 
     def meanwhile(request):
         chain = other._ledger.recall(kuzzle_credential(kuzzle.url, root))[0]
