@@ -268,7 +268,9 @@ class Server(abc.ABC):
             answer = answer(request) if callable(answer) else answer
         except BaseException as error:  # also what pytest.fail() raises, which is no Exception
             self.failure = self.failure or error
-            raise
+            if isinstance(error, Exception):
+                raise
+            raise RuntimeError("a function in next_answers failed") from error  # a thread that dies of it is a warning
         if not isinstance(answer, (Answer, bytes)):
             raise TypeError("next_answers must hold Answers, bytes, or functions of a request that return one of them")
         return answer
