@@ -337,7 +337,7 @@ class Flight(Patience, Generic[T]):
         if is_readable and (left.least <= window or wanted or call.rejected is not None):
             attempt, is_readable = ledger.last_attempt(spend)
             # The store may have lost what was there a moment ago.
-            attempt = self._tried[spend.keys[0]] = attempt or self._tried.get(spend.keys[0])
+            attempt = self._tried[spend.keys[-1]] = attempt or self._tried.get(spend.keys[-1])
         patience = _rules.patience(left, window)
         if self._lease.lock is Lock.HELD:
             if newest is None:  # the caller's own may be about to expire, a second later there
@@ -404,7 +404,7 @@ class Flight(Patience, Generic[T]):
 
         def announce() -> bool:
             self._announced_at = self._runtime.steady()
-            return self._ledger.note(spend, self._attempt(attempt, is_open=True), room)
+            return self._ledger.note(spend, self._attempt(spend, attempt, is_open=True), room)
 
         if self._is_alone:
             self._announced_at = math.inf
@@ -412,12 +412,12 @@ class Flight(Patience, Generic[T]):
         self._lease.announce = announce
         return announce()
 
-    def _attempt(self, before: Attempt | None, **details: Any) -> Attempt:
+    def _attempt(self, spend: Credential[T], before: Attempt | None, **details: Any) -> Attempt:
         """Describe what this flight does with a credential. What the service has said of that before stays known."""
         at, key = self._ledger.now(), self._key or (before.idempotency_key if before else None)
         doubt = before.in_doubt if before and not self._asker else None
         doubt = self._asker if self._is_in_doubt or details.get("is_open") else doubt
-        own = Attempt(by=self._name, at=at, idempotency_key=key, in_doubt=doubt, **details)
+        own = Attempt(by=self._name, of=spend.keys[-1], at=at, idempotency_key=key, in_doubt=doubt, **details)
         return attrs.evolve(own, errors=before.errors) if before else own
 
     def _spend(
@@ -483,7 +483,7 @@ class Flight(Patience, Generic[T]):
         ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
-        done = self._attempt(attempt, pause=pause)
+        done = self._attempt(spend, attempt, pause=pause)
         for one in (attempt, ledger.last_attempt(spend)[0]):
             if one is not None and self._is_being_spent(one):
                 age = ledger.age(one)  # so that the next process knows for how long it has been there
@@ -538,7 +538,7 @@ class Flight(Patience, Generic[T]):
             tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
             is_settled = is_readable and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
-                verdict, asker = self._attempt(tried or before), _rules.asker(spend)
+                verdict, asker = self._attempt(spend, tried or before), _rules.asker(spend)
                 if error.idempotency_key is not None and self._asker == asker:  # else its answer may still be lost
                     verdict = attrs.evolve(verdict, idempotency_key=None, in_doubt=None)
                 verdict = attrs.evolve(verdict, errors=verdict.refused(asker, error, verdict.at))

@@ -456,6 +456,8 @@ class Ledger:
         text, is_readable = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
         if (attempt := Attempt.read(text)) is not None:
             self.age(attempt)  # of another machine's, this counts from the first look
+            if spend.token is not None and attempt.of != spend.keys[-1]:
+                attempt = None
         return attempt, is_readable
 
     def give_up(self, chain: Chain[Any], spend: Credential[Any]) -> None:
@@ -575,8 +577,8 @@ class Ledger:
 
     def close(self) -> None:
         """Give back the connections that the store has for this thread."""
-        if (close := getattr(self.store, "close", None)) is not None:
-            self.ask("cannot be closed", close)
+        if (end_thread := getattr(self.store, "end_thread", None)) is not None:
+            self.ask("cannot be closed", end_thread)
 
 
 class Lease:

@@ -222,6 +222,7 @@ class Attempt:
     Args:
         by: The flight that did.
         at: When it began, or ended.
+        of: The credential's last key. If Circle keeps a refresh token, the first is that of all pairs.
         is_open: Whether its outcome is not known to anybody else.
         errors: What the service said when it refused the credential to each `asker`, when, and how often in a row: a
             session may have several names, and several API keys.
@@ -234,6 +235,7 @@ class Attempt:
 
     by: str
     at: Instant
+    of: str = ""
     is_open: bool = False
     errors: Mapping[str, Refusal] = attrs.field(factory=dict)
     pause: float = 0.0
@@ -255,6 +257,7 @@ class Attempt:
             seen, age = entry["seen"] or (None, 0.0)
             return cls(
                 by=str(entry["by"]),
+                of=str(entry["of"]),
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
                 errors={key: Refusal.read(error) for key, error in entry["errors"].items()},

@@ -848,6 +848,18 @@ def test_attempt_that_may_have_taken_the_place_of_another(store):
     assert (theirs.is_open, theirs.idempotency_key, theirs.in_doubt) == (True, key, asker(credential))
 
 
+def test_attempt_of_an_earlier_pair(clock, store):
+    """What was tried with another user token says nothing of this one, though Circle keeps the refresh token."""
+    cache = TokenCache(store, clock=clock)
+    with FakeCircle(clock=clock, rotate=False) as circle:
+        call = call_with(circle, circle.sign_in())
+        for _ in range(3):
+            store.failing = ["delete"]  # of the attempt that has succeeded
+            assert circle.knows(refresh_user_token(**call, cache=cache))
+            clock.advance(HOUR)
+        assert len({request.json()["idempotencyKey"] for request in circle.requests}) == len(circle.requests) == 3
+
+
 def test_refresh_token_that_stays_leaves_no_trail(clock, store):
     """What a store has of a session does not grow with the number of its pairs."""
     cache, sizes = TokenCache(store, clock=clock), []

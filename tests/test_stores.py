@@ -1964,6 +1964,13 @@ def test_close_within_a_transaction():
         assert connections["default"].connection is not None
     DjangoStore.close()
     assert connections["default"].connection is None
+    connections["default"].set_autocommit(False)
+    DjangoStore.close()
+    assert connections["default"].connection is not None
+    connections["default"].rollback()
+    connections["default"].set_autocommit(True)
+    DjangoStore.close()
+    assert connections["default"].connection is None
 
 
 def test_someone_elses_value():
@@ -2066,9 +2073,10 @@ def test_what_a_store_has_besides(folder):
     """What a store can do beyond the protocol passes through, and nothing else does."""
     store = EncryptedStore(FileStore(folder), FERNET)
     store.check()
-    for name in ("close", "_path", "planted"):
+    for name in ("close", "end_thread", "_path", "planted"):
         assert not hasattr(store, name)
     EncryptedStore(DjangoStore(), FERNET).close()
+    EncryptedStore(DjangoStore(), FERNET).end_thread()
 
 
 class Held(FileStore):
@@ -2078,8 +2086,11 @@ class Held(FileStore):
         super().__init__(path)
         self.threads = set()
 
-    def close(self):
+    def end_thread(self):
         self.threads.discard(threading.get_ident())
+
+    def close(self):
+        raise AssertionError("that is for its owner to call")
 
 
 def _hold(name):

@@ -46,6 +46,9 @@ class Store(Protocol):
     Any method may raise whatever it likes when the place is out of reach, and may be called by several threads
     at once. An error in one call says nothing about the next one. Test your own store with
     `refresher.testing.StoreContract`.
+
+    It may have a method ``end_thread()`` besides: threads of ours call it when they have done with the store, so that
+    it can give back what it holds for each of its users, such as a connection. No other method is called.
     """
 
     def get(self, key: str, /) -> str | bytes | None:

@@ -307,8 +307,11 @@ class DjangoStore:
         """Give back what this thread holds of caches and databases, except within a transaction of yours."""
         _close_caches()
         for connection in connections.all(initialized_only=True):
-            if not connection.in_atomic_block:
+            # Django's own sign of a transaction that somebody began by set_autocommit(False).
+            if not connection.in_atomic_block and connection.autocommit == connection.settings_dict["AUTOCOMMIT"]:
                 connection.close()
+
+    end_thread = close
 
 
 def _cache(alias: str) -> Any:

@@ -15,7 +15,7 @@ from . import Store, check_store
 T = TypeVar("T")
 _log = logging.getLogger("refresher.keys")
 # What a store may have beyond the protocol.
-_EXTRAS = ("check", "close")
+_EXTRAS = ("check", "close", "end_thread")
 _KEY = re.compile(b"[A-Za-z0-9_-]{43}=")
 
 

@@ -135,12 +135,17 @@ class Call:
 # Ways to call
 
 
+def _by_user_id(session: Session) -> bool:
+    """Draw whether a call names the user, and not the user token."""
+    return session.by_user_id == 1.0 or session.server.world.random.random() < session.by_user_id
+
+
 def by_function(call: Call) -> Any:
     """Call the function for the service."""
     session, process, token = call.session, call.process, call.token
     if session.is_circle:
         named: Any = {"user_token": token.user_token}
-        if session.by_user_id and token == session.first:
+        if token == session.first and _by_user_id(session):
             named = {"user_id": session.user}
         return refresh_user_token(
             refresh_token=token.refresh_token, device_id="device-1", **named, api_key=API_KEY, base_url=CIRCLE,
@@ -179,7 +184,7 @@ class ByAuth:
         token: Any = session.first
         self._session, self._auth = session, None
         if isinstance(token, UserToken):
-            named = {"user_id": session.user} if session.by_user_id else {"user_token": token.user_token}
+            named = {"user_id": session.user} if _by_user_id(session) else {"user_token": token.user_token}
             self._auth = CircleAuth(
                 refresh_token=token.refresh_token, device_id="device-1", **named, api_key=API_KEY,  # type: ignore
                 timeout=timeout, cache=process.cache,
@@ -272,6 +277,8 @@ def serve(process: Process, sessions: list[Session], until: float, how: str) -> 
         skip = left - due * 1.1 if rng.random() < 0.8 and left > due * 1.1 else 0.0
         if rng.random() < (0.8 if world.faults.are_late else 0.2):
             skip, due = left - rng.uniform(0.46, max(0.6, min(3.0, due / 8))), 0.0
+        if world.faults.lose_pairs and rng.random() < 0.5:
+            skip = left + rng.uniform(1.0, 600.0)
         world.park(max(0.0, skip) + rng.uniform(0.0, 0.25) * due, process.leaving)
         if world.time >= until or process.leaving.happened:
             break
@@ -379,7 +386,7 @@ def _sign_out_by_hand(process: Process, session: Session) -> None:
     names: Any = {"url": session.server.url, "jwt": session.first}
     if session.is_circle:
         names = {"refresh_token": session.first.refresh_token, "device_id": "device-1", "base_url": CIRCLE}
-        names |= {"user_id": session.user} if session.by_user_id else {"user_token": session.first.user_token}
+        names |= {"user_id": session.user} if _by_user_id(session) else {"user_token": session.first.user_token}
     try:
         process.cache.forget(**names)
     except (OSError, RefreshError, InterruptError) as error:

@@ -61,6 +61,11 @@ class Faults:
             self.aim = "send" if kind in _AT_SEND else "depart" if kind in _AT_DEPARTURE else rng.choice([*_WEIGHTS])
             self.before = rng.choice((math.inf, 60.0, 6.0, 3.0))
             self.rate, self.crowd = rng.choice((0.02, 0.1, 0.4)), rng.choice((0.0, 0.5, 5.0, 30.0))
+        # Whether Circle's answers are lost one after another, and asked for when what they bring has expired.
+        self.lose_pairs = random.Random(world.seed + 4_000_003).random() < 0.05
+        if self.lose_pairs:
+            self.kinds = ["reply lost", "reply lost", rng.choice(_AT_DEPARTURE), rng.choice(_AT_DEPARTURE + _STORE)]
+            self.left, self.rate, self.aim, self.before = rng.randint(2, 12), 0.6, "depart", math.inf
         # Whether there are calls at once when something goes wrong.
         self.hurry = random.Random(world.seed + 2_000_003).random() < 0.1
         self.happened: list[str] = []

@@ -116,7 +116,12 @@ def spending(world: World, process: Process, session: Session, request: Request,
 def departing(world: World, mail: Any, pending: list[Any]) -> None:
     """Nobody spends what another is spending, or has spent long ago, if the store could tell."""
     process, session, secret, store = mail.process, mail.session, plain(mail.request.secret), world.store
-    if is_sign_out(mail.request) or session.in_last_moments:  # then whoever has the lock is passed by
+    if is_sign_out(mail.request):
+        return
+    same = [one for one in pending if one.process is process and plain(one.request.secret) == secret]
+    if same and session.forgotten_at == math.inf and not session.is_leaving:
+        world.violated("two exchanges of one token", f"{session.user}: at once, by {process.name}")
+    if session.in_last_moments:  # then whoever has the lock is passed by
         return
     if session.is_circle or session.signed_out or store.kind == "memory" or store.lost or process.machine.offset:
         return

@@ -39,7 +39,7 @@ def _machines(world: World) -> list[Machine]:
 def _sign_in(world: World, scripts: bool) -> None:
     rng = world.random
     urls = rng.choice(((KUZZLES[0],), (KUZZLES[0],), KUZZLES, (CIRCLE,), (KUZZLES[0], CIRCLE)))
-    servers = [Server(world, url) for url in urls]
+    servers = [Server(world, url) for url in ((CIRCLE,) if world.faults.lose_pairs else urls)]
     for number in range(1 if scripts else max(len(servers), rng.randint(1, 3))):
         server = servers[number % len(servers)]
         ttl = (
@@ -49,7 +49,7 @@ def _sign_in(world: World, scripts: bool) -> None:
         )
         ago = rng.uniform(0, ttl / 2) if ttl < 3600 else rng.uniform(3480, 3590)
         session = server.sign_in(f"user-{number}", ttl, rng.choice((ago, ago, 0.0)))
-        session.by_user_id = session.is_circle and rng.random() < 0.3
+        session.by_user_id = 0.0 if not session.is_circle else 0.5 if world.faults.lose_pairs else rng.random() < 0.3
 
 
 def _play(world: World) -> None:

@@ -33,7 +33,7 @@ class Session:
         self.pairs: dict[str, Any] = {}  # Circle's, by user token
         self.handed: list[Any] = []  # what callers got and the store had then
         self.asked_alike = True  # whether all callers ask for tokens of the same lifetime
-        self.by_user_id = False  # whether its callers name the user, and not the user token
+        self.by_user_id = 0.0  # how many of its callers name the user, and not the user token
         self.calls: list[Any] = []
         self.refusals: dict[Any, list[float]] = {}  # by credential
         self.refused: list[tuple[float, float]] = []  # on machines with which clocks, and when
