@@ -133,8 +133,7 @@ def send(
 
     A caller's session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is not
     changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so that is not used. Its
-    adapters do not say when they have connected, so *depart* is called before. And they mistake an interim
-    answer for the final one, which leaves the outcome unknown.
+    adapters do not say when they have connected, so *depart* is called before.
 
     Raises:
         UnavailableError: Nothing was sent.
@@ -145,7 +144,9 @@ def send(
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
     # Those of urllib3-future, which takes urllib3's place, and sockets of PyOpenSSL do not work like Python's own.
     is_usual = not _is_replaced(*parts) and all(issubclass(each, http.client.HTTPConnection) for each in classes)
-    lender = session if session is not None or (is_usual and not urllib3.util.IS_PYOPENSSL) else requests.Session()
+    # A pool's lock is held by the call that a signal handler or a __del__ interrupts.
+    is_own = is_usual and not urllib3.util.IS_PYOPENSSL and _current.get(None) is None
+    lender = session if session is not None or is_own else requests.Session()
     context = _current.set(call)
     trouble: BaseException
     # A signal handler may raise in the main thread: Celery's does, at a task's time limit.
@@ -256,12 +257,19 @@ def _poster(session: requests.Session, url: str) -> Callable[..., requests.Respo
 # The reply
 
 
-def _reply(response: Any, call: _Call) -> Reply:
-    """Read the reply, to its end."""
+def _reply(response: Any, call: _Call, interim: int = 0) -> Reply:
+    """Read the reply, to its end. Adapters take an interim answer for it."""
     status, fields, at = response.status, response.headers, call.sent_at or 0.0
     with response:
-        if status < 200:
+        if status == 101 or interim > _MOST_INTERIM_ANSWERS:
             raise ResponseNotReady
+        if status < 200:
+            original = response._original_response
+            original.headers = None  # so that it begins again
+            original.begin()
+            options: Any = {"preload_content": False, "original_response": original}
+            final = urllib3.HTTPResponse(original, original.headers.items(), original.status, **options)
+            return _reply(final, call, interim + 1)
         return Reply(status=status, headers=fields, cookies=_cookies(fields), body=_body(response), sent_at=at)
 
 

@@ -1151,10 +1151,21 @@ def test_many_interim_answers():
         post(peer.url)
 
 
-@pytest.mark.parametrize("status", [101, 102, 103])
-def test_interim_answers_to_a_session(status):
-    """requests takes an interim answer for the answer. Nobody else on the session gets what follows."""
-    interim = b"HTTP/1.1 %d Odd\r\n\r\n" % status
+@pytest.mark.parametrize("answer", [*(b"HTTP/1.1 102 Odd\r\n\r\n", b"HTTP/1.1 103 Odd\r\nLink: </x>\r\n\r\n" * 100)])
+@pytest.mark.parametrize(
+    "final", [reply(1), b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n{"n":1}\r\n0\r\n\r\n']
+)
+def test_interim_answers_to_a_session(answer, final):
+    """requests takes an interim answer for the answer. What follows is read all the same, and only by us."""
+    with Peer(answering([answer, 0.1, final])) as peer, requests.Session() as session:
+        assert post(peer.url, session=session).json().reveal() == {"n": 1}
+        peer.behave = answering(reply(2))
+        assert session.post(peer.url).json() == {"n": 2}
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 101 Odd\r\n\r\n", b"HTTP/1.1 103 Odd\r\n\r\n" * 1000])
+def test_endless_interim_answers_to_a_session(interim):
+    """There is an end to them. Nobody else on the session gets what follows."""
     with Peer(answering([interim, 0.1, reply(1)])) as peer, requests.Session() as session:
         with pytest.raises(OutcomeUnknownError):
             post(peer.url, session=session)
