@@ -59,7 +59,7 @@ def keep_alive(
 
     After the first sign that a service or a store is down, nothing more is sent to that service in this run: its
     sessions that are due are ``"skipped"``. Run it again, more often than a token's window is long: see *ahead* of
-    `TokenCache`.
+    `TokenCache`. Each session's *on_refresh* is called in the thread that takes the outcomes.
 
     Args:
         auths: Auth objects. They are taken one by one, so a generator of many sessions needs little memory.
@@ -117,7 +117,9 @@ class _Keeper:
         finally:
             self._is_left = True
             if self._process == os.getpid():  # a forked child has none of these threads
-                wait(self._running)
+                for each in wait(self._running).done:
+                    if each.exception() is None:
+                        self._hand_over(each)
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
@@ -145,7 +147,16 @@ class _Keeper:
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""
         done, self._running = wait(self._running, seconds, return_when=FIRST_COMPLETED)
-        yield from (each.result() for each in done)
+        yield from [self._hand_over(each) for each in done]
+
+    def _hand_over(self, done: Future[KeepAliveOutcome]) -> KeepAliveOutcome:
+        """Hand a new token over here, not in one of our threads: connections to databases are for one thread each."""
+        outcome = done.result()
+        try:
+            outcome.auth._hand_over()
+        except Exception as error:  # on_refresh may raise whatever it likes
+            outcome = attrs.evolve(outcome, error=outcome.error or error)
+        return outcome
 
     def _look(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session that is not due."""
@@ -160,7 +171,8 @@ class _Keeper:
                 self._wasted[cache] = wasted + cache._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")
-        return None if is_due else KeepAliveOutcome(auth=auth, outcome="fresh")
+        is_handed_over = auth._sign_in.unsaved is None  # else on_refresh has failed
+        return None if is_due or not is_handed_over else KeepAliveOutcome(auth=auth, outcome="fresh")
 
     def _skip(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session whose service is down."""
@@ -201,10 +213,5 @@ class _Keeper:
                 if error.retryable or auth._scope in self._doubts:
                     self._outages.setdefault(auth._scope, error)
                 self._doubts.add(auth._scope)
-        else:
-            try:
-                auth._hand_over()
-            except Exception as error:  # on_refresh may raise whatever it likes
-                failure = error
         seconds = runtime.steady() - began
         return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=seconds, error=failure)

@@ -88,7 +88,7 @@ class Broken:
         self.store, self.reads, self.is_broken = store, reads, True
 
     def __getattr__(self, name):
-        if name == "close":
+        if name == "end_thread":
             raise AttributeError(name)
         if self.is_broken and not (self.reads and name == "get"):
             raise ConnectionError("the store is down")
@@ -1076,6 +1076,45 @@ def test_young_token_without_a_cache_and_without_time(kuzzle):
     with pytest.raises(UnavailableError, match="may have issued this token just now"):
         refresh_kuzzle_token(kuzzle.url, kuzzle.login("foo"), cache=None, timeout=0.01)
     assert not kuzzle.requests
+
+
+def test_keep_alive_hands_over(kuzzle):
+    """New tokens are handed over in the thread that takes the outcomes, and again in the next run if that fails."""
+    threads, saved = [], []
+
+    def save(token):
+        threads.append(threading.current_thread())
+        if len(threads) <= 2:
+            raise OSError
+        saved.append(token)
+
+    cache = TokenCache()
+    auths = [
+        KuzzleAuth(kuzzle.url, jwt, cache=cache, on_refresh=save)
+        for jwt in (kuzzle.login(name, ago=3595) for name in ("one", "two"))
+    ]
+    runs = [sorted((each.outcome, type(each.error)) for each in keep_alive(auths)) for _ in range(3)]
+    assert runs == [[("refreshed", OSError)] * 2, [("fresh", type(None))] * 2, [("fresh", type(None))] * 2]
+    assert {token.jwt for token in saved} == {auth.jwt for auth in auths}
+    assert {*threads} == {threading.current_thread()}
+
+
+def test_keep_alive_hands_over_what_is_left(kuzzle):
+    """Also what comes when nobody takes outcomes any more."""
+    saved, gone = [], threading.Event()
+
+    def sessions():
+        for jwt in (kuzzle.login(name, ago=3595) for name in ("one", "two")):
+            yield KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(), on_refresh=saved.append)
+        while len(kuzzle.requests) < 2:
+            time.sleep(0.001)
+        gone.set()
+        raise LookupError
+
+    kuzzle.next_answers.extend([lambda request: gone.wait(10) and kuzzle.truly(request)] * 2)
+    with pytest.raises(LookupError):
+        list(keep_alive(sessions()))
+    assert [*map(kuzzle.knows, saved)] == [True, True]
 
 
 def test_keep_alive_of_the_dead(kuzzle):
