@@ -1283,6 +1283,20 @@ def test_folder_that_others_can_write_to(folder, bits):
     check_refused(store, PermissionError, "nobody else may write to it")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+@pytest.mark.parametrize(("mode", "is_accepted"), [(0o777, False), (0o1777, False), (0o775, True), (0o755, True)])
+def test_folder_within_one_of_another_user(folder, mode, is_accepted):
+    """A folder of somebody else's that everybody may write to is no place for ours."""
+    store = FileStore(folder)
+    store.set(KEY, "value", 60)
+    os.chown(folder, 65_534, 65_534)
+    folder.chmod(mode)
+    if is_accepted:
+        assert store.get(KEY) == b"value"
+    else:
+        check_refused(store, PermissionError, "nobody else may write to it")
+
+
 def test_folder_that_is_a_link(folder, tmp_path):
     """A link in the place of the folder is refused."""
     folder.mkdir(parents=True)

@@ -216,8 +216,9 @@ class FileStore:
         status = self._path.lstat()
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(self._path))
-        user = getattr(os, "geteuid", None)
-        if user and (status.st_uid != user() or status.st_mode & 0o022):
+        user, parent = getattr(os, "geteuid", None), self._path.parent.stat()
+        is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o002
+        if user and (is_foreign or status.st_uid != user() or status.st_mode & 0o022):
             message = "this folder must be yours, and nobody else may write to it"
             raise PermissionError(errno.EACCES, message, str(self._path))
         folder = self._path / key[:2]
