@@ -369,7 +369,8 @@ def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
     last = cache._peek(credential)
     newest = last.token
     is_over = isinstance(outcome, errors.SignInRequiredError)  # then that is what was refused
-    outcome = outcome if is_over or newest in (None, before) else newest
+    if newest is not None and newest != before and not is_over and cache._status(credential).state != "expired":
+        outcome = newest  # else it came too late
     is_failure = isinstance(outcome, RefreshError) and (outcome.spent is False or not run.sent)
     is_kept = is_failure and not isinstance(outcome, RequestRefusedError) and not _is_being_spent(cache, last)
     if newest is not None and is_kept and cache._status(credential).state in ("fresh", "due"):

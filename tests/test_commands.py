@@ -890,6 +890,14 @@ def test_another_run_may_have_spent_the_token(kuzzle, jwt, run, tmp_path, ago):
     assert "another process is refreshing the Kuzzle token: call again" in err
 
 
+def test_answer_that_comes_too_late_for_its_token(kuzzle, jwt, run):
+    """A token that has expired when its answer comes is not printed."""
+    kuzzle.delay_next(2.5)
+    status, out, err = run("kuzzle", kuzzle.url, "--timeout", "0.5", "--expires-in", "2s")
+    assert (status, out) == (75, "")
+    assert "did not answer in time" in err
+
+
 def test_no_answer_to_a_run_with_a_valid_token(kuzzle, jwt, run):
     """It is not printed: it may have been spent."""
     run("kuzzle", kuzzle.url)

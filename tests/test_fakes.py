@@ -422,6 +422,7 @@ def test_knows(kuzzle):
         False,
         False,
     ]
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=60), cache=None))
     kuzzle.clock.advance(10)
     assert [kuzzle.knows(token) for token in (jwt, key, short)] == [False, True, True]
     kuzzle.clock.advance(10)

@@ -354,7 +354,7 @@ def _text(value: str | bytes | None) -> str | None:
 
 def _close(store: Store) -> None:
     # What is open can't be used on both sides of a fork.
-    getattr(store, "close", lambda: None)()
+    getattr(store, "end_thread", lambda: None)()
 
 
 def _expect(true: bool, otherwise: str) -> None:

@@ -21,6 +21,7 @@ import attrs
 
 from .._text import claims
 from ..services.kuzzle import milliseconds
+from ..tokens import KuzzleToken
 from .faults import Fake, check_known
 from .server import Answer, Clock, Received, sign
 
@@ -268,8 +269,9 @@ class FakeKuzzle(Fake):
         self._api_keys[key] = _Session(username, -1 if ttl == -1 else int(now * 1000) + ttl, ttl, math.inf)
         return key
 
-    def knows(self, jwt: str | None) -> bool:
+    def knows(self, token: str | KuzzleToken | None) -> bool:
         """Whether a token authenticates its user now."""
+        jwt = token.jwt if isinstance(token, KuzzleToken) else token
         return jwt is not None and self._find(jwt) is not None
 
     def fail_next(self, id: str, times: int = 1) -> None:

@@ -31,7 +31,9 @@ class Clock:
     A clock that can be moved on.
 
     Args:
-        now: What it shows, in seconds since 1970, until it is moved. None means the system's clock.
+        now: What it shows, in seconds since 1970, until it is moved. None means the system's clock. While it stands
+            still, so does a fake's second: a Kuzzle token that is refreshed in the second of its issue comes back, and
+            dies. So begin with one that is older, as of ``login(ago=10)``.
     """
 
     def __init__(self, now: float | None = None) -> None:
