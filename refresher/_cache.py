@@ -24,7 +24,7 @@ from ._rules import Chain, Left
 from ._runtime import REAL, Runtime
 from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
-from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, UnavailableError
+from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, RequestRefusedError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
 from .tokens import SessionStatus
@@ -53,7 +53,8 @@ class TokenCache:
 
     Args:
         store: Where entries are kept. None means in the memory of this process.
-        lease: For how many seconds after it was sent a refresh goes on though nobody waits for it any more.
+        lease: For how many seconds after it was sent a refresh goes on though nobody waits for it any more. An answer
+            that takes longer is lost, and with it a session of Kuzzle's.
         clock: Tells the time, in seconds since 1970. It may be wrong. None means the system's clocks: then a
             wall clock that is set does not matter on one machine.
         ahead: How many seconds before its end a token is refreshed, at most half its lifetime. Make it more
@@ -63,7 +64,7 @@ class TokenCache:
             how many seconds at most (None: no limit). In the end with ``""`` and None. None means that a
             notebook shows it.
         on_event: Called with a `RefreshEvent` for each exchange and each verdict, in the context of the call that
-            caused it, and before that returns. So it should be quick. What it raises is logged.
+            caused it, and before that returns, unless its time is up. So it should be quick. What it raises is logged.
         runtime: What the cache needs of its surroundings: clocks, threads, the network. For simulations.
 
     Raises:
@@ -162,7 +163,8 @@ class TokenCache:
                 if flight.call is not call and not is_outage and flight.is_for_one(outcome, call):
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
-                if valid is not None and outcome.spent is False and not (call.patient or is_wrong):
+                is_lent = isinstance(outcome, OutcomeUnknownError) and flight.departed_at is None  # others refresh it
+                if valid is not None and (is_lent or outcome.spent is False) and not (call.patient or is_wrong):
                     _log.warning("%s: %s, going on with the old token", fingerprint(valid.secret.reveal()), outcome)
                     return valid
                 raise _own(outcome)
@@ -217,6 +219,8 @@ class TokenCache:
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome
+        except UnavailableError as error:  # no thread begins any more
+            return flight, error
         finally:
             flight.leave(waiter)
             if told:
@@ -327,6 +331,8 @@ class TokenCache:
     def _is_due(self, call: Call[T], *, by_store: bool = True) -> bool:
         """Whether a session is to be refreshed. Without the store, that is done in its last moments."""
         chain, _, left, window, wanted = self._assess(call, by_store)
+        if by_store and chain.key in self._ledger.unsaved:
+            self._ledger.save(chain)  # the store has lost it, and no flight may be needed for long
         is_due = wanted or left.least <= window
         if not by_store and (is_due or chain.newest is None) and not self._ledger.is_in_the_way(call):
             self._fail("does not answer", call.credential.service)
@@ -464,10 +470,9 @@ def current(call: Call[T], cache: TokenCache | None) -> T:
 def _spend(call: Call[T], patience: Patience) -> T:
     """Refresh a credential here and now."""
     credential, observed = call.credential, Observed.of(REAL)
-    hold = observed.hold(credential)
-    if hold >= patience.until() - REAL.steady():
-        raise not_yet(credential.service, "may have issued this token just now", hold)
-    if hold > 0:
+    while (hold := observed.hold(credential)) > 0:
+        if hold >= patience.until() - REAL.steady():
+            raise not_yet(credential.service, "may have issued this token just now", hold)
         patience.tell(f"{credential.service.title()} may have issued this token just now")
         REAL.sleep(hold)
     exchange = Exchange(REAL, observed, patience, credential.scope, call.session)

@@ -25,6 +25,8 @@ _log = logging.getLogger("refresher")
 # After so many seconds a flight looks whether its process is about to end.
 _LONGEST_NAP = 5.0
 
+_REFUSED = "{} does not accept the token any more, and another process may have a newer one"
+
 OnEvent = Callable[[RefreshEvent], object]
 
 
@@ -79,7 +81,7 @@ class Flight(Patience, Generic[T]):
         self._service = call.credential.service.title()
         self._lease = Lease(ledger, chain, self._name)
         self.waiters: list[Waiter] = []
-        self._departed_at: Instant | None = None
+        self.departed_at: Instant | None = None
         self._announced_at = math.inf
         # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
         self._held_since: dict[int, float] = {}
@@ -117,9 +119,8 @@ class Flight(Patience, Generic[T]):
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
-        with contextlib.suppress(KeyError):  # it was forgotten just now
-            if self._ledger.flights[self.chain] is self:
-                del self._ledger.flights[self.chain]
+        if self._ledger.flights.get(self.chain) is self:
+            self._ledger.flights.pop(self.chain, None)  # it may be forgotten just now
         try:
             if self._on_event is not None and self.chain not in self._ledger.unsaved:
                 self._let_go()  # it may call the cache again
@@ -234,7 +235,7 @@ class Flight(Patience, Generic[T]):
         self._go_on()
         if self._is_old() and not self._lease.announce():
             raise _LookAgain
-        self.has_departed, self._departed_at, self._gone_at = True, self._ledger.now(), self._runtime.steady()
+        self.has_departed, self.departed_at, self._gone_at = True, self._ledger.now(), self._runtime.steady()
 
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt, or cannot wait for it."""
@@ -259,7 +260,7 @@ class Flight(Patience, Generic[T]):
         """Make the error of a call whose time is up."""
         if self._failure is not None:
             return self._failure
-        if self.has_departed or (self._is_in_doubt and self._departed_at) or self._lease.lock is Lock.HELD:
+        if self.has_departed or (self._is_in_doubt and self.departed_at) or self._lease.lock is Lock.HELD:
             what = f"{self._service} did not answer in time, and the {self.kind} goes on"
             return self._unknown(what, idempotency_key=self.call.credential.idempotency_key)
         return UnavailableError(f"Time is up: {self.status}", provider=self.call.credential.service, spent=False)
@@ -291,9 +292,8 @@ class Flight(Patience, Generic[T]):
             if step is Step.USE:
                 if call.rejected != spend.headers:
                     return spend
-                is_proof = view.readable and ledger.is_settled() and not ledger.unread_of(chain, call.credential)
-                may_come = not is_proof or ledger.adopt(chain, spend) or self._is_being_spent(attempt)
-                if not may_come and self._close(spend, attempt):  # else others could not write a successor down either
+                is_newest = view.readable and self._is_newest(chain, spend) and not self._is_being_spent(attempt)
+                if is_newest and self._close(spend, attempt):  # else others could not write a successor down either
                     return spend
             if step is Step.REFUSE:
                 if ledger.adopt(chain, spend):
@@ -322,6 +322,12 @@ class Flight(Patience, Generic[T]):
         if chain.newest is None and self.first < math.inf:  # if it was forgotten since, what comes now is not kept
             chain = attrs.evolve(chain, generation=int(self.first))
         return chain, is_readable
+
+    def _is_newest(self, chain: Chain[T], spend: Credential[T]) -> bool:
+        """Whether the store shows no newer token. What was tried is read before: when that is gone, this is there."""
+        ledger, (newer, is_readable) = self._ledger, self._look()
+        is_proof = is_readable and ledger.is_settled() and not ledger.unread_of(chain, self.call.credential)
+        return is_proof and newer.generation <= chain.generation and not ledger.adopt(chain, spend)
 
     def is_stuck(self) -> bool:
         """Whether it waits for the store while a token is in its last moments, so that another had better go."""
@@ -389,7 +395,8 @@ class Flight(Patience, Generic[T]):
             self.failed(not_yet(service, "asked to wait", view.pause))
             return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
         self.status = f"{self._ledger.name} cannot be read or written"
-        if time_left > _rules.LAST_CALL and self.retry() and step is not Step.GO_ON:
+        is_worth_it = step is not Step.GO_ON or poll < 2 * _rules.POLL  # one command may have failed
+        if time_left > _rules.LAST_CALL and self.retry() and is_worth_it:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON
         what = f"{self.status}, so nothing was sent to {self._service}: try again later"
@@ -436,12 +443,14 @@ class Flight(Patience, Generic[T]):
             return None
         except SignInRequiredError as error:
             self.has_departed = False
+            self._failure = self._unknown(_REFUSED.format(self._service), status=error.status)  # if the store hangs now
             self._close(spend, attempt)
             try:
                 self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
             except OutcomeUnknownError:
                 self._close(spend, attempt)
                 raise
+            self._failure = None
             return None
         except (RefreshError, _Abandoned) as error:
             key, self._key = self._key, self._next_key(spend, error)
@@ -503,7 +512,7 @@ class Flight(Patience, Generic[T]):
     def _keep(self, chain: Chain[T], spend: Credential[T], successor: Credential[T]) -> None:
         """Keep what came of a credential."""
         ledger = self._ledger
-        requested, lifetime = self._departed_at or ledger.now(), successor.lifetime
+        requested, lifetime = self.departed_at or ledger.now(), successor.lifetime
         took = max(0.0, ledger.now().steady - requested.steady)
         if spend.idempotency_key and successor.expiry is not None:
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
@@ -528,15 +537,14 @@ class Flight(Patience, Generic[T]):
         ledger, poll = self._ledger, _rules.POLL
         refused_at = self._runtime.steady()
         while True:
-            newer, is_readable = ledger.look(self.call.credential)
+            tried, is_readable = ledger.last_attempt(spend)
+            newer, is_there = ledger.look(self.call.credential)  # after that: when that is gone, its successor is there
             is_newer = newer.generation > chain.generation and newer.newest is not None
             if is_newer or ledger.adopt(chain, spend):
                 return
             if ledger.unread_of(chain, self.call.credential):
                 raise self._unread(status=error.status)
-            now = self._runtime.steady()
-            tried, is_readable = ledger.last_attempt(spend) if is_readable else (None, False)
-            is_settled = is_readable and ledger.is_settled()
+            now, is_settled = self._runtime.steady(), is_readable and is_there and ledger.is_settled()
             if now - refused_at >= wait and is_settled and not self._is_being_spent(before, tried):
                 verdict, asker = self._attempt(spend, tried or before), _rules.asker(spend)
                 if error.idempotency_key is not None and self._asker == asker:  # else its answer may still be lost
@@ -558,7 +566,7 @@ class Flight(Patience, Generic[T]):
 
     def _wait_for_news(self, seconds: float, status: int | None = None) -> None:
         """Wait for another process to save the successor of a token that the service refused."""
-        self.status = f"{self._service} does not accept the token any more, and another process may have a newer one"
+        self.status = _REFUSED.format(self._service)
         if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
             raise self._unknown(self.status, status=status)
         began = self._runtime.steady()

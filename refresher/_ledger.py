@@ -456,8 +456,8 @@ class Ledger:
         text, is_readable = self.ask("cannot be read", self._text, f"{spend.keys[0]}-attempt")
         if (attempt := Attempt.read(text)) is not None:
             self.age(attempt)  # of another machine's, this counts from the first look
-            if spend.token is not None and attempt.of != spend.keys[-1]:
-                attempt = None
+            if spend.token is not None and attempt.of and attempt.of not in spend.keys:
+                attempt = attrs.evolve(attempt, is_open=False, idempotency_key=None, in_doubt=None)
         return attempt, is_readable
 
     def give_up(self, chain: Chain[Any], spend: Credential[Any]) -> None:

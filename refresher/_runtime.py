@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ._system import find_clock, read_boot, start_thread
+from .errors import UnavailableError
 
 if TYPE_CHECKING:
     import requests
@@ -92,16 +93,16 @@ class Event:
 _STEADY = find_clock()
 
 
-def _goes_on(caller: threading.Thread, *, is_over: bool = False) -> bool:
+def _is_ending(caller: threading.Thread) -> bool:
     """
-    Whether a thread does not end with its process just now: a daemon does, if only our own threads keep that running.
+    Whether a thread ends with its process, soon: a daemon does, if only our own threads keep that running, or none.
 
     Greenlets of gevent are not asked: one that is killed just then would leave the main thread for dead.
     """
     main = threading.main_thread()
-    if not caller.daemon or type(caller).__module__ == "gevent.threading" or (not is_over and main.is_alive()):
-        return True
-    return not (is_over or all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate()))
+    if not caller.daemon or type(caller).__module__ == "gevent.threading" or main.is_alive():
+        return False
+    return all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate())
 
 
 class Runtime:
@@ -152,7 +153,9 @@ class Runtime:
 
     def caller(self) -> Callable[[], bool]:
         """Return what tells whether the calling thread is still there: daemon threads end with the process."""
-        return functools.partial(_goes_on, threading.current_thread())
+        me = threading.current_thread()
+        # While handlers of atexit run, which may wait for it, a daemon thread does the work itself.
+        return lambda: (me is threading.current_thread() and not self._is_over) or not _is_ending(me)
 
     # Effects
 
@@ -165,13 +168,21 @@ class Runtime:
         return event.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def start(self, work: Callable[[], None], *, daemon: bool = False) -> None:
-        """Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon."""
-        if not daemon and not _goes_on(threading.current_thread(), is_over=self._is_over):
-            threading.Event().wait()  # it ends with the process, as whatever it began now would
-        if not daemon and self._is_over:
-            return work()
-        task = work if daemon else functools.partial(self._wait_for, work)
-        return None if start_thread(task, daemon=daemon) or daemon else work()
+        """
+        Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon.
+
+        Raises:
+            UnavailableError: The calling thread is a daemon, and may end with its process at any moment.
+        """
+        is_ending, task = _is_ending(threading.current_thread()), functools.partial(self._wait_for, work)
+        if daemon:
+            start_thread(work, daemon=True)
+        elif self._is_over and is_ending:
+            raise UnavailableError("The process is ending, so nothing was sent", spent=False)
+        elif self._is_over:
+            work()
+        elif is_ending or not start_thread(task, daemon=False):
+            task()
 
     def _wait_for(self, work: Callable[[], None]) -> None:
         """Do something that the process waits for, also if Python has waited for its threads already."""

@@ -326,7 +326,7 @@ class Auth(AuthBase, Generic[_Token]):
                     provider=current.service,
                     status=status,
                 )
-            if not isinstance(sent.body, (bytes, str, type(None))):
+            if not isinstance(sent.body, (bytes, bytearray, memoryview, str, type(None))):
                 try:
                     rewind_body(sent)
                 except UnrewindableBodyError:  # a generator, a pipe

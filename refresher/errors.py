@@ -45,7 +45,7 @@ A lifetime is one that would end the session, or that Kuzzle cannot read.
 The session has ended.
     `SignInRequiredError`: sign in again. It is remembered, so that calls in a loop send one request in a minute, then
     one in five minutes, then one in an hour.
-A redirect, a proxy's page, a captive portal or a response for another user arrives.
+A redirect, a proxy's page, a captive portal or a response for another user arrives, and its status is no error.
     `ReplyError`. No redirect is followed. Check the URL and any proxy.
 A certificate is wrong.
     `UnavailableError` says what is wrong with it. Nothing was sent: check the CA bundle.

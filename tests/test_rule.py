@@ -532,6 +532,35 @@ def test_no_verdict_without_the_store(kuzzle, clock, store, cache, root):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1)
 
 
+def test_store_that_hangs_after_a_refusal(kuzzle, store, cache, root):
+    """Then it is not the service that is slow, and the token may have been spent."""
+    gone = threading.Event()
+
+    def answer(request):
+        answer = kuzzle.truly(request) and kuzzle.truly(request)  # another was faster
+        store.get = lambda key: gone.wait(10)
+        return answer
+
+    kuzzle.next_answers.append(answer)
+    with pytest.raises(OutcomeUnknownError, match="does not accept the token any more") as caught:
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1)
+    gone.set()
+    assert (caught.value.spent, caught.value.status) == (None, 401)
+
+
+@pytest.mark.parametrize("command", ["get", "acquire", "set"])
+def test_one_failed_command_when_a_token_is_due(kuzzle, store, command):
+    """The token is refreshed all the same: the next call may come too late."""
+    jwt = kuzzle.login(ago=HOUR - 20)
+    store.failing = [command]
+    token = refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store), timeout=6)
+    assert kuzzle.knows(token)
+    auth = KuzzleAuth(kuzzle.url, due := kuzzle.login("bar", ago=HOUR - 20), cache=TokenCache(store))
+    store.failing = [command]
+    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    assert auth.jwt != due
+
+
 def test_redis_that_hangs(kuzzle, root):
     """A Redis that accepts connections and says nothing delays a call for no longer than its timeout."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -848,6 +877,97 @@ def test_attempt_that_may_have_taken_the_place_of_another(store):
     assert (theirs.is_open, theirs.idempotency_key, theirs.in_doubt) == (True, key, asker(credential))
 
 
+class Between:
+    """Lets something happen right before an attempt is looked for."""
+
+    def __init__(self, store):
+        self.store, self.happen = store, None
+
+    def get(self, key):
+        if key.endswith("-attempt") and self.happen is not None and self.happen():
+            self.happen = None
+        return self.store.get(key)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+
+def test_lost_by_the_store_while_nothing_is_due(kuzzle, store, root):
+    """keep_alive puts back what this process knows, though it refreshes nothing."""
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(store, runtime=Runtime()))
+    requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    newest = auth.jwt
+    for key in sorted(store.memory.keys()):
+        store.memory.delete(key)
+    assert [each.outcome for each in keep_alive([auth])] == ["fresh"]
+    assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=Runtime())).jwt == newest
+
+
+def copy_entries(source, target):
+    for name in sorted(source.memory.keys()):
+        if not name.endswith("-attempt"):
+            target.set(name, source.memory.get(name), HOUR)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 1.5])
+def test_valid_token_while_another_process_refreshes(kuzzle, clock, store, root, timeout):
+    """Who has no two seconds goes on with it as well, when its time is up."""
+    mine, theirs = (TokenCache(store, clock=clock, runtime=Runtime()) for _ in range(2))
+    jwt = refresh_kuzzle_token(kuzzle.url, root, cache=mine).jwt
+    clock.advance(HOUR - 20)
+    auth = KuzzleAuth(kuzzle.url, jwt, cache=mine, timeout=timeout)
+    gone = threading.Event()
+    kuzzle.next_answers.append(lambda request: gone.wait(10) and kuzzle.truly(request))
+    with ThreadPoolExecutor(1) as pool:
+        refreshed = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=theirs)
+        while len(kuzzle.requests) < 2:
+            time.sleep(0.001)
+        assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+        gone.set()
+        assert kuzzle.knows(refreshed.result())
+
+
+def write_between_two_reads(kuzzle, store, jwt, after):
+    """Let another process spend a token aside, and write that down between two reads of *store*, some seconds later."""
+    aside, between, spent, key = SharedStore(), Between(store), [], key_of("kuzzle", kuzzle.url, jwt)
+
+    def spend():
+        copy_entries(store, aside)
+        token = refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h", cache=TokenCache(aside, runtime=Runtime()))
+        put_open_attempt(store, key)
+        spent.append((time.monotonic(), token))
+
+    def write():
+        if not spent or time.monotonic() - spent[0][0] < after:
+            return False
+        copy_entries(aside, store)
+        store.delete(f"{key}-attempt")
+        return True
+
+    between.happen = write
+    return between, spend, spent
+
+
+def test_successor_that_is_written_between_two_reads_of_a_verdict(kuzzle, store, root):
+    """When what another has tried is gone, its successor is there: so that is looked for afterwards."""
+    between, spend, spent = write_between_two_reads(kuzzle, store, root, 2.2)
+    kuzzle.next_answers.append(lambda request: spend() or kuzzle.truly(request))
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(between))
+    assert token == spent[0][1]
+
+
+def test_successor_that_is_written_between_two_reads_after_a_rejection(kuzzle, store, root):
+    """The same, if it is a request that was rejected."""
+    first = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=Runtime()))
+    between, spend, _ = write_between_two_reads(kuzzle, store, first.jwt, 0.0)
+    auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(between))
+    assert auth.jwt == first.jwt
+    time.sleep(1.1)  # until it is not in the second of its birth
+    spend()
+    kuzzle.clock.advance(2)  # so that the spent token is rejected
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).json()["result"]["_id"] == "foo"
+
+
 def test_attempt_of_an_earlier_pair(clock, store):
     """What was tried with another user token says nothing of this one, though Circle keeps the refresh token."""
     cache = TokenCache(store, clock=clock)
@@ -907,6 +1027,37 @@ except ImportError:
     pass
 url, *jwts = sys.argv[1:]
 """
+
+HANDLED = """
+import queue, traceback
+from refresher import FileStore
+
+def handle(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    refresh_kuzzle_token(url, jwts.pop(), cache=None, timeout=5)
+    handled.append(1)
+
+def trace(frame, event, _):
+    if not handled and frame.f_code in codes:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return trace
+
+import os
+handled, codes = [], [queue.LifoQueue._get.__code__, queue.LifoQueue._put.__code__]
+refresh_kuzzle_token(url, jwts.pop(), cache=None)
+signal.signal(signal.SIGUSR1, handle)
+sys.settrace(trace)
+refresh_kuzzle_token(url, jwts.pop(), cache=None, timeout=5)
+sys.settrace(None)
+print(handled)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such signal")
+def test_handler_that_calls_while_a_connection_is_taken(kuzzle):
+    """A signal handler does not wait for the pool of connections, whose lock its own thread has."""
+    assert run(PRELUDE + HANDLED, kuzzle.url, *logins(kuzzle, 3)) == "[1]\n"
+
 
 INTERRUPTED = """
 class Interrupt(BaseException):
@@ -1419,21 +1570,70 @@ def test_daemon_that_refreshes_at_the_end(kuzzle, root, tmp_path):
     """What a daemon thread has begun while the process was ending is waited for, and written down."""
     kuzzle.delay_next(1.0)
     run(PRELUDE + LATE, kuzzle.url, root, str(tmp_path))
+    assert len(kuzzle.requests) == 1
     token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path)))
     assert kuzzle.knows(token.jwt)
     assert len(kuzzle.requests) == 1
 
 
 def test_daemon_that_comes_too_late(monkeypatch):
-    """What a daemon thread would begin when nobody waits any more is not begun."""
+    """What a daemon thread would begin when nobody waits any more is not begun, and it is told so."""
     ended = threading.Thread()
-    runtime, begun = Runtime(), []
+    runtime, begun, told = Runtime(), [], []
+
+    def begin():
+        try:
+            runtime.start(lambda: begun.append(1))
+        except UnavailableError as error:
+            told.append(error.spent)
+
     runtime._end()
     monkeypatch.setattr(threading, "main_thread", lambda: ended)
-    thread = threading.Thread(target=lambda: runtime.start(lambda: begun.append(1)), daemon=True)
+    monkeypatch.setattr(threading, "enumerate", list)
+    thread = threading.Thread(target=begin, daemon=True)
     thread.start()
-    thread.join(0.2)
-    assert (thread.is_alive(), begun) == (True, [])
+    thread.join(5)
+    assert (begun, told) == ([], [False])
+
+
+FLUSHED = """
+import atexit, logging, logging.handlers, queue, sys, threading, time
+
+class Handler(logging.Handler):
+    def emit(self, record):
+        go.wait()
+        try:
+            print(refresh_kuzzle_token(*sys.argv[4:], cache=cache).kuid)
+        except UnavailableError as error:
+            print(error)
+
+def stop():
+    go.set()
+    listener.stop()
+
+go, queued = threading.Event(), queue.Queue()
+listener = logging.handlers.QueueListener(queued, Handler())
+listener.start()
+if sys.argv[1] == "before":
+    atexit.register(stop)
+from refresher import FileStore, TokenCache, UnavailableError, refresh_kuzzle_token
+if sys.argv[1] == "after":
+    atexit.register(stop)
+logging.disable()
+cache = TokenCache(FileStore(sys.argv[3]))
+if sys.argv[2] == "known":
+    refresh_kuzzle_token(*sys.argv[4:], cache=cache)
+    time.sleep(0.6)  # then the store is looked at again
+queued.put(logging.makeLogRecord({}))
+"""
+
+
+@pytest.mark.parametrize("is_known", ["known", "unknown"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_daemon_thread_flushes_at_the_end(kuzzle, root, tmp_path, when, is_known):
+    """A handler of atexit waits for a thread that calls: that is served, or told if nobody would wait for it."""
+    told = "The process is ending, so nothing was sent\n" if (when, is_known) == ("before", "unknown") else "foo\n"
+    assert run(FLUSHED, when, is_known, str(tmp_path), kuzzle.url, root) == told
 
 
 DAEMONS = """

@@ -47,8 +47,10 @@ class Store(Protocol):
     at once. An error in one call says nothing about the next one. Test your own store with
     `refresher.testing.StoreContract`.
 
-    It may have a method ``end_thread()`` besides: threads of ours call it when they have done with the store, so that
-    it can give back what it holds for each of its users, such as a connection. No other method is called.
+    It may have two members besides, and one that wraps another store passes them on. Threads of ours call
+    ``end_thread()`` when they have done with the store, so that it can give back what it holds for each of them, such
+    as a connection. ``unread`` has the keys of entries that are there and cannot be read, such as one that was
+    encrypted with another key: `get` returns None for them, and nobody is told to sign in meanwhile.
     """
 
     def get(self, key: str, /) -> str | bytes | None:

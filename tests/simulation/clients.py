@@ -117,7 +117,7 @@ class Call:
     def _judge(self, error: RefreshError, took: float) -> None:
         if isinstance(error, (UnavailableError, OutcomeUnknownError)):
             if isinstance(error, OutcomeUnknownError):
-                judge.unknown(self.world, self)
+                judge.unknown(self.world, self, error)
             judge.gave_up(self.world, self, error, took)
         elif not isinstance(error, RequestRefusedError) or "request refused" not in self.world.faults.happened:
             self.world.violated("a strange error", f"{type(error).__name__}: {error}")

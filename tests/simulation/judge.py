@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from refresher import _rules
+from refresher import RefreshError, _rules
 from refresher.services import Request
 from refresher.testing import Answer
 from refresher.tokens import UserToken
@@ -136,6 +136,9 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
         left, urgent = session.left(), last_moments(session.newest, process.ahead) + 1.5
         # Neither may have passed the other's lock by, before it began to connect.
         slow = 5.0 if "service is slow to connect" in world.faults.happened else 0.0
+        slow += (
+            max([*session.receipts.values(), session.asked_at]) - session.asked_at
+        )  # it counts from when it was asked for
         times = left, left + world.time - other.departed_at
         if is_awake and was_well and is_later and not any(-1.0 - slow <= one <= urgent + slow for one in times):
             world.violated("two exchanges of one token", f"{session.user}: at once")
@@ -400,11 +403,11 @@ def _note_affirmed(world: World, call: Any, secret: str) -> None:
         session.affirmed_at = world.time
 
 
-def unknown(world: World, call: Any) -> None:
+def unknown(world: World, call: Any, error: RefreshError) -> None:
     """A call says that something may have been spent: somebody must have sent something, or have the lock."""
     locked_until = max([until for _, until in world.store.locks.values()] + [world.store.released_at])
     long_ago = call.began - 100.0 - call.process.asleep_for
-    is_sent = call.session.departed_at > long_ago or world.network.pending
+    is_sent = error.status is not None or call.session.departed_at > long_ago or world.network.pending
     # Who went ahead without the lock does not know how it stands with the one who had it. Who has signed out may meet
     # a refresh that began before.
     is_over = call.session.is_leaving or call.session.signed_out

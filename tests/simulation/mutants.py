@@ -241,7 +241,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal is the verdict though the store cannot be read",
-        (_FLIGHT, "is_settled = is_readable and ledger.is_settled()", "is_settled = True"),
+        (_FLIGHT, "is_readable and is_there and ledger.is_settled()", "True"),
     ),
     Mutant(
         "a refusal is the verdict though nothing was announced",
@@ -261,7 +261,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rejection is the verdict right after the store was in trouble",
-        (_FLIGHT, "is_proof = view.readable and ledger.is_settled()", "is_proof = view.readable"),
+        (_FLIGHT, "is_proof = is_readable and ledger.is_settled()", "is_proof = is_readable"),
     ),
     Mutant(
         "a pause is as long as the clocks of two machines differ",
@@ -487,7 +487,7 @@ MUTANTS = [
     ),
     Mutant(
         "what another was seen to spend is forgotten with the store",
-        (_FLIGHT, "attempt or self._tried.get(spend.keys[0])", "attempt"),
+        (_FLIGHT, "attempt or self._tried.get(spend.keys[-1])", "attempt"),
     ),
     Mutant(
         "who was passed by spends the token, too",
@@ -496,6 +496,26 @@ MUTANTS = [
     Mutant(
         "a look that failed tells the generation",
         (_FLIGHT, "chain.generation if is_readable else math.inf", "chain.generation"),
+    ),
+    Mutant(
+        "what was tried with one pair is what was tried with the next",
+        (_LEDGER, "attempt.of and attempt.of not in spend.keys", "False"),
+    ),
+    Mutant(
+        "what was tried is read after the token",
+        (_FLIGHT, "            tried, is_readable = ledger.last_attempt(spend)\n", ""),
+        (
+            _FLIGHT,
+            "            now, is_settled = self._runtime.steady(), ",
+            (
+                "            tried, is_readable = ledger.last_attempt(spend)\n"
+                "            now, is_settled = self._runtime.steady(), "
+            ),
+        ),
+    ),
+    Mutant(
+        "one command that failed keeps a token from being refreshed",
+        (_FLIGHT, "poll < 2 * _rules.POLL", "False"),
     ),
     Mutant(
         "the refresh token alone tells whether a pair is new",
