@@ -21,7 +21,7 @@ from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import LEAP, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
-from ._runtime import REAL, Runtime
+from ._runtime import REAL, EndingError, Runtime
 from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, RequestRefusedError, UnavailableError
@@ -219,7 +219,7 @@ class TokenCache:
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome
-        except UnavailableError as error:  # no thread begins any more
+        except EndingError as error:
             return flight, error
         finally:
             flight.leave(waiter)
@@ -331,7 +331,7 @@ class TokenCache:
     def _is_due(self, call: Call[T], *, by_store: bool = True) -> bool:
         """Whether a session is to be refreshed. Without the store, that is done in its last moments."""
         chain, _, left, window, wanted = self._assess(call, by_store)
-        if by_store and chain.key in self._ledger.unsaved:
+        if by_store and self._ledger.unsaved.get(chain.key) is chain:
             self._ledger.save(chain)  # the store has lost it, and no flight may be needed for long
         is_due = wanted or left.least <= window
         if not by_store and (is_due or chain.newest is None) and not self._ledger.is_in_the_way(call):

@@ -260,7 +260,7 @@ def _poster(session: requests.Session, url: str) -> Callable[..., requests.Respo
 def _reply(response: Any, call: _Call, interim: int = 0) -> Reply:
     """Read the reply, to its end. Adapters take an interim answer for it."""
     status, fields, at = response.status, response.headers, call.sent_at or 0.0
-    with response:
+    try:
         if status == 101 or interim > _MOST_INTERIM_ANSWERS:
             raise ResponseNotReady
         if status < 200:
@@ -271,6 +271,9 @@ def _reply(response: Any, call: _Call, interim: int = 0) -> Reply:
             final = urllib3.HTTPResponse(original, original.headers.items(), original.status, **options)
             return _reply(final, call, interim + 1)
         return Reply(status=status, headers=fields, cookies=_cookies(fields), body=_body(response), sent_at=at)
+    finally:
+        response.close()
+        response.release_conn()  # its place in a pool
 
 
 def _unread(response: Any) -> Any:

@@ -119,7 +119,7 @@ class _Keeper:
             if self._process == os.getpid():  # a forked child has none of these threads
                 for each in wait(self._running).done:
                     if each.exception() is None:
-                        self._hand_over(each)
+                        self._hand_over(each.result())
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
@@ -146,12 +146,14 @@ class _Keeper:
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""
-        done, self._running = wait(self._running, seconds, return_when=FIRST_COMPLETED)
-        yield from [self._hand_over(each) for each in done]
+        outcomes = []
+        for each in wait(self._running, seconds, return_when=FIRST_COMPLETED).done:
+            self._running.discard(each)  # if this one is interrupted, the others are handed over in the end
+            outcomes.append(self._hand_over(each.result()))
+        yield from outcomes
 
-    def _hand_over(self, done: Future[KeepAliveOutcome]) -> KeepAliveOutcome:
+    def _hand_over(self, outcome: KeepAliveOutcome) -> KeepAliveOutcome:
         """Hand a new token over here, not in one of our threads: connections to databases are for one thread each."""
-        outcome = done.result()
         try:
             outcome.auth._hand_over()
         except Exception as error:  # on_refresh may raise whatever it likes
@@ -171,8 +173,8 @@ class _Keeper:
                 self._wasted[cache] = wasted + cache._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")
-        is_handed_over = auth._sign_in.unsaved is None  # else on_refresh has failed
-        return None if is_due or not is_handed_over else KeepAliveOutcome(auth=auth, outcome="fresh")
+        # There may be a token that on_refresh has failed to take.
+        return None if is_due else self._hand_over(KeepAliveOutcome(auth=auth, outcome="fresh"))
 
     def _skip(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session whose service is down."""

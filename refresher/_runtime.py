@@ -105,6 +105,10 @@ def _is_ending(caller: threading.Thread) -> bool:
     return all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate())
 
 
+class EndingError(UnavailableError):
+    """The process is ending."""
+
+
 class Runtime:
     """
     What the library needs of its surroundings: the operating system's clocks, threads and sockets.
@@ -172,13 +176,13 @@ class Runtime:
         Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon.
 
         Raises:
-            UnavailableError: The calling thread is a daemon, and may end with its process at any moment.
+            EndingError: The calling thread is a daemon, and may end with its process at any moment.
         """
         is_ending, task = _is_ending(threading.current_thread()), functools.partial(self._wait_for, work)
         if daemon:
             start_thread(work, daemon=True)
         elif self._is_over and is_ending:
-            raise UnavailableError("The process is ending, so nothing was sent", spent=False)
+            raise EndingError("The process is ending, so nothing was sent", spent=False)
         elif self._is_over:
             work()
         elif is_ending or not start_thread(task, daemon=False):

@@ -380,6 +380,27 @@ def test_handler_whose_error_looks_like_one_of_threads(monkeypatch, error):
     assert caught.value is error
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no such signal")
+def test_unavailable_error_of_a_signal_handler(kuzzle):
+    """What a handler raises ends the call, whatever it is."""
+
+    def stop(*_):
+        raise StopError("stopped", spent=False)
+
+    class StopError(UnavailableError):
+        pass
+
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=3590))
+    kuzzle.delay_next(1.0)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(StopError):
+            requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_interpreter_without_daemon_threads(monkeypatch):
     """Where none may be made, there is none."""
 

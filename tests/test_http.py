@@ -1163,6 +1163,18 @@ def test_interim_answers_to_a_session(answer, final):
         assert session.post(peer.url).json() == {"n": 2}
 
 
+LONG = b"HTTP/1.1 200 OK\r\nContent-Length: 2097152\r\n\r\n" + b" " * 2**21
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 103 Odd\r\n\r\n" + reply(1), LONG])
+def test_place_in_a_pool_that_blocks(answer):
+    """Whatever comes, a request gives back the place that it took in the pool of a caller's session."""
+    with Peer(answering([answer])) as peer, requests.Session() as session:
+        session.mount("http://", HTTPAdapter(pool_maxsize=1, pool_block=True))
+        for _ in range(3):
+            post(peer.url, session=session)
+
+
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 101 Odd\r\n\r\n", b"HTTP/1.1 103 Odd\r\n\r\n" * 1000])
 def test_endless_interim_answers_to_a_session(interim):
     """There is an end to them. Nobody else on the session gets what follows."""

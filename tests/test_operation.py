@@ -1117,6 +1117,23 @@ def test_keep_alive_hands_over_what_is_left(kuzzle):
     assert [*map(kuzzle.knows, saved)] == [True, True]
 
 
+def test_keep_alive_hands_over_after_an_interrupt(kuzzle):
+    """If on_refresh is interrupted, the tokens of others that are there are handed over all the same."""
+    saved = []
+
+    def save(token):
+        saved.append(token.jwt)
+        if len(saved) == 1:
+            time.sleep(0.5)  # until all are there
+            raise KeyboardInterrupt
+
+    jwts = [kuzzle.login(f"user-{number}", ago=3595) for number in range(4)]
+    auths = [KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(), on_refresh=save) for jwt in jwts]
+    with pytest.raises(KeyboardInterrupt):
+        list(keep_alive(auths))
+    assert {*saved} == {auth.jwt for auth in auths} - {*jwts}
+
+
 def test_keep_alive_of_the_dead(kuzzle):
     """Who has to sign in again, and who never did, is told apart from who was refreshed."""
     cache = TokenCache()

@@ -903,6 +903,19 @@ def test_lost_by_the_store_while_nothing_is_due(kuzzle, store, root):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, runtime=Runtime())).jwt == newest
 
 
+def test_lost_by_the_store_and_expired_since(kuzzle, clock, store, root):
+    """What is worth nothing any more is not put back."""
+    cache = TokenCache(store, clock=clock)
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    for key in sorted(store.memory.keys()):
+        store.memory.delete(key)
+    assert cache.peek(kuzzle.url, root).state == "fresh"
+    clock.advance(26 * HOUR)
+    assert [each.outcome for each in keep_alive([auth])] == ["ended"]
+    assert TokenCache(store, clock=clock).peek(kuzzle.url, root).state in ("expired", "refused", "unknown")
+
+
 def copy_entries(source, target):
     for name in sorted(source.memory.keys()):
         if not name.endswith("-attempt"):

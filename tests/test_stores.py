@@ -1284,7 +1284,7 @@ def test_folder_that_others_can_write_to(folder, bits):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
-@pytest.mark.parametrize(("mode", "is_accepted"), [(0o777, False), (0o1777, False), (0o775, True), (0o755, True)])
+@pytest.mark.parametrize(("mode", "is_accepted"), [(0o777, False), (0o1777, True), (0o775, True), (0o755, True)])
 def test_folder_within_one_of_another_user(folder, mode, is_accepted):
     """A folder of somebody else's that everybody may write to is no place for ours."""
     store = FileStore(folder)

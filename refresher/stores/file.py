@@ -217,7 +217,7 @@ class FileStore:
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(self._path))
         user, parent = getattr(os, "geteuid", None), self._path.parent.stat()
-        is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o002
+        is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o1002 == 0o002
         if user and (is_foreign or status.st_uid != user() or status.st_mode & 0o022):
             message = "this folder must be yours, and nobody else may write to it"
             raise PermissionError(errno.EACCES, message, str(self._path))
