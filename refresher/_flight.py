@@ -95,6 +95,7 @@ class Flight(Patience, Generic[T]):
         self.status = f"{ledger.name} is slow"
         self._alarm = self._runtime.event()  # ends the pause that the flight makes
         self._claim = [True]
+        self._may_blink = not ledger.is_failing  # one command of the store may fail, and say nothing about the next
 
     def run(self) -> None:
         """Refresh, once, in whichever thread is first."""
@@ -395,7 +396,7 @@ class Flight(Patience, Generic[T]):
             self.failed(not_yet(service, "asked to wait", view.pause))
             return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
         self.status = f"{self._ledger.name} cannot be read or written"
-        is_worth_it = step is not Step.GO_ON or poll < 2 * _rules.POLL  # one command may have failed
+        is_worth_it, self._may_blink = step is not Step.GO_ON or self._may_blink, False
         if time_left > _rules.LAST_CALL and self.retry() and is_worth_it:
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal
 
@@ -142,7 +142,8 @@ class _Keeper:
     def _begin(self, auth: Auth[Any]) -> None:
         """Refresh one session in a thread. Python would wait for a pool's, even if this one is a daemon."""
         consumer = threading.current_thread()
-        self._running.add(work_aside(lambda: self._refresh(auth, consumer), daemon=consumer.daemon))
+        is_there = consumer.is_alive if consumer.is_alive() else lambda: True  # else this is a handler of atexit
+        self._running.add(work_aside(lambda: self._refresh(auth, is_there), daemon=consumer.daemon))
 
     def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""
@@ -193,7 +194,7 @@ class _Keeper:
                 else:
                     runtime.sleep(seconds)
 
-    def _refresh(self, auth: Auth[Any], consumer: threading.Thread) -> KeepAliveOutcome:
+    def _refresh(self, auth: Auth[Any], is_there: Callable[[], bool]) -> KeepAliveOutcome:
         """Refresh one session, unless nobody wants the rest, or who took the outcomes has ended with the process."""
         runtime, first, began = auth._cache._runtime, auth._credential, auth._cache._runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.
@@ -201,7 +202,7 @@ class _Keeper:
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
-            last = auth._advance(auth._sign_in, patient=True, is_left=lambda: self._is_left or not consumer.is_alive())
+            last = auth._advance(auth._sign_in, patient=True, is_left=lambda: self._is_left or not is_there())
             outcome = "fresh" if last is None or last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error

@@ -2255,6 +2255,22 @@ def test_handler_that_refreshes_at_the_end(kuzzle, root, tmp_path):
     assert len(kuzzle.requests) == 1
 
 
+KEEPS_AT_EXIT = """
+import atexit
+from refresher import KuzzleAuth, keep_alive
+
+def keep():
+    print([outcome.outcome for outcome in keep_alive([KuzzleAuth(url, jwts[0], cache=TokenCache())])])
+
+atexit.register(keep)
+"""
+
+
+def test_keeper_at_the_end_of_the_process(kuzzle):
+    """keep_alive works in a handler of atexit, too."""
+    assert run(PRELUDE + KEEPS_AT_EXIT, kuzzle.url, kuzzle.login(ago=HOUR - 10)) == "['refreshed']\n"
+
+
 OUTLIVES = """
 from refresher import KuzzleAuth, keep_alive
 
