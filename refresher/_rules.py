@@ -257,7 +257,7 @@ class Attempt:
             seen, age = entry["seen"] or (None, 0.0)
             return cls(
                 by=str(entry["by"]),
-                of=str(entry["of"]),
+                of=str(entry.get("of", "")),
                 at=Instant.read(entry["at"]),
                 is_open=entry["is_open"] is True,
                 errors={key: Refusal.read(error) for key, error in entry["errors"].items()},

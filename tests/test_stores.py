@@ -1294,7 +1294,7 @@ def test_folder_within_one_of_another_user(folder, mode, is_accepted):
     if is_accepted:
         assert store.get(KEY) == b"value"
     else:
-        check_refused(store, PermissionError, "nobody else may write to it")
+        check_refused(store, PermissionError, f"nobody else may write to it: '{folder}'")
 
 
 def test_folder_that_is_a_link(folder, tmp_path):

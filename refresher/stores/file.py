@@ -180,7 +180,8 @@ class FileStore:
     delays others no longer than that.
 
     Args:
-        path: The folder, on a local disk. ``~`` is the home of the user.
+        path: The folder, on a local disk. ``~`` is the home of the user. It may be another user's, but not one that
+            everybody may write to, unless that has the sticky bit, as ``/tmp`` has.
 
     Raises:
         InvalidArgumentError: *path* is empty, or no path.
@@ -220,7 +221,7 @@ class FileStore:
         is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o1002 == 0o002
         if user and (is_foreign or status.st_uid != user() or status.st_mode & 0o022):
             message = "this folder must be yours, and nobody else may write to it"
-            raise PermissionError(errno.EACCES, message, str(self._path))
+            raise PermissionError(errno.EACCES, message, str(self._path.parent if is_foreign else self._path))
         folder = self._path / key[:2]
         if make and not folder.is_dir():
             _make(folder)
