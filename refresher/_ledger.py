@@ -457,6 +457,7 @@ class Ledger:
         if (attempt := Attempt.read(text)) is not None:
             self.age(attempt)  # of another machine's, this counts from the first look
             if spend.token is not None and attempt.of and attempt.of not in spend.keys:
+                # It was that of another pair, with the same refresh token.
                 attempt = attrs.evolve(attempt, is_open=False, idempotency_key=None, in_doubt=None)
         return attempt, is_readable
 

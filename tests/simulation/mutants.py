@@ -344,6 +344,7 @@ MUTANTS = [
             "    return max(asked, min(drawn * longest, most))",
             "    return drawn * longest if drawn * longest < most else None",
         ),
+        (_FLIGHT, "None if self._has_time(waiter, self._failure) else outcome", "outcome"),  # else it would ask again
     ),
     Mutant(
         "who joins a call that is just failing fails with it",
