@@ -120,12 +120,12 @@ class Runtime:
         # Names what `steady` counts from: readings of one boot can be compared, also between processes.
         self.boot = read_boot() or str(uuid.uuid4())
         self._running: dict[object, int] = {}  # in which process: a forked child has none of its parent's threads
-        self._is_over = False
+        self._is_over, self._over_at = False, 0.0
         atexit.register(self._end)
 
     def _end(self) -> None:
         """Wait for what was begun after Python had waited for its threads: a token may be on its way."""
-        self._is_over = True
+        self._is_over, self._over_at = True, _STEADY()
         while os.getpid() in list(self._running.values()):
             time.sleep(0.01)
 
@@ -182,6 +182,7 @@ class Runtime:
         if daemon:
             start_thread(work, daemon=True)
         elif self._is_over and is_ending:
+            time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))  # it ends meanwhile, unless a handler waits for it
             raise EndingError("The process is ending, so nothing was sent", spent=False)
         elif self._is_over:
             work()

@@ -53,7 +53,7 @@ from refresher._exchange import Observed
 from refresher._flight import Flight
 from refresher._ledger import Call, Lease
 from refresher._rules import Attempt, Instant, Left, Lock, asker
-from refresher._runtime import REAL, Runtime
+from refresher._runtime import REAL, EndingError, Runtime
 from refresher._text import Secret, key_of
 from refresher.services import Reply
 from refresher.services.circle import credential as circle_credential
@@ -1138,16 +1138,19 @@ def test_signal_at_any_moment(kuzzle, mode):
 
 
 FOREIGN_THREAD = """
-import _thread, sys, time
+import _thread, logging, sys, threading, time
 from refresher import TokenCache, refresh_kuzzle_token
-_thread.start_new_thread(lambda: refresh_kuzzle_token(*sys.argv[1:], timeout=None, cache=TokenCache()), ())
+logging.disable()
+use = lambda: refresh_kuzzle_token(*sys.argv[2:], timeout=None, cache=TokenCache())
+_thread.start_new_thread(use, ()) if sys.argv[1] == "foreign" else threading.Thread(target=use, daemon=True).start()
 time.sleep(1)
 """
 
 
-def test_thread_that_python_did_not_start(root):
-    """A process ends though such a thread waits for a refresh without a limit."""
-    run(FOREIGN_THREAD, "http://127.0.0.1:1", root)
+@pytest.mark.parametrize("kind", ["foreign", "daemon"])
+def test_thread_that_ends_with_its_process(root, kind):
+    """It does so in silence, though it waits for a refresh without a limit. Python did not start the foreign one."""
+    run(FOREIGN_THREAD, kind, "http://127.0.0.1:1", root)
 
 
 KILLED_GREENLET = """
@@ -1607,6 +1610,21 @@ def test_daemon_that_comes_too_late(monkeypatch):
     thread.start()
     thread.join(5)
     assert (begun, told) == ([], [False])
+
+
+class Ending(Runtime):
+    """At the very end of a process."""
+
+    def start(self, work, *, daemon=False):
+        raise EndingError("The process is ending, so nothing was sent", spent=False)
+
+
+def test_call_at_the_very_end(kuzzle, root):
+    """A valid token is used, though nothing can be begun any more. Without one, the call is told."""
+    with pytest.raises(UnavailableError, match="is ending"):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(runtime=Ending()))
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), cache=TokenCache(runtime=Ending()))
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
 
 
 FLUSHED = """
