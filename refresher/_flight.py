@@ -396,8 +396,8 @@ class Flight(Patience, Generic[T]):
             self.failed(not_yet(service, "asked to wait", view.pause))
             return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
         self.status = f"{self._ledger.name} cannot be read or written"
-        is_worth_it, self._may_blink = step is not Step.GO_ON or self._may_blink, False
-        if time_left > _rules.LAST_CALL and self.retry() and is_worth_it:
+        may_blink, self._may_blink = self._may_blink and self._ledger.delay() < _rules.LONGEST_POLL, False
+        if time_left > _rules.LAST_CALL and self.retry() and (step is not Step.GO_ON or may_blink):
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
         self.is_for_all = step is not Step.GO_ON
         what = f"{self.status}, so nothing was sent to {self._service}: try again later"

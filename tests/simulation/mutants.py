@@ -516,7 +516,7 @@ MUTANTS = [
     ),
     Mutant(
         "one command that failed keeps a token from being refreshed",
-        (_FLIGHT, "step is not Step.GO_ON or self._may_blink", "step is not Step.GO_ON"),
+        (_FLIGHT, "(step is not Step.GO_ON or may_blink)", "step is not Step.GO_ON"),
     ),
     Mutant(
         "the refresh token alone tells whether a pair is new",
