@@ -1297,6 +1297,22 @@ def test_folder_within_one_of_another_user(folder, mode, is_accepted):
         check_refused(store, PermissionError, f"nobody else may write to it: '{folder}'")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_nothing_is_left_in_a_folder_that_is_refused(folder):
+    """Not even a folder of ours."""
+    folder.mkdir(parents=True)
+    os.chown(folder, 65_534, 65_534)
+    folder.chmod(0o777)
+    check_refused_to_write(FileStore(folder))
+    assert not list(folder.iterdir())
+
+
+def check_refused_to_write(store):
+    for write in (lambda: store.set(KEY, "value", 60), lambda: store.acquire(KEY, "owner", 5), store.check):
+        with pytest.raises(PermissionError, match="nobody else may write to it"):
+            write()
+
+
 def test_folder_that_is_a_link(folder, tmp_path):
     """A link in the place of the folder is refused."""
     folder.mkdir(parents=True)
@@ -2065,6 +2081,18 @@ def test_key_that_is_missing(folder):
             refresh_user_token(**call, cache=caches[1], timeout=4)
         assert len(circle.requests) == 1
         assert refresh_user_token(**call, cache=TokenCache(EncryptedStore(FileStore(folder), keys))) == newest
+
+
+def test_encrypted_twice(folder):
+    """What the store within cannot read, the one around it cannot either: nobody is told to sign in."""
+    right, wrong = (EncryptedStore(EncryptedStore(FileStore(folder), Fernet.generate_key()), FERNET) for _ in range(2))
+    with FakeKuzzle() as kuzzle:
+        first = kuzzle.login("foo", ago=1800)
+        newest = refresh_kuzzle_token(kuzzle.url, first, cache=TokenCache(right))
+        kuzzle.clock.advance(2)
+        with pytest.raises(OutcomeUnknownError, match="cannot be read: check its key"):
+            refresh_kuzzle_token(kuzzle.url, first, cache=TokenCache(wrong), timeout=4)
+        assert refresh_kuzzle_token(kuzzle.url, first, cache=TokenCache(right)) == newest
 
 
 @pytest.mark.parametrize("keys", ["planted", b"planted", ["planted"], [], [FERNET, "planted"], [5], 5, None, "ä"])

@@ -67,7 +67,7 @@ class EncryptedStore:
         """Return an entry. None if there is none that can be decrypted."""
         content = self._store.get(key)
         if content is None:
-            self.unread.discard(key)
+            (self.unread.add if key in getattr(self._store, "unread", ()) else self.unread.discard)(key)
             return None
         try:
             plain = self._cipher.decrypt(content.encode() if isinstance(content, str) else content)

@@ -211,14 +211,15 @@ class FileStore:
         Raises:
             PermissionError: Other users could have put something into it.
         """
-        if make and not self._path.is_dir():
+        if make:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _make(self._path)
-        status = self._path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(self._path))
         user, parent = getattr(os, "geteuid", None), self._path.parent.stat()
         is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o1002 == 0o002
+        if make and not is_foreign and not self._path.is_dir():
+            _make(self._path)
+        status = parent if is_foreign else self._path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(self._path))
         if user and (is_foreign or status.st_uid != user() or status.st_mode & 0o022):
             message = "this folder must be yours, and nobody else may write to it"
             raise PermissionError(errno.EACCES, message, str(self._path.parent if is_foreign else self._path))
