@@ -120,12 +120,12 @@ class Runtime:
         # Names what `steady` counts from: readings of one boot can be compared, also between processes.
         self.boot = read_boot() or str(uuid.uuid4())
         self._running: dict[object, int] = {}  # in which process: a forked child has none of its parent's threads
-        self._is_over, self._over_at = False, 0.0
+        self._over_at: float | None = None  # when nobody waits for anything any more
         atexit.register(self._end)
 
     def _end(self) -> None:
         """Wait for what was begun after Python had waited for its threads: a token may be on its way."""
-        self._is_over, self._over_at = True, _STEADY()
+        self._over_at = _STEADY()
         while os.getpid() in list(self._running.values()):
             time.sleep(0.01)
 
@@ -159,7 +159,7 @@ class Runtime:
         """Return what tells whether the calling thread is still there: daemon threads end with the process."""
         me = threading.current_thread()
         # While handlers of atexit run, which may wait for it, a daemon thread does the work itself.
-        return lambda: (me is threading.current_thread() and not self._is_over) or not _is_ending(me)
+        return lambda: (me is threading.current_thread() and self._over_at is None) or not _is_ending(me)
 
     # Effects
 
@@ -181,10 +181,10 @@ class Runtime:
         is_ending, task = _is_ending(threading.current_thread()), functools.partial(self._wait_for, work)
         if daemon:
             start_thread(work, daemon=True)
-        elif self._is_over and is_ending:
+        elif self._over_at is not None and is_ending:
             time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))  # it ends meanwhile, unless a handler waits for it
             raise EndingError("The process is ending, so nothing was sent", spent=False)
-        elif self._is_over:
+        elif self._over_at is not None:
             work()
         elif is_ending or not start_thread(task, daemon=False):
             task()
@@ -196,7 +196,7 @@ class Runtime:
         mark = object()
         try:
             self._running[mark] = os.getpid()
-            if not self._is_over:
+            if self._over_at is None:
                 work()
         finally:
             self._running.pop(mark, None)

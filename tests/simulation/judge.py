@@ -136,9 +136,8 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
         left, urgent = session.left(), last_moments(session.newest, process.ahead) + 1.5
         # Neither may have passed the other's lock by, before it began to connect.
         slow = 5.0 if "service is slow to connect" in world.faults.happened else 0.0
-        slow += (
-            max([*session.receipts.values(), session.asked_at]) - session.asked_at
-        )  # it counts from when it was asked for
+        # A token's life counts from when it was asked for, however late it came.
+        slow += max([*session.receipts.values(), session.asked_at]) - session.asked_at
         times = left, left + world.time - other.departed_at
         if is_awake and was_well and is_later and not any(-1.0 - slow <= one <= urgent + slow for one in times):
             world.violated("two exchanges of one token", f"{session.user}: at once")
