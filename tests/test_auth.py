@@ -636,6 +636,8 @@ BODIES = {
     "form": lambda: {"data": {"a": "1"}},
     "text": lambda: {"data": "abc"},
     "bytes": lambda: {"data": b"abc"},
+    "bytearray": lambda: {"data": bytearray(b"abc")},
+    "memoryview": lambda: {"data": memoryview(b"abc")},
     "upload": lambda: {"files": {"a": io.BytesIO(b"abc")}},
 }
 
@@ -933,9 +935,8 @@ def test_infinite_token_behind_a_gateway(kuzzle, root, answer):
     cache = TokenCache()
     refresh_kuzzle_token(kuzzle.url, root, expires_in="-1", cache=cache)
     kuzzle.next_answers.append(answer)
-    assert (
-        requests.get(f"{kuzzle.url}/_me", auth=KuzzleAuth(kuzzle.url, root, cache=cache), timeout=10).status_code == 401
-    )
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache)
+    assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 401
     assert len(kuzzle.requests) == 2
 
 

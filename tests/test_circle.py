@@ -42,6 +42,22 @@ def test_refresh(circle):
         refresh_user_token(**call_with(circle, new, user_token=newer.user_token))
 
 
+def test_variables_where_a_pair_is_looked_at(monkeypatch):
+    """An interrupt in the middle of it shows neither token."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    user_token = jwt_with({"sub": "user-1", "iat": 1, "exp": 3601})
+    pair = credential("planted", "device-1", hide("planted:api:key"), user_token)
+    monkeypatch.setattr("refresher.services.circle.UserToken", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pair.unspent()
+    shown = repr(caught.traceback[1].frame.f_locals)
+    assert "planted" not in shown
+    assert user_token not in shown
+
+
 def test_what_is_sent(circle):
     """Headers, and the body's members in the documented order."""
     pair = circle.sign_in()

@@ -1042,8 +1042,7 @@ url, *jwts = sys.argv[1:]
 """
 
 HANDLED = """
-import queue, traceback
-from refresher import FileStore
+import os, queue
 
 def handle(*_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -1055,7 +1054,6 @@ def trace(frame, event, _):
         os.kill(os.getpid(), signal.SIGUSR1)
     return trace
 
-import os
 handled, codes = [], [queue.LifoQueue._get.__code__, queue.LifoQueue._put.__code__]
 refresh_kuzzle_token(url, jwts.pop(), cache=None)
 signal.signal(signal.SIGUSR1, handle)
@@ -1135,6 +1133,14 @@ def test_signal_at_any_moment(kuzzle, mode):
     """At any moment of a call, a signal handler may raise, or call with the same cache. It goes on working."""
     run(PRELUDE + f"MODE = {mode!r}\n" + INTERRUPTED, kuzzle.url, *logins(kuzzle, 1000))
     assert len(kuzzle.requests) == len({request.headers["Authorization"] for request in kuzzle.requests})
+
+
+@pytest.mark.holds
+def test_sleep_that_is_patched(monkeypatch):
+    """A token is not sent in the second of its birth, also if a test lets no time pass in a sleep."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with FakeKuzzle() as kuzzle:  # whose clock goes on
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, kuzzle.login(), cache=None, timeout=5))
 
 
 FOREIGN_THREAD = """

@@ -232,9 +232,8 @@ class CircleCredential:
         """Return it with a result of its own, if its user token is a JWT that says how long it is valid."""
         if self.user_token is None or self.expiry is None or claims(self.user_token).iat is None:
             return None
-        until = instant(1000 * self.expiry)
-        token = UserToken(self.user_token.reveal(), None, self.user_id, self.refresh_token.reveal(), until)
-        return attrs.evolve(self, token=token)
+        own = UserToken(self.user_token.reveal(), None, self.user_id, self.secret.reveal(), instant(1000 * self.expiry))
+        return attrs.evolve(self, token=own)
 
     def is_rejected(self, status: int, body: Mapping[str, Any], /) -> bool:  # noqa: ARG002
         """Whether an error means that the user token is unknown, expired or invalid."""
