@@ -35,9 +35,6 @@ _log = logging.getLogger("refresher")
 _GRACE = 0.1
 _UNREAD = "has an entry of this session that cannot be read: check its key"
 
-# What a copy has in common with its original.
-_STATE = "_store", "_lease", "_clock", "_ahead", "_on_wait", "_on_event"
-
 R = TypeVar("R")
 
 OnWait = Callable[[str, float | None], object]
@@ -114,7 +111,7 @@ class TokenCache:
         self._ledger = Ledger(self._store, runtime, self._clock, self._ahead)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in _STATE}
+        return {name: value for name, value in vars(self).items() if name not in ("_runtime", "_ledger")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)

@@ -1509,6 +1509,19 @@ def test_copies_have_it_too(kuzzle):
     assert cache._on_event is print
 
 
+class OfTenant(TokenCache):
+    """A cache with something of its own."""
+
+    tenant = "nobody"
+
+
+def test_copies_have_what_a_subclass_adds():
+    """Whoever derives a class from TokenCache finds its attributes in a copy."""
+    cache = OfTenant()
+    cache.tenant = "acme"
+    assert pickle.loads(pickle.dumps(cache)).tenant == "acme"
+
+
 def recipes():
     """Give the recipes of RefreshEvent, as a reader would copy them."""
     blocks = inspect.getdoc(RefreshEvent).split("::\n")[1:]
