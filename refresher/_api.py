@@ -79,9 +79,9 @@ def refresh_kuzzle_token(
             ``authToken`` cookie of *session*.
         expires_in: How long the new token is valid, at least one second, and two if it is to be refreshed in time: a
             string as npm's ``ms`` reads it (``"2h"``, ``"1.5 days"``, ``"500000ms"``), or a timedelta. A cached token
-            that was asked to be valid for less is refreshed. ``"-1"`` means for ever, and such a token cannot be
-            refreshed. None: the server decides, however long *jwt* was valid: an hour, unless it is configured
-            otherwise.
+            that was asked to be valid for less is refreshed, and returned after all if that takes more than two
+            seconds. ``"-1"`` means for ever, and such a token cannot be refreshed. None: the server decides, however
+            long *jwt* was valid: an hour, unless it is configured otherwise.
         cookie_auth: Cookie mode. The new token goes into the cookie jar of *session*, unless another has come there
             meanwhile, and is None in the result. Use one session for each Kuzzle: cookies do not tell the ports of a
             host apart.

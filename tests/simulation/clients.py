@@ -13,7 +13,7 @@ from typing import Any
 import requests
 from greenlet import GreenletExit, getcurrent
 
-from refresher import CircleAuth, KuzzleAuth, TokenCache, refresh_kuzzle_token, refresh_user_token
+from refresher import CircleAuth, KuzzleAuth, TokenCache, _rules, refresh_kuzzle_token, refresh_user_token
 from refresher.errors import (
     OutcomeUnknownError,
     RefreshError,
@@ -111,7 +111,7 @@ class Call:
         if token is not None:
             judge.handed_out(world, self, token)
             process.link(self.token, token)
-            self._judge_lifetime(token)
+            self._judge_lifetime(token, took)
         return token
 
     def _judge(self, error: RefreshError, took: float) -> None:
@@ -122,10 +122,12 @@ class Call:
         elif not isinstance(error, RequestRefusedError) or "request refused" not in self.world.faults.happened:
             self.world.violated("a strange error", f"{type(error).__name__}: {error}")
 
-    def _judge_lifetime(self, token: Any) -> None:
-        """A call that asks for longer than others did gets a token that lives longer."""
+    def _judge_lifetime(self, token: Any, took: float) -> None:
+        """A call that asks for longer than others did gets a token that lives longer, if that is to be had soon."""
         patient = self.timeout is None or self.timeout >= 5.0
         if self.asked is None or not patient or self.world.faults.happened or self.session.is_leaving:
+            return
+        if took >= _rules.BRIEFLY:
             return
         if judge.life(token) >= self.asked - 1 or not self.session.is_alive():
             return
