@@ -21,7 +21,7 @@ from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import LEAP, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
-from ._runtime import REAL, EndingError, Runtime
+from ._runtime import REAL, Runtime
 from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, RequestRefusedError, UnavailableError
@@ -216,7 +216,8 @@ class TokenCache:
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome
-        except EndingError as error:
+        except UnavailableError as error:  # the process is ending
+            flights.pop(key, None)
             return flight, error
         finally:
             flight.leave(waiter)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import attrs
 
@@ -24,17 +25,17 @@ from .errors import (
     UnavailableError,
 )
 
+_log = logging.getLogger("refresher")
+
 # How many requests a second a service takes from one who asks, where it tells.
 _PER_SECOND = {"circle": 5.0}
 # How many seconds a store may cost by not answering, before it counts as down.
 _WASTE = 2.0
 _WRONG = "auths must be KuzzleAuth or CircleAuth objects"
 
-A = TypeVar("A", bound=Auth[Any])
-
 
 @attrs.frozen(kw_only=True)
-class KeepAliveOutcome(Generic[A]):
+class KeepAliveOutcome:
     """
     What `keep_alive` did about one session.
 
@@ -44,18 +45,18 @@ class KeepAliveOutcome(Generic[A]):
             its newest token, so its user has to sign in again. ``"skipped"``: it was not refreshed. *error* says why;
             None means that nobody has signed in.
         seconds: How long that took.
-        error: What went wrong. After ``"refreshed"``, what *on_refresh* raised.
+        error: What went wrong. After ``"refreshed"`` and ``"fresh"``, what *on_refresh* raised.
     """
 
-    auth: A
+    auth: Auth[Any]
     outcome: Literal["refreshed", "fresh", "ended", "skipped"]
     seconds: float = 0.0
     error: Exception | None = None
 
 
 def keep_alive(
-    auths: Iterable[A], *, at_once: int = 4, per_second: float | None = None
-) -> Iterator[KeepAliveOutcome[A]]:
+    auths: Iterable[Auth[Any]], *, at_once: int = 4, per_second: float | None = None
+) -> Iterator[KeepAliveOutcome]:
     """
     Refresh all sessions that are due, and tell of each session what came of it, as soon as that is known.
 
@@ -91,10 +92,10 @@ def keep_alive(
         raise InvalidArgumentError("per_second must be a number of refreshes, more than 0, or None")
     if not isinstance(reveal(auths), Iterable):
         raise InvalidArgumentError(_WRONG)
-    return _Keeper[A](reveal(at_once), rate).run(iter(reveal(auths)))
+    return _Keeper(reveal(at_once), rate).run(iter(reveal(auths)))
 
 
-class _Keeper(Generic[A]):
+class _Keeper:
     """One run of `keep_alive`."""
 
     def __init__(self, at_once: int, per_second: float | None) -> None:
@@ -103,11 +104,11 @@ class _Keeper(Generic[A]):
         self._wasted: dict[TokenCache, float] = {}  # seconds that a store has cost by not answering
         self._next: dict[str, float] = {}  # when the next refresh may begin
         self._doubts: set[str] = set()  # whose failures looked like one
-        self._running: set[Future[KeepAliveOutcome[A]]] = set()
+        self._running: set[Future[KeepAliveOutcome]] = set()
         self._is_left = False  # nobody wants the rest
         self._process = os.getpid()
 
-    def run(self, auths: Iterator[A]) -> Iterator[KeepAliveOutcome[A]]:
+    def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
         """Go through all auth objects."""
         try:
             for hidden in map(Secret, auths):
@@ -120,14 +121,14 @@ class _Keeper(Generic[A]):
             self._is_left = True
             if self._process == os.getpid():  # a forked child has none of these threads
                 for each in wait(self._running).done:
-                    if each.exception() is None:
-                        self._hand_over(each.result())
+                    if each.exception() is None and (last := self._hand_over(each.result())).error is not None:
+                        _log.warning("keep_alive was left: %s (%s)", last.outcome, type(last.error).__name__)
 
-    def _rest(self) -> Iterator[KeepAliveOutcome[A]]:
+    def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:
             yield from self._done()
 
-    def _step(self, auth: A) -> Iterator[KeepAliveOutcome[A]]:
+    def _step(self, auth: Auth[Any]) -> Iterator[KeepAliveOutcome]:
         """Begin with one auth object, when there is room for it, and tell what came of others meanwhile."""
         outcome = self._look(auth)
         yield from self._done(0)
@@ -141,13 +142,13 @@ class _Keeper(Generic[A]):
         else:
             self._begin(auth)
 
-    def _begin(self, auth: A) -> None:
+    def _begin(self, auth: Auth[Any]) -> None:
         """Refresh one session in a thread. Python would wait for a pool's, even if this one is a daemon."""
         consumer = threading.current_thread()
         is_there = consumer.is_alive if consumer.is_alive() else lambda: True  # else this is a handler of atexit
         self._running.add(work_aside(lambda: self._refresh(auth, is_there), daemon=consumer.daemon))
 
-    def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome[A]]:
+    def _done(self, seconds: float | None = None) -> Iterator[KeepAliveOutcome]:
         """Tell what has come of refreshes, after some seconds at most."""
         outcomes = []
         for each in wait(self._running, seconds, return_when=FIRST_COMPLETED).done:
@@ -155,7 +156,7 @@ class _Keeper(Generic[A]):
             outcomes.append(self._hand_over(each.result()))
         yield from outcomes
 
-    def _hand_over(self, outcome: KeepAliveOutcome[A]) -> KeepAliveOutcome[A]:
+    def _hand_over(self, outcome: KeepAliveOutcome) -> KeepAliveOutcome:
         """Hand a new token over here, not in one of our threads: connections to databases are for one thread each."""
         try:
             outcome.auth._hand_over()
@@ -163,7 +164,7 @@ class _Keeper(Generic[A]):
             outcome = attrs.evolve(outcome, error=outcome.error or error)
         return outcome
 
-    def _look(self, auth: A) -> KeepAliveOutcome[A] | None:
+    def _look(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session that is not due."""
         cache, began = auth._cache, auth._cache._runtime.steady()
         wasted = self._wasted.get(cache, 0.0)
@@ -179,12 +180,12 @@ class _Keeper(Generic[A]):
         # There may be a token that on_refresh has failed to take.
         return None if is_due else self._hand_over(KeepAliveOutcome(auth=auth, outcome="fresh"))
 
-    def _skip(self, auth: A) -> KeepAliveOutcome[A] | None:
+    def _skip(self, auth: Auth[Any]) -> KeepAliveOutcome | None:
         """Return what came of a session whose service is down."""
         error = self._outages.get(auth._scope)
         return None if error is None else KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
 
-    def _wait_for_turn(self, auth: A) -> Iterator[KeepAliveOutcome[A]]:
+    def _wait_for_turn(self, auth: Auth[Any]) -> Iterator[KeepAliveOutcome]:
         """Begin no more refreshes in a second than the service takes."""
         rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._cache._runtime
         if rate is not None:
@@ -196,7 +197,7 @@ class _Keeper(Generic[A]):
                 else:
                     runtime.sleep(seconds)
 
-    def _refresh(self, auth: A, is_there: Callable[[], bool]) -> KeepAliveOutcome[A]:
+    def _refresh(self, auth: Auth[Any], is_there: Callable[[], bool]) -> KeepAliveOutcome:
         """Refresh one session, unless nobody wants the rest, or who took the outcomes has ended with the process."""
         runtime, first, began = auth._cache._runtime, auth._credential, auth._cache._runtime.steady()
         # What memory has will do: here the store would have to be asked by one more thread.

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from ._system import find_clock, read_boot, start_thread
 from .errors import UnavailableError
@@ -105,10 +105,6 @@ def _is_ending(caller: threading.Thread) -> bool:
     return all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate())
 
 
-class EndingError(UnavailableError):
-    """The process is ending."""
-
-
 class Runtime:
     """
     What the library needs of its surroundings: the operating system's clocks, threads and sockets.
@@ -158,8 +154,7 @@ class Runtime:
     def caller(self) -> Callable[[], bool]:
         """Return what tells whether the calling thread is still there: daemon threads end with the process."""
         me = threading.current_thread()
-        # While handlers of atexit run, which may wait for it, a daemon thread does the work itself.
-        return lambda: (me is threading.current_thread() and self._over_at is None) or not _is_ending(me)
+        return lambda: not _is_ending(me)
 
     # Effects
 
@@ -176,18 +171,23 @@ class Runtime:
         Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon.
 
         Raises:
-            EndingError: The calling thread is a daemon, and may end with its process at any moment.
+            UnavailableError: The calling thread is a daemon, and ends with its process: what it began would, too.
         """
-        is_ending, task = _is_ending(threading.current_thread()), functools.partial(self._wait_for, work)
         if daemon:
             start_thread(work, daemon=True)
-        elif self._over_at is not None and is_ending:
-            time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))  # it ends meanwhile, unless a handler waits for it
-            raise EndingError("The process is ending, so nothing was sent", spent=False)
-        elif self._over_at is not None:
+        elif _is_ending(threading.current_thread()):
+            self._wait_for_the_end()
+        elif self._over_at is not None or not start_thread(functools.partial(self._wait_for, work), daemon=False):
             work()
-        elif is_ending or not start_thread(task, daemon=False):
-            task()
+
+    def _wait_for_the_end(self) -> NoReturn:
+        """Wait until this thread ends with its process. If it does not, a handler of atexit may be waiting for it."""
+        # A child of multiprocessing runs no handlers: it ends as soon as these have.
+        while any(one.is_alive() and not one.daemon for one in threading.enumerate()):
+            time.sleep(0.05)
+        self._over_at = self._over_at or _STEADY()
+        time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))
+        raise UnavailableError("The process is ending, so nothing was sent", spent=False)
 
     def _wait_for(self, work: Callable[[], None]) -> None:
         """Do something that the process waits for, also if Python has waited for its threads already."""

@@ -422,7 +422,10 @@ def test_knows(kuzzle):
         False,
         False,
     ]
-    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=60), cache=None))
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=60), cache=None)
+    assert kuzzle.knows(jwt=token)
+    with pytest.raises(ValueError, match="in cookie mode"):
+        kuzzle.knows(attrs.evolve(token, jwt=None))
     kuzzle.clock.advance(10)
     assert [kuzzle.knows(token) for token in (jwt, key, short)] == [False, True, True]
     kuzzle.clock.advance(10)

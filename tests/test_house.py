@@ -283,9 +283,6 @@ def test_typing(tmp_path):
             refresh_kuzzle_token("u", "j", "2h")  # bad
             refresh_kuzzle_token("u", "j", expiresIn="2h")  # bad
             token.jwt = "x"  # bad
-            for outcome in refresher.keep_alive([refresher.KuzzleAuth("u", "j")]):
-                outcome.auth.jwt = "x"
-                outcome.auth.user_token = "x"  # bad
             for call in (TokenCache().peek, TokenCache().forget):
                 call("u", "j")
                 call(url="u", jwt="j")

@@ -1117,6 +1117,22 @@ def test_keep_alive_hands_over_what_is_left(kuzzle):
     assert [*map(kuzzle.knows, saved)] == [True, True]
 
 
+def test_keep_alive_says_what_nobody_takes(kuzzle, caplog):
+    """What on_refresh raises when nobody takes outcomes any more is in the log, without its text."""
+
+    def save(token):
+        raise OSError(token.jwt)
+
+    def sessions():
+        yield KuzzleAuth(kuzzle.url, kuzzle.login(ago=3595), cache=TokenCache(), on_refresh=save)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        list(keep_alive(sessions()))
+    assert "keep_alive was left: refreshed (OSError)" in caplog.text
+    assert "kauth-" not in caplog.text
+
+
 def test_keep_alive_hands_over_after_an_interrupt(kuzzle):
     """If on_refresh is interrupted, the tokens of others that are there are handed over all the same."""
     saved = []

@@ -53,7 +53,7 @@ from refresher._exchange import Observed
 from refresher._flight import Flight
 from refresher._ledger import Call, Lease
 from refresher._rules import Attempt, Instant, Left, Lock, asker
-from refresher._runtime import REAL, EndingError, Runtime
+from refresher._runtime import REAL, Runtime
 from refresher._text import Secret, key_of
 from refresher.services import Reply
 from refresher.services.circle import credential as circle_credential
@@ -227,8 +227,8 @@ def test_spent_tokens_push_out_no_session(kuzzle, clock):
     ("error", "why"),
     [
         (
-            PermissionError(13, "this folder must be yours alone", "/home/jwt"),
-            "PermissionError: this folder must be yours",
+            PermissionError(13, "other users could replace the store's files", "/home/jwt"),
+            "PermissionError: other users could replace",
         ),
         (ValueError("kauth-secret"), r"ValueError\)"),
     ],
@@ -1569,60 +1569,41 @@ def test_one_session_by_two_names(circle, clock, store, first, shared):
             refresh_user_token(refresh_token=old.refresh_token, user_id="user-2", **options, cache=cache)
 
 
-LATE = """
-import atexit, time
-cache, go = TokenCache(refresher.FileStore(jwts.pop())), threading.Event()
+FORKED = """
+import multiprocessing, time
+from refresher import KuzzleAuth, RefreshError, keep_alive
 
-def keep():
-    go.wait()
-    while True:
-        refresh_kuzzle_token(url, jwts[0], cache=cache, timeout=5)
-        time.sleep(0.1)
+def work():
+    cache = TokenCache(refresher.FileStore(jwts[0]), ahead=1800)
+    auths = [KuzzleAuth(url, jwt, cache=cache) for jwt in jwts[1:]]
+    threading.Thread(target=lambda: [*keep_alive(auths)], daemon=True).start()
+    while sum(flight.has_departed for flight in list(cache._ledger.flights.values())) < 4:
+        time.sleep(0.01)
 
-def flush():
-    go.set()
-    time.sleep(0.5)
-
-threading.Thread(target=keep, daemon=True).start()
-atexit.register(flush)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join()
 """
 
 
-def test_daemon_that_refreshes_at_the_end(kuzzle, root, tmp_path):
-    """What a daemon thread has begun while the process was ending is waited for, and written down."""
-    kuzzle.delay_next(1.0)
-    run(PRELUDE + LATE, kuzzle.url, root, str(tmp_path))
-    assert len(kuzzle.requests) == 1
-    token = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(FileStore(tmp_path)))
-    assert kuzzle.knows(token.jwt)
-    assert len(kuzzle.requests) == 1
-
-
-def test_daemon_that_comes_too_late(monkeypatch):
-    """What a daemon thread would begin when nobody waits any more is not begun, and it is told so."""
-    ended = threading.Thread()
-    runtime, begun, told = Runtime(), [], []
-
-    def begin():
-        try:
-            runtime.start(lambda: begun.append(1))
-        except UnavailableError as error:
-            told.append(error.spent)
-
-    runtime._end()
-    monkeypatch.setattr(threading, "main_thread", lambda: ended)
-    monkeypatch.setattr(threading, "enumerate", list)
-    thread = threading.Thread(target=begin, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert (begun, told) == ([], [False])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_daemon_of_a_child_that_ends(tmp_path):
+    """What a daemon thread would begin at the end of a child that runs no handlers of atexit is not begun."""
+    with FakeKuzzle(grace=0.01) as kuzzle:
+        jwts = [kuzzle.login(f"user-{number}", ago=3000) for number in range(9)]
+        kuzzle.next_answers += [functools.partial(kuzzle.truly, after=0.1 + 0.05 * number) for number in range(9)]
+        run(PRELUDE + FORKED, kuzzle.url, str(tmp_path), *jwts)
+        cache = TokenCache(FileStore(tmp_path))
+        assert 0 < len(kuzzle.requests) < 9
+        for jwt in jwts:
+            assert kuzzle.knows(KuzzleAuth(kuzzle.url, jwt, cache=cache).jwt)
 
 
 class Ending(Runtime):
     """At the very end of a process."""
 
     def start(self, work, *, daemon=False):
-        raise EndingError("The process is ending, so nothing was sent", spent=False)
+        raise UnavailableError("The process is ending, so nothing was sent", spent=False)
 
 
 def test_call_at_the_very_end(kuzzle, root):
@@ -1631,6 +1612,9 @@ def test_call_at_the_very_end(kuzzle, root):
         refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(runtime=Ending()))
     auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 10), cache=TokenCache(runtime=Ending()))
     assert requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10).status_code == 200
+    with pytest.raises(UnavailableError, match="is ending"):
+        auth.sign_out()
+    assert not kuzzle.requests[1:]
 
 
 FLUSHED = """
@@ -1668,8 +1652,8 @@ queued.put(logging.makeLogRecord({}))
 @pytest.mark.parametrize("is_known", ["known", "unknown"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_a_daemon_thread_flushes_at_the_end(kuzzle, root, tmp_path, when, is_known):
-    """A handler of atexit waits for a thread that calls: that is served, or told if nobody would wait for it."""
-    told = "The process is ending, so nothing was sent\n" if (when, is_known) == ("before", "unknown") else "foo\n"
+    """A handler of atexit waits for a thread that calls: that goes on with a valid token, or is told if it has none."""
+    told = "foo\n" if is_known == "known" else "The process is ending, so nothing was sent\n"
     assert run(FLUSHED, when, is_known, str(tmp_path), kuzzle.url, root) == told
 
 

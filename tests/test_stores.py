@@ -1271,7 +1271,7 @@ def test_folder_of_another_user(folder):
     store = FileStore(folder)
     store.set(KEY, "value", 60)
     os.chown(folder / "refresher", 65534, 65534)
-    check_refused(store, PermissionError, "must be yours")
+    check_refused(store, PermissionError, "could replace")
 
 
 @pytest.mark.parametrize("bits", [0o777, 0o770, 0o702])

@@ -221,7 +221,7 @@ class FileStore:
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(self._path))
         if user and (is_foreign or status.st_uid != user() or status.st_mode & 0o022):
-            message = "this folder must be yours, and nobody else may write to it"
+            message = "other users could replace the store's files"
             raise PermissionError(errno.EACCES, message, str(self._path.parent if is_foreign else self._path))
         folder = self._path / key[:2]
         if make and not folder.is_dir():

@@ -49,6 +49,20 @@ def check_known(name: str, value: object, known: Iterable[object]) -> None:
         raise ValueError(f"no such {name}: {value!r}. There are: {', '.join(map(str, known))}")
 
 
+def jwt_of(token: str | KuzzleToken) -> str:
+    """
+    Return the token itself.
+
+    Raises:
+        ValueError: It is that of cookie mode.
+    """
+    if not isinstance(token, KuzzleToken):
+        return token
+    if token.jwt is None:
+        raise ValueError("in cookie mode the token is in the cookie: pass the cookie's value")
+    return token.jwt
+
+
 class Fake(Server):
     """A service that fails when it is told to, and counts what was refreshed."""
 
@@ -94,10 +108,7 @@ class Fake(Server):
         __tracebackhide__ = True  # pytest shows the line of the test instead
         if isinstance(token, UserToken):
             token = token.refresh_token
-        elif isinstance(token, KuzzleToken):
-            if token.jwt is None:
-                raise ValueError("in cookie mode the token is in the cookie: pass the cookie's value")
-            token = token.jwt
+        token = jwt_of(token)
         times = self._spent[token]
         if times != 1:
             how_often = f"refreshed {times} times, not once" if times else "never refreshed"

@@ -22,7 +22,7 @@ import attrs
 from .._text import claims
 from ..services.kuzzle import milliseconds
 from ..tokens import KuzzleToken
-from .faults import Fake, check_known
+from .faults import Fake, check_known, jwt_of
 from .server import Answer, Clock, Received, sign
 
 _INVALID_EXPIRES_IN = 'Invalid argument "expiresIn". Expected: a number of milliseconds, or a parsable timespan string'
@@ -269,10 +269,14 @@ class FakeKuzzle(Fake):
         self._api_keys[key] = _Session(username, -1 if ttl == -1 else int(now * 1000) + ttl, ttl, math.inf)
         return key
 
-    def knows(self, token: str | KuzzleToken | None) -> bool:
-        """Whether a token authenticates its user now."""
-        jwt = token.jwt if isinstance(token, KuzzleToken) else token
-        return jwt is not None and self._find(jwt) is not None
+    def knows(self, jwt: str | KuzzleToken | None) -> bool:
+        """
+        Whether a token authenticates its user now.
+
+        Raises:
+            ValueError: It is that of cookie mode.
+        """
+        return jwt is not None and self._find(jwt_of(jwt)) is not None
 
     def fail_next(self, id: str, times: int = 1) -> None:
         """Refuse the next requests with the error of that *id*, and do nothing else for them."""
