@@ -203,8 +203,10 @@ class TokenCache:
             while (remaining := until + _GRACE - runtime.steady()) > 0:
                 if runtime.wait(waiter.event, min(remaining, 1.0 if status else 0.1)):
                     break
-                if call.is_left is not None and call.is_left() and not flight.has_departed:
-                    raise CancelledError
+                if call.is_left is not None and call.is_left():
+                    waiter.until = min(waiter.until, runtime.steady())
+                    if not flight.has_departed:
+                        raise CancelledError
                 if flight.is_stuck():  # so that another goes
                     break
                 if not flight.is_running:  # whoever was about to start it was interrupted

@@ -162,6 +162,7 @@ class Exchange:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
         self.attempts = 0
+        self._lost: RefreshError | None = None  # after which nobody knows what was spent
         self._date: float | None = None  # of the last answer
         self._asked = 0.0  # when its request was sent
 
@@ -181,7 +182,6 @@ class Exchange:
             RefreshError: There was no answer in time, or it was a refusal.
         """
         started, attempts = self._runtime.steady(), 0
-        lost: RefreshError | None = None
         old = fingerprint(request.secret.reveal())
         path, outcome = old, "interrupted"
         try:
@@ -195,19 +195,19 @@ class Exchange:
                 except RefreshError as failed:
                     error = failed
                 else:
-                    path, outcome = f"{old} -> {token.fingerprint}", "ok"
+                    path, outcome, self._lost = f"{old} -> {token.fingerprint}", "ok", None
                     return token, reply
                 if error.retry_after is not None:
                     self._observed.leave_alone(self._scope, error.retry_after)
-                pause = self._pause(error, attempts)
-                if lost is not None:  # nothing was spent this time, but an answer was lost before
-                    error = lost if isinstance(error, UnavailableError) else error
+                pause = self._pause(error)
+                if self._lost is not None:  # nothing was spent this time, but an answer was lost before
+                    error = self._lost if isinstance(error, UnavailableError) else error
                     is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)
                     error.spent = is_proof or error.spent or None
                 if pause is None:
                     outcome = str(error)
                     raise error
-                lost = error if isinstance(error, OutcomeUnknownError) else lost
+                self._lost = error if isinstance(error, OutcomeUnknownError) else self._lost
                 attempts_log.warning("%s %s: %s. Next try in %.1f s", request.service, old, error, pause)
                 self._patience.failed(error)
                 self._patience.pause(pause)
@@ -251,9 +251,9 @@ class Exchange:
         """Learn what time it is at the service from the last answer, and the token that came with it."""
         self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
 
-    def _pause(self, error: RefreshError, attempts: int) -> float | None:
+    def _pause(self, error: RefreshError) -> float | None:
         left = self._patience.until() - self._runtime.steady() if self._patience.retry() else -math.inf
-        return _rules.pause_after(error, attempts, left, self._runtime.pick(0.0, 1.0))
+        return _rules.pause_after(error, self.attempts, left, self._runtime.pick(0.0, 1.0))
 
 
 def not_yet(service: str, what: str, seconds: float) -> UnavailableError:

@@ -81,6 +81,7 @@ class Flight(Patience, Generic[T]):
         self._service = call.credential.service.title()
         self._lease = Lease(ledger, chain, self._name)
         self.waiters: list[Waiter] = []
+        self._sent_for: list[Waiter] = []  # those who waited when the request left
         self.departed_at: Instant | None = None
         self._announced_at = math.inf
         # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
@@ -189,7 +190,7 @@ class Flight(Patience, Generic[T]):
         """Wait no more."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
-            if (now := self._runtime.steady()) < waiter.until:  # it was interrupted
+            if (now := self._runtime.steady()) < waiter.until and waiter in self._sent_for:  # it was interrupted
                 self._gone_at = now
             self._alarm.set()
 
@@ -206,7 +207,11 @@ class Flight(Patience, Generic[T]):
 
     def answer_by(self) -> float:
         """Connect while somebody waits. Give a request that was sent the time that an exchange may take in any case."""
-        return max(self.until(), self._gone_at + self._limit) if self.has_departed else self.until()
+        if not self.has_departed:
+            return self.until()
+        # Those who have joined since would rather have another attempt than wait for an answer that was lost.
+        waiting = (waiter.until for waiter in self._waiting() if waiter in self._sent_for)
+        return max([self._gone_at + self._limit, *waiting])
 
     def retry(self) -> bool:
         return any(waiter.retry for waiter in self._waiting())
@@ -228,7 +233,9 @@ class Flight(Patience, Generic[T]):
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
     def begin(self) -> None:
-        if self._lease.lock is not Lock.OURS and self._is_old():
+        if self._is_old() and (self._lease.lock is not Lock.OURS or self._time_left() > 2 * _rules.TRUSTED):
+            self._lease.give_back()
+            self.pause(_rules.TRUSTED)  # it was in vain for seconds: another machine may have more luck
             raise _LookAgain
         self._go_on()
 
@@ -236,7 +243,8 @@ class Flight(Patience, Generic[T]):
         self._go_on()
         if self._is_old() and not self._lease.announce():
             raise _LookAgain
-        self.has_departed, self.departed_at, self._gone_at = True, self._ledger.now(), self._runtime.steady()
+        self._sent_for, self.departed_at, self._gone_at = list(self.waiters), self._ledger.now(), self._runtime.steady()
+        self.has_departed = True
 
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt, or cannot wait for it."""
@@ -437,7 +445,8 @@ class Flight(Patience, Generic[T]):
             raise self._unread(spent=False)  # the answer would be that to an earlier request
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
-        exchange = self._exchange = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
+        new = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
+        exchange = self._exchange = self._exchange or new  # whose pauses grow longer, as it knows of all attempts
         try:
             successor = spend.refresh(exchange, key=self._key)
         except _LookAgain:

@@ -26,7 +26,7 @@ _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
 LEAP = 2**20  # generations: no process is ahead or behind by so many
-_LED = 1.25 * _rules.DAY  # how long a spent token leads to the newest, in seconds
+_LED = 2 * _rules.DAY  # how long a spent token leads to the newest, in seconds; hits hide its use for half a day
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -144,10 +144,10 @@ class Ledger:
         key = self._aliases.get(own) or own
         chain = self.chains.get(key)
         is_recent = self.runtime.steady() - (self._looked_at.get(key) or -math.inf) <= _rules.TRUSTED
-        is_recent = is_recent and (self.is_failing or not (chain and self._is_to_be_led(own, chain)))
-        if self.is_local and (self.store.get(key) != chain.text if chain else not is_recent):
+        is_led = self.is_failing or chain is None or not self._is_to_be_led(own, chain)
+        if self.is_local and (not is_led or (self.store.get(key) != chain.text if chain else not is_recent)):
             return self.look(credential)[0], True
-        return chain or Chain(key=key), is_recent or self.is_local
+        return chain or Chain(key=key), (is_recent and is_led) or self.is_local
 
     def connect(self, credential: Credential[Any], chain: str) -> None:
         """Remember to which chain a credential belongs, if that was forgotten while nobody used it."""
@@ -305,7 +305,7 @@ class Ledger:
         self._looked_at.put(key, self.runtime.steady())
         if found is not None and self._is_to_be_led(own, found):
             self._led_at.put(own, self.runtime.steady())
-            self.runtime.start(functools.partial(self._lead_again, credential, key))  # a store that reads may hang then
+            self.runtime.start(functools.partial(self._lead_again, credential, key), daemon=True)  # it may hang
         known = self.chains.get(key)
         current = found if found is not None and (known is None or found.generation >= known.generation) else known
         if current is not None and (other := self._other(current)) is not None:  # before it is forgotten
@@ -500,7 +500,7 @@ class Ledger:
     def _is_to_be_led(self, own: str, chain: Chain[Any]) -> bool:
         """Whether somebody uses a spent credential which the store may forget in the next day."""
         is_spent = chain.newest is not None and own not in (chain.key, *chain.newest.keys)
-        return is_spent and self.runtime.steady() - (self._led_at.get(own) or -math.inf) > _LED / 5
+        return is_spent and self.runtime.steady() - (self._led_at.get(own) or -math.inf) > _LED / 8
 
     def _lead_again(self, spent: Credential[Any], chain: str) -> None:
         self._lead(spent, chain)
@@ -631,6 +631,7 @@ class Lease:
         """Let others take the lock."""
         if self._end is not None:
             self._end.set()
+            self._end = None
         if self.lock is Lock.OURS:
             self.lock = Lock.UNTRIED
             store = self._ledger.store

@@ -17,7 +17,7 @@ _log = logging.getLogger("refresher")
 # How many entries that were read lately are passed over before one of them is dropped after all.
 _CHANCES = 16
 # The endings of keys whose entries never push out valid sessions.
-_ASIDE = ("-alias", "-attempt")
+_ASIDE = ("-alias", "-attempt", "-ended")
 
 
 class _Entry:
