@@ -2,7 +2,7 @@
 TokenCache: the newest token of each chain, refreshed once for everyone.
 
 A caller's thread looks at memory and waits. All the rest (store, lock, network) is done by a *flight*: one thread for
-each chain and process, which outlives its callers if something was sent. `_rules` says what to do; this does it.
+each chain and process, which outlives its callers if something was sent. `_rules` says what to do, `_flight` does it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._flight import Flight, OnEvent, SignOut, Waiter
 from ._ledger import LEAP, Call, Ledger
 from ._notebook import show_wait
 from ._rules import Chain, Left
-from ._runtime import REAL, Runtime
+from ._runtime import REAL, EndingError, Runtime
 from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
 from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, RequestRefusedError, UnavailableError
@@ -102,7 +102,7 @@ class TokenCache:
         if runtime is not None and not hasattr(reveal(runtime), "steady"):
             raise InvalidArgumentError("runtime must be a Runtime, or None")
         self._store = MemoryStore() if store is None else check_store(reveal(store))
-        self._lease, self._clock, self._ahead = float(reveal(lease)), reveal(clock), reveal(ahead)
+        self._limit, self._clock, self._ahead = float(reveal(lease)), reveal(clock), reveal(ahead)
         self._on_wait, self._on_event = reveal(on_wait) or show_wait, reveal(on_event)
         self._start_empty(REAL if runtime is None else reveal(runtime))
 
@@ -138,14 +138,14 @@ class TokenCache:
         ledger = self._ledger
         chain, is_trusted = ledger.recall(call.credential)
         newest, left, window, wanted = ledger.assess(chain, call)
-        if newest is not None and (is_trusted or ledger.is_hung()) and call.rejected is None:
+        if newest is not None and (is_trusted or ledger.probe_if_hung()) and call.rejected is None:
             if left.least > window and not wanted:
                 _log.debug("%s %s: fresh, %.0f s left", newest.service, chain.key[:8], left.least)
                 ledger.keep_hit(call, chain, newest, left.least - window)
                 return newest
             if ledger.is_held_back(chain.key, left, call):
                 return newest
-        get_ready()
+        import_http()
         began = self._runtime.steady()
         end = math.inf if call.timeout is None else began + call.timeout
         while True:
@@ -176,7 +176,7 @@ class TokenCache:
                 raise _own(flight.too_late())
 
     def _join(
-        self, key: str, call: Call[T], end: float, until: float, kind: type[Flight[T]] = Flight
+        self, key: str, call: Call[T], end: float, until: float, flight_type: type[Flight[T]] = Flight
     ) -> tuple[Flight[T], Any]:
         """
         Wait for a flight that is in progress, or start one. Return its outcome; None is to ask again.
@@ -195,20 +195,18 @@ class TokenCache:
             flight = None
         is_ours, told, status = flight is None, False, ""
         if flight is None:
-            flight = flights.setdefault(key, kind(self._ledger, key, call, self._lease, self._on_event))
+            flight = flights.setdefault(key, flight_type(self._ledger, key, call, self._limit, self._on_event))
         try:
             flight.join(waiter)
             if is_ours:
                 runtime.start(flight.run)
             while (remaining := until + _GRACE - runtime.steady()) > 0:
-                if runtime.wait(waiter.event, min(remaining, 1.0 if status else 0.1)):
-                    break
-                if call.is_left is not None and call.is_left():
+                if runtime.wait(waiter.event, min(remaining, 1.0 if status else 0.1)) or flight.is_stuck():
+                    break  # if it is stuck, another goes
+                if call.is_unwanted is not None and call.is_unwanted():
                     waiter.until = min(waiter.until, runtime.steady())
                     if not flight.has_departed:
                         raise CancelledError
-                if flight.is_stuck():  # so that another goes
-                    break
                 if not flight.is_running:  # whoever was about to start it was interrupted
                     runtime.start(flight.run)
                 elif status and remaining > 1:
@@ -218,7 +216,7 @@ class TokenCache:
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome
-        except UnavailableError as error:  # the process is ending
+        except EndingError as error:
             flights.pop(key, None)
             return flight, error
         finally:
@@ -233,7 +231,7 @@ class TokenCache:
         Raises:
             RefreshError: It may live on. Call again.
         """
-        get_ready()
+        import_http()
         end = math.inf if call.timeout is None else self._runtime.steady() + call.timeout
         while True:
             flight, outcome = self._join(self._ledger.recall(call.credential)[0].key, call, end, end, SignOut)
@@ -351,7 +349,7 @@ class TokenCache:
     def _fail(self, what: str, service: str | None = None) -> NoReturn:
         raise UnavailableError(f"{self._ledger.name} {what}", provider=service, spent=False)
 
-    def _peek(self, credential: Credential[T], *, by_store: bool = True) -> Credential[T]:
+    def _peek(self, credential: Credential[Any], *, by_store: bool = True) -> Credential[Any]:
         """Return the newest known credential of a chain, as it is."""
         return self._chain(credential, by_store)[0].newest or credential
 
@@ -415,8 +413,8 @@ class TokenCache:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
         for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_rules.KEY.fullmatch, kept)}:
-            there = ledger.chains.get(key) or ledger.ask("cannot be read", ledger.generation, key)[0] or 0
-            chain: Chain[Any] = there if isinstance(there, Chain) else Chain(key=key, generation=there)
+            if (chain := ledger.chains.get(key)) is None:
+                chain = Chain(key=key, generation=ledger.ask("cannot be read", ledger.generation, key)[0] or 0)
             is_done &= ledger.drop(chain, {key})
         for name in {*(f"{key}-attempt" for key in newest), *(key for key in kept if key.endswith("-attempt"))}:
             is_done &= ledger.delete(name)  # also of what has no entry, since it was refused
@@ -441,7 +439,7 @@ def _find(url: Any, jwt: Any, pair: Any) -> Credential[Any]:
     return kuzzle.credential(url, jwt)
 
 
-def get_ready() -> None:
+def import_http() -> None:
     """Import what sends, before any clock is running: requests takes a while, and calls that hit need it not."""
     with importing:
         from . import _http  # noqa: F401
@@ -455,7 +453,7 @@ def current(call: Call[T], cache: TokenCache | None) -> T:
     """Return the newest token of a chain. Without a cache, spend the credential here and now."""
     if cache is not None:
         return cache._get(call).token  # type: ignore[return-value]  # the newest has one
-    get_ready()
+    import_http()
 
     def tell(what: str) -> None:
         show_wait(what, None if call.timeout is None else max(0.0, patience.until() - REAL.steady()))
@@ -477,6 +475,6 @@ def _spend(call: Call[T], patience: Patience) -> T:
         REAL.sleep(hold)
     exchange = Exchange(REAL, observed, patience, credential.scope, call.session)
     successor = credential.refresh(exchange, key=None)
-    observed.seen_for(successor.keys[-1])
+    observed.see(successor.keys[-1])
     exchange.learn(successor)
     return successor.token  # type: ignore[return-value]  # a successor has one

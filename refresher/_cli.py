@@ -73,17 +73,14 @@ _VARIABLES = {
 }
 _KEY = "REFRESHER_KEY"
 _ENCRYPTED = "gAAAA"  # what Fernet writes begins like this
-# How long to wait for the answer to a check, and for a token to be saved, in seconds.
-_CHECK, _SAVING = 10.0, 60.0
+# How long to wait for the answer to a check, and for a token to be saved, in seconds; and for a signal to end the run,
+# before it counts as lost.
+_CHECK, _SAVING, _LOST = 10.0, 60.0, 1.0
 # A disk that is full now. What is there can be read, and to refresh it can wait.
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 # Windows has no SIGHUP, and only Windows has SIGBREAK.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-# After so many seconds without an end, a signal was lost.
-_LOST = 1.0
 
 
 class _EndedError(BaseException):
@@ -352,8 +349,8 @@ def _refresh(arguments: argparse.Namespace, run: _Run) -> Secret[str]:
         raise InvalidArgumentError("--timeout must be more than 0 and less than 292 years, such as 30s, 15m or 2h")
     cache, credential = _look_up(arguments, run)
     run.unsaved = cache._ledger.unsaved
-    options: Any = {"retry": not arguments.no_retry, "timeout": arguments.timeout, "patient": True}
-    call: Call[Any] = Call(credential=credential, **options)
+    retry, timeout = not arguments.no_retry, arguments.timeout
+    call = Call[Any](credential=credential, retry=retry, timeout=timeout, patient=True)
     before = cache._peek(credential).token
     try:
         if run.full and cache._status(credential).state != "fresh":
@@ -386,7 +383,7 @@ def _is_being_spent(cache: TokenCache, credential: Any) -> bool:
     """Whether another process is spending a credential: the service may have answered it already."""
     ledger = cache._ledger
     attempt, _ = ledger.last_attempt(credential)
-    return attempt is not None and attempt.is_under_way("", cache._lease + _rules.LEASE, ledger.age(attempt))
+    return attempt is not None and attempt.is_under_way("", cache._limit + _rules.LEASE, ledger.age(attempt))
 
 
 def _look_up(arguments: argparse.Namespace, run: _Run) -> tuple[TokenCache, Credential]:

@@ -25,6 +25,10 @@ attempts_log = logging.getLogger("refresher.attempts")
 # How long to wait for an answer where asking again is safe, in seconds.
 _SILENCE = 10.0
 
+# How far a service's clock is ahead of the steady one, at least and at most, and of the wall clock, whether that is
+# certain, and how far a `Date` is ahead of that: if nothing is known.
+_UNKNOWN = -math.inf, -math.inf, -math.inf, False, 0.0
+
 
 class Observed:
     """What a process has learned: clocks and pauses of services, and when it first saw each token."""
@@ -54,11 +58,11 @@ class Observed:
         self._clocks.drop(scope)
 
     def seen_for(self, key: str) -> float:
-        """Seconds since this was first called for a credential."""
-        since, _ = self._since(key)
-        return self._steady() - since
+        """Seconds since a credential was first seen."""
+        return self._steady() - self.see(key)[0]
 
-    def _since(self, key: str) -> tuple[float, float]:
+    def see(self, key: str) -> tuple[float, float]:
+        """Note that there is a credential. Return since when that is known, by both clocks."""
         if (since := self._seen.get(key)) is None:
             self._seen.put(key, since := (self._steady(), self._runtime.steady()))
         return since
@@ -74,19 +78,18 @@ class Observed:
         issued = None if came is None or came.idempotency_key else claims(came.secret).iat
         off = 0.0 if date is None or issued is None else date - issued
         date, is_certain = date if issued is None else issued, issued is not None
-        known = self._clocks.get(scope)
         if date is None:
             return
         least = date - self._steady()
         most = least + took
-        if known is not None and known[3] > is_certain:
-            expected = known[0] + known[4]
-            if least > expected + _rules.CLOCKS_DIFFER or most < expected - _rules.CLOCKS_DIFFER:
+        known_least, known_most, _, was_certain, known_off = self._clocks.get(scope) or _UNKNOWN
+        if was_certain > is_certain:
+            if not -took - _rules.CLOCKS_DIFFER <= least - known_least - known_off <= _rules.CLOCKS_DIFFER:
                 self._clocks.drop(scope)
             return
         # Each narrows it down, unless a clock was set meanwhile. They have whole seconds.
-        if known is not None and known[3] == is_certain and max(least, known[0]) <= min(most, known[1]) + 1:
-            least, most = max(least, known[0]), min(most, known[1])
+        if was_certain == is_certain and max(least, known_least) <= min(most, known_most) + 1:
+            least, most = max(least, known_least), min(most, known_most)
         self._clocks.put(scope, (least, most, date - self._wall(), is_certain, off))
 
     def service_now(self, scope: str) -> tuple[float, float, bool]:
@@ -95,13 +98,13 @@ class Observed:
 
         The latest is by the wall clock, in case it was set, or time was frozen for a test.
         """
-        least, most, wall, is_certain, _ = self._clocks.get(scope) or (*3 * (-math.inf,), False, 0.0)
+        least, most, wall, is_certain, _ = self._clocks.get(scope) or _UNKNOWN
         now = self._steady()
         return now + least, max(now + least, now + most, self._wall() + wall), is_certain
 
     def hold(self, credential: Credential[Any], *ages: float) -> float:
         """Seconds until a credential may be refreshed. *ages*: for how long it is known to have been there."""
-        since, truly = self._since(credential.keys[-1])
+        since, truly = self.see(credential.keys[-1])
         age = max(self._steady() - since, self._runtime.steady() - truly, *ages)  # a caller's clock may stand still
         return _rules.birth_hold(credential.birth, age=age, service_now=self.service_now(credential.scope))
 
@@ -187,19 +190,19 @@ class Exchange:
         try:
             while True:
                 try:
-                    self._leave_alone(request)
+                    self._wait_out_pause(request.service)
                     self._patience.begin()
                     attempts += 1
                     self.attempts += 1
                     token, reply = self._ask(request, parse)
-                except RefreshError as failed:
-                    error = failed
-                else:
                     path, outcome, self._lost = f"{old} -> {token.fingerprint}", "ok", None
                     return token, reply
+                except RefreshError as failed:
+                    error = failed
                 if error.retry_after is not None:
                     self._observed.leave_alone(self._scope, error.retry_after)
-                pause = self._pause(error)
+                time_left = self._patience.until() - self._runtime.steady() if self.retry else -math.inf
+                pause = _rules.pause_after(error, self.attempts, time_left, self._runtime.pick(0.0, 1.0))
                 if self._lost is not None:  # nothing was spent this time, but an answer was lost before
                     error = self._lost if isinstance(error, UnavailableError) else error
                     is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)
@@ -218,12 +221,13 @@ class Exchange:
                 self._runtime.steady() - started,
             )
 
-    def _leave_alone(self, request: Request) -> None:
+    def _wait_out_pause(self, service: str) -> None:
         """Wait for as long as the service asked, whichever call it told."""
         while (pause := self._observed.pause(self._scope)) > 0:
-            if not self._patience.retry() or pause >= self._patience.until() - self._runtime.steady():
-                raise not_yet(request.service, "asked to wait", pause)
-            self._patience.failed(not_yet(request.service, "asked to wait", pause))
+            error = not_yet(service, "asked to wait", pause)
+            if not self.retry or pause >= self._patience.until() - self._runtime.steady():
+                raise error
+            self._patience.failed(error)
             self._patience.pause(pause)
 
     def _ask(self, request: Request, parse: Callable[[Reply, Request], R]) -> tuple[R, Reply]:
@@ -250,10 +254,6 @@ class Exchange:
     def learn(self, came: Credential[Any] | None = None) -> None:
         """Learn what time it is at the service from the last answer, and the token that came with it."""
         self._observed.learn(self._scope, self._date, self._runtime.steady() - self._asked, came)
-
-    def _pause(self, error: RefreshError) -> float | None:
-        left = self._patience.until() - self._runtime.steady() if self._patience.retry() else -math.inf
-        return _rules.pause_after(error, self.attempts, left, self._runtime.pick(0.0, 1.0))
 
 
 def not_yet(service: str, what: str, seconds: float) -> UnavailableError:

@@ -67,19 +67,19 @@ class Flight(Patience, Generic[T]):
 
     kind = "refresh"
     _longest = math.inf  # for how many seconds others may be about to come back with an answer
-    is_for_all = True  # what comes of it is not about its first caller alone
+    is_for_all = True  # its failure is that of all who wait, not of its first caller alone
     has_departed = False  # something is on the wire
     # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
     _done = _is_alone = _is_in_doubt = _has_let_go = False
-    first = math.inf  # the generation that it has found first, or that was forgotten meanwhile
+    first_generation = math.inf  # the one that it has found first, or that was forgotten meanwhile
 
-    def __init__(self, ledger: Ledger, chain: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
-        self._ledger, self._runtime = ledger, ledger.runtime
-        self._on_event, self._began, self._known = on_event, self._runtime.steady(), ledger.chains.get(chain)
-        self.chain, self.call, self._limit = chain, call, limit
-        self._name = self._runtime.draw()
+    def __init__(self, ledger: Ledger, chain_key: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
+        self._ledger, self._runtime, self._on_event = ledger, ledger.runtime, on_event
+        self._began, self._known = self._runtime.steady(), ledger.chains.get(chain_key) or Chain(key=chain_key)
+        self.chain_key, self.call, self._limit = chain_key, call, limit
+        self._name = self._runtime.new_name()
         self._service = call.credential.service.title()
-        self._lease = Lease(ledger, chain, self._name)
+        self._lease = Lease(ledger, chain_key, self._name)
         self.waiters: list[Waiter] = []
         self._sent_for: list[Waiter] = []  # those who waited when the request left
         self.departed_at: Instant | None = None
@@ -90,9 +90,10 @@ class Flight(Patience, Generic[T]):
         self._asker: str | None = None  # to whom it may have been lost
         self._tried: dict[str, Attempt | None] = {}  # what others were last seen to try with which credential
         self._spent: Credential[T] | None = None
-        self._exchange: Exchange | None = None
+        # One for all of its attempts: the pauses between them grow longer.
+        self._exchange = Exchange(self._runtime, ledger.observed, self, call.credential.scope, call.session)
         self._failure: RefreshError | None = None
-        self._gone_at = -math.inf  # when a request left, or a caller who was interrupted
+        self._gone_at = -math.inf  # when the limit began: a request left, or a caller was interrupted
         self.status = f"{ledger.name} is slow"
         self._alarm = self._runtime.event()  # ends the pause that the flight makes
         self._claim = [True]
@@ -121,10 +122,10 @@ class Flight(Patience, Generic[T]):
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
-        if self._ledger.flights.get(self.chain) is self:
-            self._ledger.flights.pop(self.chain, None)  # it may be forgotten just now
+        if self._ledger.flights.get(self.chain_key) is self:
+            self._ledger.flights.pop(self.chain_key, None)  # it may be forgotten just now
         try:
-            if self._on_event is not None and self.chain not in self._ledger.unsaved:
+            if self._on_event is not None and self.chain_key not in self._ledger.unsaved:
                 self._let_go()  # it may call the cache again
             self._report(outcome)
         except BaseException:  # it may be a SystemExit, and there are callers who wait
@@ -132,32 +133,31 @@ class Flight(Patience, Generic[T]):
         while self.waiters:
             waiter = self.waiters.pop()
             # It may have joined when the last attempt was just failing.
-            waiter.tell(None if self._has_time(waiter, self._failure) else outcome)
+            waiter.tell(None if self._failure and self._has_time(waiter, self._failure) else outcome)
 
-    def _has_time(self, waiter: Waiter, error: RefreshError | None) -> bool:
+    def _has_time(self, waiter: Waiter, error: RefreshError) -> bool:
         """Whether a call waits for long enough for another attempt after one that has failed."""
-        is_allowed = error is not None and error.retryable and waiter.retry
-        pause = max(getattr(error, "retry_after", None) or 0.0, self._ledger.observed.pause(self.call.credential.scope))
-        return is_allowed and waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
+        pause = max(error.retry_after or 0.0, self._ledger.observed.pause(self.call.credential.scope))
+        return error.retryable and waiter.retry and waiter.until - self._runtime.steady() > pause + _rules.LAST_CALL
 
     def _report(self, outcome: Any) -> None:
         """Say what came of it, if that is an exchange or a verdict, or news of one."""
         if self._on_event is None:
             return
-        last = self._known and self._known.newest
-        credential, chain = self._spent or last or self.call.credential, self._ledger.chains.get(self.chain)
+        credential = self._spent or self._known.newest or self.call.credential
+        chain = self._ledger.chains.get(self.chain_key) or Chain(key=self.chain_key)
         error = outcome if isinstance(outcome, RefreshError) else None
         if error is not None:
-            newest, left, _, _ = self._ledger.assess(chain or Chain(key=self.chain), self.call)
+            newest, left, _, _ = self._ledger.assess(chain, self.call)
             credential = newest or credential
             what: Outcome = _rules.outcome_of(error, is_valid=left.most > 0)
         elif self._spent is not None:
             what = "refreshed"
-        elif chain is not None and chain.newest and chain.generation > (self._known.generation if self._known else 0):
+        elif chain.newest and chain.generation > self._known.generation:
             what = "adopted"
         else:
             return
-        successor = chain.newest if chain is not None and what in ("refreshed", "adopted") else None
+        successor = chain.newest if error is None else None
         self._on_event(
             RefreshEvent(
                 provider=credential.service,
@@ -165,7 +165,7 @@ class Flight(Patience, Generic[T]):
                 successor=fingerprint(successor.secret.reveal()) if successor else None,
                 outcome=what,
                 spent=True if error is None else error.spent,
-                attempts=self._exchange.attempts if self._exchange else 0,
+                attempts=self._exchange.attempts,
                 seconds=self._runtime.steady() - self._began,
                 error=error,
             )
@@ -182,7 +182,7 @@ class Flight(Patience, Generic[T]):
         """Whether an error is about this flight's own call alone, and not about another one."""
         if isinstance(error, SignInRequiredError):
             chain, _ = self._ledger.recall(call.credential)
-            return len({_rules.asker(chain.spend(each.credential)) for each in (self.call, call)}) > 1
+            return len({_rules.asker(chain.to_spend(each.credential)) for each in (self.call, call)}) > 1
         is_own = isinstance(error, RequestRefusedError) and self.call.credential != call.credential
         return is_own or not self.is_for_all
 
@@ -207,18 +207,16 @@ class Flight(Patience, Generic[T]):
 
     def answer_by(self) -> float:
         """Connect while somebody waits. Give a request that was sent the time that an exchange may take in any case."""
-        if not self.has_departed:
-            return self.until()
         # Those who have joined since would rather have another attempt than wait for an answer that was lost.
         waiting = (waiter.until for waiter in self._waiting() if waiter in self._sent_for)
-        return max([self._gone_at + self._limit, *waiting])
+        return max([self._gone_at + self._limit, *waiting]) if self.has_departed else self.until()
 
     def retry(self) -> bool:
         return any(waiter.retry for waiter in self._waiting())
 
     def _check(self) -> None:
         """Go on only if somebody waits, and no other has taken its place."""
-        if not self._waiting() or self._ledger.flights.get(self.chain, self) is not self:
+        if not self._waiting() or self._ledger.flights.get(self.chain_key, self) is not self:
             raise _Abandoned
 
     def _go_on(self) -> None:
@@ -287,7 +285,7 @@ class Flight(Patience, Generic[T]):
             if lease.lock is Lock.OURS and not lease.is_ours():
                 lease.lock = Lock.UNTRIED
             chain, is_readable = self._look()
-            if chain.key != self.chain:
+            if chain.key != self.chain_key:
                 return None  # it belongs to another chain, which may have a flight already
             view, spend, attempt = self._view(chain, is_readable)
             step = _rules.next_step(view)
@@ -327,9 +325,9 @@ class Flight(Patience, Generic[T]):
             self._lease.lock = Lock.LOST
             return self._ledger.recall(self.call.credential)[0], False
         chain, is_readable = self._ledger.look(self.call.credential)
-        self.first = min(self.first, chain.generation if is_readable else math.inf)
-        if chain.newest is None and self.first < math.inf:  # if it was forgotten since, what comes now is not kept
-            chain = attrs.evolve(chain, generation=int(self.first))
+        self.first_generation = min(self.first_generation, chain.generation if is_readable else math.inf)
+        if chain.newest is None and self.first_generation < math.inf:  # if forgotten since, what comes is not kept
+            chain = attrs.evolve(chain, generation=int(self.first_generation))
         return chain, is_readable
 
     def _is_newest(self, chain: Chain[T], spend: Credential[T]) -> bool:
@@ -353,11 +351,11 @@ class Flight(Patience, Generic[T]):
             attempt, is_readable = ledger.last_attempt(spend)
             # The store may have lost what was there a moment ago.
             attempt = self._tried[spend.keys[-1]] = attempt or self._tried.get(spend.keys[-1])
-        patience = _rules.patience(left, window)
+        patience = _rules.lock_patience(left, window)
         if self._lease.lock is Lock.HELD:
             if newest is None:  # the caller's own may be about to expire, a second later there
                 _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
-                patience = _rules.patience(Left(own.least, own.least + 1.0), its_window)
+                patience = _rules.lock_patience(Left(own.least, own.least + 1.0), its_window)
             now = self._runtime.steady()
             patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(
@@ -445,10 +443,8 @@ class Flight(Patience, Generic[T]):
             raise self._unread(spent=False)  # the answer would be that to an earlier request
         self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
-        new = Exchange(self._runtime, ledger.observed, self, spend.scope, self.call.session)
-        exchange = self._exchange = self._exchange or new  # whose pauses grow longer, as it knows of all attempts
         try:
-            successor = spend.refresh(exchange, key=self._key)
+            successor = spend.refresh(self._exchange, key=self._key)
         except _LookAgain:
             return None
         except SignInRequiredError as error:
@@ -474,10 +470,10 @@ class Flight(Patience, Generic[T]):
             self._close(spend, attempt, error.retry_after or 0.0)
             raise
         self._spent = spend
-        exchange.learn(successor)
+        self._exchange.learn(successor)
         self._keep(chain, spend, successor)
         if successor.keys[0] in ledger.orphans:  # what is asked for now is asked for after the sign-out
-            self.first = math.inf
+            self.first_generation = math.inf
             return None
         return successor
 
@@ -528,7 +524,7 @@ class Flight(Patience, Generic[T]):
             # It may be the answer to an earlier request. If it would be over, it is the service's clock that is wrong.
             left = successor.expiry - ledger.observed.service_now(spend.scope)[1] + took
             lifetime = min(lifetime, left if left > 0 else lifetime)
-        ledger.observed.seen_for(successor.keys[-1])
+        ledger.observed.see(successor.keys[-1])
         newer = attrs.evolve(chain, generation=chain.generation + 1, newest=successor, requested=requested, took=took)
         is_replacement = self.call.rejected is not None
         newer = attrs.evolve(newer, asked_for=spend.requested, lifetime=lifetime, is_replacement=is_replacement)
@@ -559,8 +555,7 @@ class Flight(Patience, Generic[T]):
                 verdict, asker = self._attempt(spend, tried or before), _rules.asker(spend)
                 if error.idempotency_key is not None and self._asker == asker:  # else its answer may still be lost
                     verdict = attrs.evolve(verdict, idempotency_key=None, in_doubt=None)
-                verdict = attrs.evolve(verdict, errors=verdict.refused(asker, error, verdict.at))
-                if self._note(spend, verdict, now):  # else others could not write down a successor either
+                if self._note(spend, verdict.refused(asker, error), now):  # else nobody could save a successor either
                     ledger.give_up(chain, spend)
                     raise error
             self._wait_for_news(poll, error.status)
@@ -588,15 +583,15 @@ class Flight(Patience, Generic[T]):
         """Let go of the lock, if that is not done."""
         if not self._has_let_go:
             self._has_let_go = True
-            if self._spent is not None and self.chain not in self._ledger.unsaved:
-                self._ledger.retire(self._spent, self.chain)
+            if self._spent is not None and self.chain_key not in self._ledger.unsaved:
+                self._ledger.retire(self._spent, self.chain_key)
             self._lease.give_back()
 
     def _clean_up(self) -> None:
         """Write down what could not be written before, and let go of the lock."""
         ledger = self._ledger
         if self._spent is not None:  # this process may have the only copy
-            ledger.save_until(self.chain, self._limit)
+            ledger.save_until(self.chain_key, self._limit)
         self._let_go()
         if not ledger.is_failing:
             ledger.save_all()
@@ -645,7 +640,7 @@ class SignOut(Flight[T]):
         while not self.is_over:
             self._check()
             chain, is_readable = self._ledger.look(self.call.credential)
-            if chain.key != self.chain:
+            if chain.key != self.chain_key:
                 return
             self._end(chain, is_readable)
 
@@ -661,7 +656,7 @@ class SignOut(Flight[T]):
         if newest.keys[0] != self._told:
             self.status = f"{self._service} is slow"
             try:
-                newest.sign_out(Exchange(self._runtime, ledger.observed, self, newest.scope, self.call.session))
+                newest.sign_out(self._exchange)
             except _LookAgain:
                 return None
             except SignInRequiredError:  # it has ended already, or been refreshed

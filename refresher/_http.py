@@ -86,10 +86,6 @@ class _Call:
         """Seconds until the caller gives up, on connecting or on the answer."""
         return self.answer_by() - self.steady()
 
-    def to_connect(self) -> float | None:
-        """Return the timeout for connecting to one address."""
-        return _timeout(min(self.remaining() / 2, _ONE_ADDRESS))
-
     def leave(self) -> None:
         """Note that the request leaves now, unless the caller stops it."""
         if self.remaining() <= 0:
@@ -173,7 +169,7 @@ def send(
 def _send_on_own(request: Request, call: _Call) -> Reply:
     """Send on a connection of our own, straight: a session and an adapter take twice as long."""
     pool, target = _pools(os.getpid(), call.steady() // _PERIOD)(request.url)
-    limit = Timeout(connect=call.to_connect(), read=None)
+    limit = Timeout(connect=_timeout(min(call.remaining() / 2, _ONE_ADDRESS)), read=None)
     return _reply(pool.urlopen("POST", target, reveal(request.body), _headers(request), timeout=limit, **_RAW), call)
 
 
@@ -181,7 +177,7 @@ def _send_on_lent(request: Request, session: requests.Session, call: _Call) -> R
     """Send on a connection of the caller's, in a thread: it may not keep to its time."""
     options: Any = session.merge_environment_settings(request.url, {}, True, None, None)
     post, prepared = _poster(session, request.url), _prepare(request, session)
-    connect = call.to_connect()
+    connect = _timeout(min(call.remaining() / 2, _ONE_ADDRESS))
     call.leave()
     # A thread that nobody waits for any more comes to an end too.
     options["timeout"] = connect, _timeout(call.remaining() + _EXTENSION)
@@ -268,13 +264,13 @@ def _reply(response: Any, call: _Call, interim: int = 0) -> Reply:
         if status == 101 or interim > _MOST_INTERIM_ANSWERS:
             raise ResponseNotReady
         if status < 200:
-            original = response._original_response
+            original: Any = response._original_response
             original.headers = None  # so that it begins again
             original.begin()
             options: Any = {"preload_content": False, "original_response": original}
-            final = urllib3.HTTPResponse(original, original.headers.items(), original.status, **options)
+            final = urllib3.HTTPResponse(original, original.getheaders(), original.status, **options)
             return _reply(final, call, interim + 1)
-        return Reply(status=status, headers=fields, cookies=_cookies(fields), body=_body(response), sent_at=at)
+        return Reply(status=status, headers=fields, cookies=_cookies(fields), body=_body(response), requested_at=at)
     finally:
         response.close()
         response.release_conn()  # its place in a pool

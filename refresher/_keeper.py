@@ -103,9 +103,9 @@ class _Keeper:
         self._outages: dict[str, RefreshError] = {}  # by whom a pause is about
         self._wasted: dict[TokenCache, float] = {}  # seconds that a store has cost by not answering
         self._next: dict[str, float] = {}  # when the next refresh may begin
-        self._doubts: set[str] = set()  # whose failures looked like one
+        self._doubts: set[str] = set()  # services with one failure that may be an outage
         self._running: set[Future[KeepAliveOutcome]] = set()
-        self._is_left = False  # nobody wants the rest
+        self._is_unwanted = False  # nobody wants the rest
         self._process = os.getpid()
 
     def run(self, auths: Iterator[Auth[Any]]) -> Iterator[KeepAliveOutcome]:
@@ -118,7 +118,7 @@ class _Keeper:
                 yield from self._step(hidden.reveal())
             yield from self._rest()
         finally:
-            self._is_left = True
+            self._is_unwanted = True
             if self._process == os.getpid():  # a forked child has none of these threads
                 for each in wait(self._running).done:
                     if each.exception() is None and (last := self._hand_over(each.result())).error is not None:
@@ -173,7 +173,7 @@ class _Keeper:
         except UnavailableError as error:
             return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
         finally:
-            if cache._ledger.is_failing or cache._ledger.is_hung():
+            if cache._ledger.is_failing or cache._ledger.probe_if_hung():
                 self._wasted[cache] = wasted + cache._runtime.steady() - began
         if is_due is None:
             return KeepAliveOutcome(auth=auth, outcome="skipped")
@@ -190,7 +190,7 @@ class _Keeper:
         rate, runtime = self._per_second or _PER_SECOND.get(auth._service), auth._cache._runtime
         if rate is not None:
             turn = max(runtime.steady(), self._next.get(auth._scope, -math.inf))
-            self._next[auth._scope] = turn + auth._requests / rate
+            self._next[auth._scope] = turn + auth._cost / rate
             while (seconds := turn - runtime.steady()) > 0:
                 if self._running:
                     yield from self._done(seconds)
@@ -205,7 +205,7 @@ class _Keeper:
         outcome: Literal["refreshed", "fresh", "ended", "skipped"] = "skipped"
         failure: Exception | None = None
         try:
-            last = auth._advance(auth._sign_in, patient=True, is_left=lambda: self._is_left or not is_there())
+            last = auth._advance(auth._sign_in, patient=True, is_unwanted=lambda: self._is_unwanted or not is_there())
             outcome = "fresh" if last is None or last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error

@@ -26,7 +26,7 @@ _log = logging.getLogger("refresher")
 
 R = TypeVar("R")
 LEAP = 2**20  # generations: no process is ahead or behind by so many
-_LED = 2 * _rules.DAY  # how long a spent token leads to the newest, in seconds; hits hide its use for half a day
+_LED = 1.75 * _rules.DAY  # how long a spent token leads to the newest, in seconds; hits hide its use for half a day
 _GONE = 30 * _rules.DAY  # how long it is remembered that a session was forgotten, in seconds
 
 
@@ -60,7 +60,7 @@ class Call(Generic[T]):
         timeout: How many seconds to wait. None means as long as it takes.
         own_will_do: Whether the caller's own token will do while it is valid and has no successor.
         patient: Whether it wants a new token when one is due, and waits for that for all of its time.
-        is_left: Tells whether nobody wants the answer any more. Then the call gives up, unless a request is on its way.
+        is_unwanted: Tells whether nobody wants the answer any more. Then the call gives up, unless something was sent.
         rejected: The headers that the service has just rejected. What they came from will not do, unless it is
             new: a newer one would not help.
         hit: What it got when it was last made with the same cache.
@@ -72,7 +72,7 @@ class Call(Generic[T]):
     timeout: float | None = None
     own_will_do: bool = False
     patient: bool = False
-    is_left: Callable[[], bool] | None = None
+    is_unwanted: Callable[[], bool] | None = None
     rejected: Headers | None = None
     hit: Hit[T] | None = attrs.field(default=None, init=False, eq=False, repr=False)
 
@@ -121,7 +121,7 @@ class Ledger:
         self.unread: dict[str, bool] = {}
         self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
         self._troubled_at = self._settled_at = self._answered_at = -math.inf
-        self._wrote_at = -math.inf, -math.inf  # when something was written down: lately, and some seconds before
+        self._wrote_at = self._wrote_before = -math.inf  # when something was written down, and some seconds before
         self._took = 0.0  # by the slowest command that failed lately
         self._forget_threads()
         self._calls = functools.lru_cache(maxsize=1)(_calls)
@@ -143,11 +143,11 @@ class Ledger:
         own = credential.keys[0]
         key = self._aliases.get(own) or own
         chain = self.chains.get(key)
-        is_recent = self.runtime.steady() - (self._looked_at.get(key) or -math.inf) <= _rules.TRUSTED
         is_led = self.is_failing or chain is None or not self._is_to_be_led(own, chain)
-        if self.is_local and (not is_led or (self.store.get(key) != chain.text if chain else not is_recent)):
+        is_recent = is_led and self.runtime.steady() - (self._looked_at.get(key) or -math.inf) <= _rules.TRUSTED
+        if self.is_local and (self.store.get(key) != chain.text if chain and is_led else not is_recent):
             return self.look(credential)[0], True
-        return chain or Chain(key=key), (is_recent and is_led) or self.is_local
+        return chain or Chain(key=key), is_recent or self.is_local
 
     def connect(self, credential: Credential[Any], chain: str) -> None:
         """Remember to which chain a credential belongs, if that was forgotten while nobody used it."""
@@ -184,7 +184,7 @@ class Ledger:
         if newest is None and call.own_will_do and (newest := call.credential.unspent()) is not None:
             lifetime = newest.lifetime
         if newest is None:
-            self.observed.seen_for(call.credential.keys[-1])  # from now on
+            self.observed.see(call.credential.keys[-1])
             return None, _rules.NOTHING_LEFT, 0.0, True
         if requested is not None and (age := requested.age(now)) is not None:
             left = _rules.left_here(lifetime, requested, now, age)
@@ -193,28 +193,26 @@ class Ledger:
             service_now = self.observed.service_now(newest.scope)
             left = _rules.left_elsewhere(lifetime, newest.expiry, requested, now, seen_for, service_now)
         wanted = requested is not None and not chain.covers(call.credential.requested)
-        is_rejected = call.rejected is not None and call.rejected == chain.spend(call.credential).headers
+        is_rejected = call.rejected is not None and call.rejected == chain.to_spend(call.credential).headers
         is_dead = is_rejected and (requested is None or self._is_to_blame(chain, newest, requested))
         refused = self._refused.get(newest.keys[-1]) if chain.newest else None  # a new sign-in may yield the same token
-        if is_dead or (refused is not None and refused == _rules.asker(chain.spend(call.credential))):
+        if is_dead or (refused is not None and refused == _rules.asker(chain.to_spend(call.credential))):
             left, wanted = _rules.NOTHING_LEFT, True
         return newest, left, _rules.window(lifetime, newest.keys[0], self._ahead), wanted
 
     def _is_to_blame(self, chain: Chain[Any], newest: Credential[Any], requested: Instant) -> bool:
-        """Whether a refresh may help if a token was rejected: none of Kuzzle's that is new, and not again and again."""
+        """Whether to refresh a rejected token: none of Kuzzle's that is new, none that has just replaced another."""
         oldest = max(requested.likely_age(now := self.now()), now.wall - requested.wall)
         is_new = -_rules.CLOCKS_DIFFER <= oldest <= _rules.REJECTED  # else a clock is wrong
         return not is_new or (newest.birth is None and not chain.is_replacement)
 
     def is_held_back(self, key: str, left: Left, call: Call[Any]) -> bool:
         """Whether a refresh has just failed, and the token is still valid for longer than that matters."""
-        if call.patient or call.rejected is not None:
+        failed_for = self.runtime.steady() - (self.failed_at.get(key) or -math.inf)
+        if call.patient or call.rejected is not None or failed_for >= _rules.COOLDOWN or left.least <= _rules.COOLDOWN:
             return False
-        failed = self.runtime.steady() - (self.failed_at.get(key) or -math.inf) < _rules.COOLDOWN
-        is_held_back = failed and left.least > _rules.COOLDOWN
-        if is_held_back:
-            _log.debug("%s: %.0f s left, and not now", key[:8], left.least)
-        return is_held_back
+        _log.debug("%s: %.0f s left, and not now", key[:8], left.least)
+        return True
 
     def hold(self, spend: Credential[T], chain: Chain[T], attempt: Attempt | None = None) -> float:
         """Seconds until a credential may be refreshed."""
@@ -230,7 +228,7 @@ class Ledger:
     # What the store has
 
     def ask(self, what: str, command: Callable[..., R], *args: Any) -> tuple[R | None, bool]:
-        """Give the store a command. Return its answer, and whether there is one. What it raised is told here."""
+        """Give the store a command. Return its answer, and whether there is one. What it raises is logged."""
         if type(self.store) is MemoryStore:  # what it raises comes from a signal handler
             return command(*args), True
         mark, began = object(), self.runtime.steady()
@@ -257,8 +255,8 @@ class Ledger:
         took = self._took if self.is_failing and now - self._troubled_at < _rules.WINDOW else 0.0
         return max(took, *(now - began for began in [now, *self._asked.values()]))
 
-    def is_hung(self) -> bool:
-        """Whether the store has been asked for something, and answers nobody. It is asked again, ever less often."""
+    def probe_if_hung(self) -> bool:
+        """Ask a store that answers nobody once more, ever less often. Return whether it is one."""
         now = self.runtime.steady()
         latest = self._answered_at - _rules.TOO_SLOW  # others may have been answered just before it began to hang
         since = [began for began in list(self._asked.values()) if began > latest]
@@ -479,8 +477,8 @@ class Ledger:
         """Write down what is tried with a credential. Return whether that is done."""
         name, text = f"{spend.keys[0]}-attempt", attempt.write() + room
         _, is_noted = self.ask("cannot be written", self.store.set, name, text, math.ceil(_rules.DAY))
-        if is_noted and self.runtime.steady() - self._wrote_at[0] > _rules.SETTLED:
-            self._wrote_at = self.runtime.steady(), self._wrote_at[0]
+        if is_noted and self.runtime.steady() - self._wrote_at > _rules.SETTLED:
+            self._wrote_before, self._wrote_at = self._wrote_at, self.runtime.steady()
         return is_noted
 
     def may_lack_news(self, left: Left) -> bool:
@@ -490,7 +488,7 @@ class Ledger:
         They may have spent it in its last moments without the store, which has not been seen to work since. If it is
         still valid, they may have spent it, and the store has lost that: whoever has it puts it back.
         """
-        return not self.is_local and self._wrote_at[1] < self.runtime.steady() + left.most
+        return not self.is_local and self._wrote_before < self.runtime.steady() + left.most
 
     def retire(self, spent: Credential[Any], chain: str) -> None:
         """Forget what was tried with a credential that has been spent: its outcome is known now."""
@@ -526,7 +524,7 @@ class Ledger:
     def bury(self, chain: Chain[Any], *, has_ended: bool = False) -> Chain[Any]:
         """Forget a chain in this process. What the store has is left to `save`."""
         if (flight := self.flights.get(chain.key)) is not None:  # what comes of it is not kept
-            flight.first = min(flight.first, chain.generation)
+            flight.first_generation = min(flight.first_generation, chain.generation)
         # Others may have tokens of it that are not in the store, or that are there and not known here.
         generation, has_ended = max(0, chain.generation) + LEAP, has_ended or chain.has_ended
         tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=has_ended).with_text()
@@ -549,7 +547,7 @@ class Ledger:
         for chain in list(self.unsaved.values()):
             if self.unsaved.get(chain.key) is not chain:
                 continue  # another thread has
-            lease = Lease(self, chain.key, self.runtime.draw())
+            lease = Lease(self, chain.key, self.runtime.new_name())
             lease.take()
             if lease.lock is not Lock.LOST:  # who has it may be about to say that the session is over
                 self.save(chain)

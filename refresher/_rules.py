@@ -34,7 +34,7 @@ BIRTH_SECOND = 1.1  # how long a refresh may return the token itself, from its b
 REJECTED = 60.0  # how long a token that has just been refreshed is not to blame for a rejection
 LAST_MOMENTS = 3.0  # before its end a token is refreshed without waiting for the store or the lock
 LEASE = 5.0  # of a lock, renewed by its holder
-TOO_SLOW, LONGEST_DELAY = 0.5, 10.0  # seconds without a word from the store, to be passed by in the last moments
+TOO_SLOW, LONGEST_DELAY = 0.5, 10.0  # how long a store may take to answer, and how much of that counts
 TRUSTED = 0.5  # how long memory is trusted where others share the store
 SETTLED = 2.0  # how long a store must have been well before it proves anything
 POLL, LONGEST_POLL = 0.05, 0.25  # how often a lock that another holds is tried
@@ -114,7 +114,7 @@ class Chain(Generic[T]):
         most = self.lifetime + 1 if self.asked_for is None or self.lifetime == math.inf else self.asked_for
         return requested is None or requested <= most
 
-    def spend(self, credential: Credential[T]) -> Credential[T]:
+    def to_spend(self, credential: Credential[T]) -> Credential[T]:
         """Return what is spent for a call with a credential: with its newest token, if that is known."""
         return credential if self.newest is None else credential.following(self.newest.token)
 
@@ -223,7 +223,7 @@ class Attempt:
         by: The flight that did.
         at: When it began, or ended.
         of: The credential's last key. If Circle keeps a refresh token, the first is that of all pairs.
-        is_open: Whether its outcome is not known to anybody else.
+        is_open: Whether it may still be in progress: only its flight can know the outcome.
         errors: What the service said when it refused the credential to each `asker`, when, and how often in a row: a
             session may have several names, and several API keys.
         pause: Seconds from *at* for which the service asked callers to wait.
@@ -269,10 +269,11 @@ class Attempt:
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def refused(self, asker: str, error: SignInRequiredError, now: Instant) -> Mapping[str, Refusal]:
-        """Return its errors with one more."""
+    def refused(self, asker: str, error: SignInRequiredError) -> Attempt:
+        """Return it with what the service said when it refused the credential to an asker."""
         before, said = self.errors.get(asker), {"message": str(error), **vars(error)}
-        return {**self.errors, asker: Refusal(said, now, 1 + (before.count if before else 0))}
+        refusal = Refusal(said, self.at, 1 + (before.count if before else 0))
+        return attrs.evolve(self, errors={**self.errors, asker: refusal})
 
     def refusal(self, asker: str, now: Instant) -> RefreshError | None:
         """Return what the service said when it refused the credential, if that was not long ago."""
@@ -357,7 +358,7 @@ def last_moments(window: float) -> float:
     return max(0.25, min(LAST_MOMENTS, window / 8))
 
 
-def patience(left: Left, window: float) -> float:
+def lock_patience(left: Left, window: float) -> float:
     """Return how long to wait for a lock that another holds: until a valid token is in its last moments."""
     return left.least - last_moments(window) if left.most > 0 else math.inf
 
@@ -368,7 +369,7 @@ def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
 
     *delay* is how many seconds the store keeps everyone waiting, if it does not do what it is told.
     """
-    return patience(left, window) <= min(delay, LONGEST_DELAY)
+    return lock_patience(left, window) <= min(delay, LONGEST_DELAY)
 
 
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool]) -> float:
@@ -462,7 +463,7 @@ class View:
         refusal: What the service said if it has refused the token lately.
         hold: Seconds until it may be refreshed.
         pause: Seconds for which the service asked callers to wait.
-        delay: Seconds that the store would take to say nothing, so that it is not asked.
+        delay: Seconds that the store keeps everyone waiting, if it is not asked because of that.
     """
 
     left: Left

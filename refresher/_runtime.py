@@ -30,7 +30,7 @@ MOST = 262_144  # of a kind are remembered
 
 class Memo(Generic[V]):
     """
-    A dictionary that forgets what was not used for half a day.
+    A dictionary that forgets what was not used for half a day, or while many others were put.
 
     No lock guards it: a signal handler, a ``__del__`` or another thread at any point leaves it usable.
     """
@@ -105,6 +105,10 @@ def _is_ending(caller: threading.Thread) -> bool:
     return all(one is main or one.daemon or one.name == "refresher" for one in threading.enumerate())
 
 
+class EndingError(UnavailableError):
+    """The process is ending."""
+
+
 class Runtime:
     """
     What the library needs of its surroundings: the operating system's clocks, threads and sockets.
@@ -139,8 +143,8 @@ class Runtime:
         """Draw a number."""
         return random.uniform(least, most)  # noqa: S311 - no secret
 
-    def draw(self) -> str:
-        """Draw a name that nobody else has."""
+    def new_name(self) -> str:
+        """Make a name that nobody else has."""
         return os.urandom(8).hex()
 
     def process(self) -> int:
@@ -171,7 +175,7 @@ class Runtime:
         Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon.
 
         Raises:
-            UnavailableError: The calling thread is a daemon, and ends with its process: what it began would, too.
+            EndingError: The calling thread is a daemon, and ends with its process: what it began would, too.
         """
         if daemon:
             start_thread(work, daemon=True)
@@ -187,7 +191,7 @@ class Runtime:
             time.sleep(0.05)
         self._over_at = self._over_at or _STEADY()
         time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))
-        raise UnavailableError("The process is ending, so nothing was sent", spent=False)
+        raise EndingError("The process is ending, so nothing was sent", spent=False)
 
     def _wait_for(self, work: Callable[[], None]) -> None:
         """Do something that the process waits for, also if Python has waited for its threads already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -101,7 +102,7 @@ class Auth(AuthBase, Generic[_Token]):
         self._sign_in = _SignIn(credential)
         self._ready: _Ready[_Token] | None = None
         if credential is not None:
-            self._cache._ledger.observed.seen_for(credential.keys[-1])
+            self._cache._ledger.observed.see(credential.keys[-1])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._rows().items())})"
@@ -170,7 +171,7 @@ class Auth(AuthBase, Generic[_Token]):
         """Leave out what the service does not accept beside a token."""
 
     @property
-    def _requests(self) -> int:
+    def _cost(self) -> int:
         """How many requests a refresh is, at most: a user's id is exchanged for a user token first."""
         credential = self._credential
         return 2 if isinstance(credential, circle.CircleCredential) and credential.user_token is None else 1
@@ -184,15 +185,12 @@ class Auth(AuthBase, Generic[_Token]):
         chain = ledger.recall(first)[0]
         return ledger.hold(chain.newest or first, chain) > 0
 
-    def _newest(self) -> Secret[str] | None:
-        """Return its newest known secret."""
-        cache, credential = self._cache, self._credential
-        if credential is None:
-            return None
-        try:
-            return cache._find_out(cache._peek, credential, self._call(credential=credential)).secret
-        except UnavailableError:  # the store hangs, and the process knows nothing
-            return credential.secret
+    def _newest(self) -> Credential[_Token] | None:
+        """Return its newest known credential."""
+        newest = self._credential
+        with contextlib.suppress(UnavailableError):  # the store hangs, and the process knows nothing
+            return newest and self._cache._find_out(self._cache._peek, newest, self._call(credential=newest))
+        return newest
 
     def _is_due(self, *, by_store: bool) -> bool | None:
         """
@@ -241,13 +239,13 @@ class Auth(AuthBase, Generic[_Token]):
         rejected: Headers | None = None,
         *,
         patient: bool = False,
-        is_left: Callable[[], bool] | None = None,
+        is_unwanted: Callable[[], bool] | None = None,
     ) -> Credential[_Token] | None:
         """Find the last successor."""
         first = self._find(sign_in)
         if first is None or not (first.can_expire or (rejected is not None and first.token)):
             return first  # that one of Kuzzle's which is without end is over is found out by a refresh
-        call = self._call(credential=first, rejected=rejected, patient=patient, is_left=is_left)
+        call = self._call(credential=first, rejected=rejected, patient=patient, is_unwanted=is_unwanted)
         last = self._follow(sign_in, first, self._cache._get(call))
         self._ready = _Ready(call, last, last.headers)
         return last
@@ -429,7 +427,7 @@ class KuzzleAuth(Auth[KuzzleToken]):
         the session.
         """
         newest = self._newest()
-        return None if newest is None else newest.reveal()
+        return None if newest is None else newest.secret.reveal()
 
     @jwt.setter
     def jwt(self, jwt: str | None) -> None:

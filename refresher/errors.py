@@ -80,16 +80,6 @@ class RefreshError(Exception):
             later, the class says.
     """
 
-    provider: str | None
-    status: int | None
-    code: int | None
-    id: str | None
-    request_id: str | None
-    retry_after: float | None
-    spent: bool | None
-    idempotency_key: str | None
-    retryable: bool
-
     def __init__(
         self,
         message: str,

@@ -62,11 +62,8 @@ class _Token:
         if expires_at is None:
             return {**rows, "expires_at": "never", "time left": "unlimited"}
         left = max(expires_at - datetime.now(UTC), timedelta(0))
-        return {
-            **rows,
-            "expires_at": f"{expires_at:%Y-%m-%d %H:%M:%S} UTC",
-            "time left": str(left - left % timedelta(seconds=1)),
-        }
+        rows["expires_at"] = f"{expires_at:%Y-%m-%d %H:%M:%S} UTC"
+        return {**rows, "time left": str(left - left % timedelta(seconds=1))}
 
     def _repr_html_(self) -> str:
         return as_html(type(self).__name__, self._rows())

@@ -1112,7 +1112,7 @@ def test_pickled(kuzzle, circle, pair, root, own, again, tmp_path):
     if own == "shared":
         assert again(kuzzle_auth)._cache is SHARED_CACHE
     if own == "memory":
-        assert again(cache)._lease == 5.0
+        assert again(cache)._limit == 5.0
 
 
 @pytest.mark.parametrize(

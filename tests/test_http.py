@@ -890,7 +890,7 @@ def test_when_it_was_sent(lent):
     """A reply says when the request left: after all that had to be waited for."""
     with Peer(answering([0.2, EMPTY])) as peer, requests.Session() as session:
         before = time.time()
-        sent_at = post(peer.url, depart=lambda: time.sleep(0.2), session=session if lent else None).sent_at
+        sent_at = post(peer.url, depart=lambda: time.sleep(0.2), session=session if lent else None).requested_at
         assert before + 0.2 <= sent_at < time.time() - 0.15
 
 

@@ -459,7 +459,7 @@ def test_other_urls(url):
 def test_expiry(claims, expires_at, expected):
     """A token dies at the earlier of expiresAt and its own exp; -1 is never."""
     result = {"_id": "foo", "expiresAt": expires_at, "jwt": "kauth-" + jwt_with(claims), "ttl": 10**18}
-    reply = Reply(status=200, headers={}, body=json.dumps({"result": result}).encode(), sent_at=0)
+    reply = Reply(status=200, headers={}, body=json.dumps({"result": result}).encode(), requested_at=0)
     token = parse(reply, request(jwt="kauth-old"))
     assert token.expires_at == expected
     assert KuzzleToken.from_dict(token.to_dict()) == token
@@ -471,7 +471,7 @@ def test_retry_after_by_an_unknown_clock():
     for date, seconds in ((None, None), ("Sat, 21 Nov 2026 20:37:47 GMT", 60.0)):
         told = headers if date is None else {**headers, "Date": date}
         with pytest.raises(UnavailableError) as caught:
-            parse(Reply(status=429, headers=told, body=b"", sent_at=0), request())
+            parse(Reply(status=429, headers=told, body=b"", requested_at=0), request())
         assert caught.value.retry_after == seconds
 
 
@@ -489,7 +489,7 @@ def test_retry_after_by_an_unknown_clock():
 )
 def test_answers_of_others(envelope, what):
     """What was not meant for this request is not taken, and leaves the outcome open."""
-    reply = Reply(status=200, headers={}, body=json.dumps({"result": GOOD, **envelope}).encode(), sent_at=0)
+    reply = Reply(status=200, headers={}, body=json.dumps({"result": GOOD, **envelope}).encode(), requested_at=0)
     with pytest.raises(ReplyError, match=what) as caught:
         parse(reply, request(jwt="kauth-" + jwt_with({"_id": "foo"})))
     assert caught.value.spent is None

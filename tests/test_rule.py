@@ -53,7 +53,7 @@ from refresher._exchange import Observed
 from refresher._flight import Flight
 from refresher._ledger import Call, Lease
 from refresher._rules import Attempt, Instant, Left, Lock, asker
-from refresher._runtime import REAL, Runtime
+from refresher._runtime import REAL, EndingError, Runtime
 from refresher._text import Secret, key_of
 from refresher.services import Reply
 from refresher.services.circle import credential as circle_credential
@@ -117,7 +117,7 @@ class Instantly(Runtime):
         now = int(self.now())
         jwt = "kauth-" + jwt_with({"_id": "foo", "iat": now, "exp": now + 7200, "jti": self.sent})
         result = {"_id": "foo", "jwt": jwt, "expiresAt": 1000 * (now + 7200), "ttl": 7_200_000}
-        return Reply(status=200, headers={}, body=json.dumps({"result": result}).encode(), sent_at=now)
+        return Reply(status=200, headers={}, body=json.dumps({"result": result}).encode(), requested_at=now)
 
 
 @pytest.fixture
@@ -1603,7 +1603,7 @@ class Ending(Runtime):
     """At the very end of a process."""
 
     def start(self, work, *, daemon=False):
-        raise UnavailableError("The process is ending, so nothing was sent", spent=False)
+        raise EndingError("The process is ending, so nothing was sent", spent=False)
 
 
 def test_call_at_the_very_end(kuzzle, root):
@@ -1744,7 +1744,7 @@ class Slowly(importlib.abc.MetaPathFinder):
 
 def work():
     refresher.TokenCache
-    refresher._cache.get_ready()
+    refresher._cache.import_http()
     refresher.EncryptedStore(refresher.MemoryStore(), [b"A" * 43 + b"="])
 
 began = threading.Event()
@@ -2037,7 +2037,7 @@ def test_child_of_a_process_that_waits_for_its_store(kuzzle, store, root):
     newer = refresh_kuzzle_token(kuzzle.url, token.jwt, expires_in="2h", cache=TokenCache(store))
     over = threading.Event()
     threading.Thread(target=cache._ledger.ask, args=("is asked", over.wait)).start()
-    while not cache._ledger.is_hung():
+    while not cache._ledger.probe_if_hung():
         time.sleep(0.01)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
     runtime.process = lambda: -1
@@ -2067,7 +2067,7 @@ def test_store_that_hangs_is_asked_ever_less_often(store):
     for second in range(3600):
         runtime.steady = lambda now=float(second): now
         runtime.start = lambda work, *, daemon, second=second: asked.append(second)
-        assert ledger.is_hung() == (second >= 1)
+        assert ledger.probe_if_hung() == (second >= 1)
         if second in asked:
             ledger._asked[object()] = float(second)
     assert asked == [10, 20, 40, 80, 160, 320, 640, 1280, 2560]
@@ -2743,7 +2743,7 @@ def test_attempt_that_many_machines_look_for(kuzzle, store, monkeypatch, what):
 
     def call():
         runtime = Runtime()
-        runtime.boot = runtime.draw()
+        runtime.boot = runtime.new_name()
         cache = TokenCache(store, runtime=runtime, lease=2)
         if what == "sign out":
             KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=1.2).sign_out()
@@ -3685,8 +3685,8 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     store.delete(f"{key}-alias")
     refresh_kuzzle_token(kuzzle.url, second, expires_in="2h", cache=TokenCache(store))
     attempt = Attempt(by="one", at=Instant(time.time(), Runtime().steady(), Runtime().boot))
-    refused = attempt.refused(key_of(key, kuzzle.url), SignInRequiredError("no", provider="kuzzle"), attempt.at)
-    store.set(f"{key}-attempt", attrs.evolve(attempt, errors=refused).write(), HOUR)
+    refused = attempt.refused(key_of(key, kuzzle.url), SignInRequiredError("no", provider="kuzzle"))
+    store.set(f"{key}-attempt", refused.write(), HOUR)
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in="3h", cache=TokenCache(store))
     assert kuzzle.knows(token.jwt)
     assert len(kuzzle.requests) == 3

@@ -91,13 +91,13 @@ class Request:
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What came back. *sent_at* is when the request left, in seconds since 1970 by the local clock."""
+    """What came back. *requested_at* is when the request left, in seconds since 1970 by the local clock."""
 
     status: int
     headers: Mapping[str, str] = attrs.field(repr=False)
     cookies: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     body: bytes = attrs.field(repr=False)
-    sent_at: float
+    requested_at: float
 
     def json(self) -> Secret[dict[str, Any]]:
         """Read the body as a JSON object. Anything else reads as an empty one. It may quote what was sent."""
@@ -125,7 +125,7 @@ class Credential(Protocol[T_co]):
     A token that can be refreshed, and all that has to be sent with it. Adding a service means writing one of these.
 
     Refreshing it yields its successor, another credential. A credential, its successor, the successor of that and so
-    on are a chain. All but `refresh` is pure.
+    on are a chain. All but `refresh` and `sign_out` is pure.
     """
 
     service: ClassVar[str]

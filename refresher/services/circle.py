@@ -86,7 +86,7 @@ class CircleCredential:
         names = [who for who in (self.user or subject, self.user_token) if who is not None]
         return tuple(key_of("circle", self.base_url, who, self.refresh_token, self.device_id) for who in names)
 
-    keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))
+    keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, takes_self=True))
 
     @property
     def scope(self) -> str:
@@ -152,7 +152,7 @@ class CircleCredential:
             else:
                 step, user_token, is_again = step.following(pair), Secret(pair.user_token), False
                 # If two were issued when they were asked for, and are valid by the local clock, the `Date` is wrong.
-                left = pair.expires_at.timestamp() - reply.sent_at
+                left = pair.expires_at.timestamp() - reply.requested_at
                 alike = alike + 1 if abs(left - last) < _MOMENT else 1
                 if alike >= (2 if left > 0 else _SURE) or not _has_expired(pair, reply):
                     return step
@@ -298,7 +298,7 @@ def parse(reply: Reply, request: Request) -> UserToken:
             {
                 "refreshToken": request.secret.reveal(),
                 **{name: value for name, value in data.reveal().items() if value and isinstance(value, str)},
-                "expiresAt": (reply.sent_at + _LIFETIME) * 1000,
+                "expiresAt": (reply.requested_at + _LIFETIME) * 1000,
             }
         )
     raise failure("answered without a user token: check the URL and any proxy", request, reply)

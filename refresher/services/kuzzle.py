@@ -79,19 +79,19 @@ def _lifetime(value: Any, cookie_auth: bool) -> tuple[str | None, float | None]:
     value = hide(value)  # it might be a secret in the wrong place
     if value is None:
         return None, None
-    is_right = isinstance(reveal(value), (str, timedelta))
-    check.need(is_right, "expires_in", 'must be a string such as "2h" or "7200000ms", or a timedelta')
+    is_text = isinstance(reveal(value), str)
+    if not is_text and not isinstance(reveal(value), timedelta):
+        check.fail("expires_in", 'must be a string such as "2h" or "7200000ms", or a timedelta')
     lifetime = milliseconds(reveal(value))
     if lifetime is None:
         check.fail("expires_in", 'must be a number and a unit, such as "90s", "30m", "2h" or "1.5 days"')
-    is_infinite = lifetime == -1 and isinstance(reveal(value), str)
-    is_right = not (is_infinite and cookie_auth)
-    check.need(is_right, "expires_in", "must not be -1 in cookie mode: the cookie would expire at once")
-    is_right = is_infinite or (lifetime >= 1000 and lifetime.is_integer())
-    check.need(is_right, "expires_in", "must be at least one second, in whole milliseconds; -1 means for ever")
-    is_right = lifetime <= (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST)
-    check.need(is_right, "expires_in", "is longer than Kuzzle can count; -1 means for ever")
-    is_text = isinstance(reveal(value), str)
+    is_infinite = is_text and lifetime == -1
+    if is_infinite and cookie_auth:
+        check.fail("expires_in", "must not be -1 in cookie mode: the cookie would expire at once")
+    if not is_infinite and not (lifetime >= 1000 and lifetime.is_integer()):
+        check.fail("expires_in", "must be at least one second, in whole milliseconds; -1 means for ever")
+    if lifetime > (_LONGEST_IN_COOKIE if cookie_auth else _LONGEST):
+        check.fail("expires_in", "is longer than Kuzzle can count; -1 means for ever")
     text = check.string("expires_in", value).reveal() if is_text else str(int(lifetime))
     return text, math.inf if is_infinite else lifetime / 1000
 
@@ -122,7 +122,7 @@ class KuzzleCredential:
     def _keys(self) -> tuple[str, ...]:
         return (key_of("kuzzle", self.url, self.secret),)
 
-    keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, True))
+    keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, takes_self=True))
 
     @property
     def scope(self) -> str:

@@ -139,4 +139,4 @@ if not TYPE_CHECKING:  # with it, type checkers would accept any misspelled name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

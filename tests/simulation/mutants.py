@@ -83,7 +83,7 @@ MUTANTS = [
         "what could not be written at once is not written later",
         (
             _FLIGHT,
-            "            ledger.save_until(self.chain, self._limit)\n",
+            "            ledger.save_until(self.chain_key, self._limit)\n",
             "            pass\n",
         ),
         (_FLIGHT, "            ledger.save_later(self._sign_orphans_out)", "            pass"),
@@ -151,11 +151,11 @@ MUTANTS = [
         "who has got the lock does not look again",
         (
             _FLIGHT,
-            "            chain, is_readable = self._look()\n            if chain.key != self.chain:",
+            "            chain, is_readable = self._look()\n            if chain.key != self.chain_key:",
             (
                 "            if lease.lock is not Lock.OURS:\n"
                 "                chain, is_readable = self._look()\n"
-                "            if chain.key != self.chain:"
+                "            if chain.key != self.chain_key:"
             ),
         ),
     ),
@@ -203,14 +203,14 @@ MUTANTS = [
     ),
     Mutant(
         "a lock that was passed by is passed by for good",
-        (_FLIGHT, "if self._lease.lock is not Lock.OURS and self._is_old():", "if False:"),
+        (_FLIGHT, "if self._is_old() and (", "if False and ("),
     ),
     Mutant(
         "a service's time is what its last answer said, however late",
         (
             _REQUESTS,
-            "        if known is not None and known[3] == is_certain and",
-            "        if False and known is not None and",
+            "        if was_certain == is_certain and",
+            "        if False and",
         ),
         (_REQUESTS, "        most = least + took\n", "        most = least\n"),
     ),
@@ -220,7 +220,7 @@ MUTANTS = [
     ),
     Mutant(
         "a store that begins to hang is not passed by",
-        (_CACHE, "                if flight.is_stuck():  # so that another goes", "                if False:"),
+        (_CACHE, " or flight.is_stuck():", ":"),
     ),
     Mutant(
         "a store that hangs is not passed by",
@@ -280,8 +280,8 @@ MUTANTS = [
         "a refusal is the verdict though it cannot be written down",
         (
             _FLIGHT,
-            "                if self._note(spend, verdict, now):",
-            "                if ledger.note(spend, verdict) or True:",
+            "                if self._note(spend, verdict.refused(asker, error), now):",
+            "                if ledger.note(spend, verdict.refused(asker, error)) or True:",
         ),
     ),
     Mutant("a refusal is not remembered", (_RULES, "        return Step.REFUSE\n", "        pass\n")),
@@ -344,11 +344,12 @@ MUTANTS = [
             "    return max(asked, min(drawn * longest, most))",
             "    return drawn * longest if drawn * longest < most else None",
         ),
-        (_FLIGHT, "None if self._has_time(waiter, self._failure) else outcome", "outcome"),  # else it would ask again
+        # Else it would ask again.
+        (_FLIGHT, "None if self._failure and self._has_time(waiter, self._failure) else outcome", "outcome"),
     ),
     Mutant(
         "who joins a call that is just failing fails with it",
-        (_FLIGHT, "None if self._has_time(waiter, self._failure) else outcome", "outcome"),
+        (_FLIGHT, "None if self._failure and self._has_time(waiter, self._failure) else outcome", "outcome"),
     ),
     Mutant(
         "who joins does not extend the time",
@@ -379,8 +380,8 @@ MUTANTS = [
         "what was sent is abandoned when nobody waits any more",
         (
             _FLIGHT,
-            "        return max(self.until(), self._gone_at + self._limit)",
-            "        return self.until()",
+            "        return max([self._gone_at + self._limit, *waiting])",
+            "        return max([-math.inf, *waiting])",
         ),
     ),
     Mutant(
@@ -447,7 +448,7 @@ MUTANTS = [
     ),
     Mutant(
         "what came too late for a sign-out is asked for again and again",
-        (_FLIGHT, "            self.first = math.inf\n", "            pass\n"),
+        (_FLIGHT, "            self.first_generation = math.inf\n", "            pass\n"),
     ),
     Mutant(
         "one failed write ends a sign-out",
@@ -492,7 +493,7 @@ MUTANTS = [
     ),
     Mutant(
         "who was passed by spends the token, too",
-        (_FLIGHT, " or self._ledger.flights.get(self.chain, self) is not self", ""),
+        (_FLIGHT, " or self._ledger.flights.get(self.chain_key, self) is not self", ""),
     ),
     Mutant(
         "a look that failed tells the generation",

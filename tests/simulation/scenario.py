@@ -135,9 +135,9 @@ def _play_long(world: World) -> None:
     session = Server(world, world.random.choice((KUZZLES[0], CIRCLE))).sign_in("user-0", 3600, 0.0)
     process = clients.start(world, "server 1", machine)
     footprints: list[int] = []
-    world.spawn(process, "main", lambda: clients.serve_long(process, session, 80, footprints))
-    world.run(90 * 3600.0)
-    if (process.returned_at or 0.0) > 70 * 3500.0:  # it was not refused again and again
+    world.spawn(process, "main", lambda: clients.serve_long(process, session, 96, footprints))
+    world.run(106 * 3600.0)
+    if (process.returned_at or 0.0) > 86 * 3500.0:  # it was not refused again and again
         judge.growth(world, process, footprints)
     if session.is_circle and world.store.kind != "memory":  # Circle leads through all pairs to the newest one
         world.faults.heal()

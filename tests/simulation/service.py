@@ -377,7 +377,7 @@ class _Mail:
             headers=answer.headers,
             cookies={cookie[0]: cookie[2]} if cookie[1] else {},
             body=answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode(),
-            sent_at=sent_at,
+            requested_at=sent_at,
         )
 
 

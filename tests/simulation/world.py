@@ -260,7 +260,7 @@ class Process:
     def pick(self, least: float, most: float) -> float:
         return self.world.random.uniform(least, most)
 
-    def draw(self) -> str:
+    def new_name(self) -> str:
         return f"{self.world.random.getrandbits(128):032x}"
 
     def process(self) -> int:
