@@ -121,8 +121,8 @@ class _Keeper:
             self._is_unwanted = True
             if self._process == os.getpid():  # a forked child has none of these threads
                 for each in wait(self._running).done:
-                    if each.exception() is None and (last := self._hand_over(each.result())).error is not None:
-                        _log.warning("keep_alive was left: %s (%s)", last.outcome, type(last.error).__name__)
+                    if each.exception() is None and (last := self._hand_over(each.result())) is not each.result():
+                        _log.warning("keep_alive was left, and on_refresh has failed (%s)", type(last.error).__name__)
 
     def _rest(self) -> Iterator[KeepAliveOutcome]:
         while self._running:

@@ -1129,7 +1129,7 @@ def test_keep_alive_says_what_nobody_takes(kuzzle, caplog):
 
     with pytest.raises(LookupError):
         list(keep_alive(sessions()))
-    assert "keep_alive was left: refreshed (OSError)" in caplog.text
+    assert "on_refresh has failed (OSError)" in caplog.text
     assert "kauth-" not in caplog.text
 
 

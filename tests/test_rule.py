@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -3690,3 +3691,130 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     token = refresh_kuzzle_token(kuzzle.url, root, expires_in="3h", cache=TokenCache(store))
     assert kuzzle.knows(token.jwt)
     assert len(kuzzle.requests) == 3
+
+
+def test_machine_that_is_cut_off(circle, monkeypatch):
+    """A machine that cannot reach the service lets another try, however many callers wait on it."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    circle.clock.advance(-7200)
+    pair = circle.sign_in("user-1", device_id="device-1")
+    circle.clock.advance(7200)
+    cut_off = requests.Session()
+    cut_off.trust_env = False
+    cut_off.proxies = {"http": "http://127.0.0.1:9"}
+    store, is_over = SharedStore(), threading.Event()
+    caches = [TokenCache(store, runtime=Runtime()) for _ in range(2)]
+
+    def call(number, **options):
+        options |= {"device_id": "device-1", "api_key": circle.api_key, "base_url": circle.url, "cache": caches[number]}
+        return refresh_user_token(user_token=pair.user_token, refresh_token=pair.refresh_token, timeout=4, **options)
+
+    def insist():
+        while not is_over.is_set():
+            with contextlib.suppress(RefreshError):
+                call(0, session=cut_off)
+
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(insist) for _ in range(2)]
+        time.sleep(0.5)
+        try:
+            new = call(1)
+        finally:
+            is_over.set()
+        assert call(0, session=cut_off) == new
+        assert [each.result() for each in waiting] == [None, None]
+
+
+def test_answer_that_is_lost_while_others_call(kuzzle):
+    """Calls that come after a request was sent do not put off the next attempt, if its answer is lost."""
+    is_over, jwt, cache = threading.Event(), kuzzle.login(ago=HOUR - 30), TokenCache(lease=0.5)
+    kuzzle.next_answers.append(lambda request: is_over.wait(20) and kuzzle.refuse(request, "busy"))
+
+    def call(_):
+        return refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=1)
+
+    with ThreadPoolExecutor() as pool:
+        end = time.monotonic() + 10
+        while len(kuzzle.requests) < 2 and time.monotonic() < end:
+            pool.submit(call, 0)
+            time.sleep(0.1)
+        sent = len(kuzzle.requests)
+        is_over.set()
+    assert sent == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not drop what a full backlog gets")
+def test_host_whose_first_address_is_dead(kuzzle, monkeypatch):
+    """A host's first address may drop what it gets: there is time for the next one."""
+    port, find = int(kuzzle.url.rpartition(":")[2]), socket.getaddrinfo
+
+    def two(host, *args, **options):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in ("127.0.0.2", "127.0.0.1")]
+        return found if host == "kuzzle.test" else find(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    with contextlib.ExitStack() as stack:
+        dead = stack.enter_context(socket.socket())
+        dead.bind(("127.0.0.2", port))
+        dead.listen(0)
+        for _ in range(4):
+            full = stack.enter_context(socket.socket())
+            full.setblocking(False)
+            full.connect_ex(("127.0.0.2", port))
+        url, jwt = f"http://kuzzle.test:{port}", kuzzle.login(ago=60)
+        assert refresh_kuzzle_token(url, jwt, cache=None, timeout=3).kuid == "foo"
+
+
+class Hours(Runtime):
+    """A process whose hours pass quickly."""
+
+    passed = 0.0
+
+    def now(self):
+        return super().now() + self.passed
+
+    def steady(self):
+        return super().steady() + self.passed
+
+
+def test_later_token_that_was_used_for_days(kuzzle):
+    """A later token that was used every hour for days is known a day after it was last used, in memory as well."""
+    runtime = Hours()
+    cache = TokenCache(MemoryStore(timer=runtime.steady), ahead=7200, runtime=runtime)
+
+    def call(jwt, hours):
+        runtime.passed += 3600.0 * hours
+        kuzzle.clock.advance(3600 * hours)
+        return refresh_kuzzle_token(kuzzle.url, jwt, expires_in="3d", cache=cache)
+
+    later = call(kuzzle.login(ago=60), 0).jwt
+    newest = [call(later, 1) for _ in range(100)][-1]
+    for _ in range(22):  # the process is busy with others
+        call(kuzzle.login("other", expires_in="2h"), 1)
+    assert call(later, 1) == newest
+
+
+UNWANTED = """
+from refresher import KuzzleAuth, keep_alive
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 1.0)
+try:
+    list(keep_alive([KuzzleAuth(url, jwts[0], cache=TokenCache(lease=1), timeout=None)]))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signal here")
+def test_process_that_is_interrupted_in_keep_alive(kuzzle):
+    """It ends a lease later, though the answer is lost, and the session's timeout is None."""
+    is_over = threading.Event()
+    kuzzle.next_answers.append(lambda request: is_over.wait(30) and kuzzle.truly(request))
+    try:
+        assert run(PRELUDE + UNWANTED, kuzzle.url, kuzzle.login(ago=HOUR - 10), seconds=15) == "interrupted\n"
+    finally:
+        is_over.set()
