@@ -402,17 +402,16 @@ class TokenCache:
         """
         ledger = self._ledger
         ledger.observed.forget()
-        flights = {**ledger.flights}
-        known = [ledger.chains.get(key) or Chain(key=key) for key in {*ledger.chains.keys(), *flights}]
+        known = [ledger.chains.get(key) or Chain(key=key) for key in {*ledger.chains.keys(), *ledger.flights}]
         for chain in known:  # also if the store hangs
             ledger.bury(chain)
         ledger.flights = {}
-        self._aside(self._clear, flights, [chain.newest.keys[0] for chain in known if chain.newest])
+        self._aside(self._clear, [chain.newest.keys[0] for chain in known if chain.newest])
 
-    def _clear(self, flights: dict[str, Flight[Any]], newest: list[str]) -> None:
+    def _clear(self, newest: list[str]) -> None:
         ledger, is_done = self._ledger, True
         kept = ledger.store.keys() if isinstance(ledger.store, MemoryStore) else ()
-        for key in {*ledger.chains.keys(), *ledger.unsaved, *flights, *filter(_rules.KEY.fullmatch, kept)}:
+        for key in {*ledger.chains.keys(), *ledger.unsaved, *filter(_rules.KEY.fullmatch, kept)}:
             if (chain := ledger.chains.get(key)) is None:
                 chain = Chain(key=key, generation=ledger.ask("cannot be read", ledger.generation, key)[0] or 0)
             is_done &= ledger.drop(chain, {key})

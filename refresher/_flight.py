@@ -93,7 +93,6 @@ class Flight(Patience, Generic[T]):
         # One for all of its attempts: the pauses between them grow longer.
         self._exchange = Exchange(self._runtime, ledger.observed, self, call.credential.scope, call.session)
         self._failure: RefreshError | None = None
-        self._gone_at = -math.inf  # when the limit began: a request left, or a caller was interrupted
         self.status = f"{ledger.name} is slow"
         self._alarm = self._runtime.event()  # ends the pause that the flight makes
         self._claim = [True]
@@ -680,7 +679,7 @@ class SignOut(Flight[T]):
             raise UnavailableError(what, provider=newest.service, spent=False) from None
         while not ledger.drop(chain, {*self.call.credential.keys, *newest.keys}, has_ended=True):
             self.status = f"the session has ended at {self._service}, but {ledger.name} cannot be written: call again"
-            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():
+            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
                 raise UnavailableError(self.status, provider=newest.service, spent=False)
             self.pause(min(_rules.LONGEST_POLL, time_left))
         self.is_over = True

@@ -206,7 +206,8 @@ class _Keeper:
         failure: Exception | None = None
         try:
             last = auth._advance(auth._sign_in, patient=True, is_unwanted=lambda: self._is_unwanted or not is_there())
-            outcome = "fresh" if last is None or last.keys[-1] == before else "refreshed"
+            if last is not None:
+                outcome = "fresh" if last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
             outcome, failure = "ended", error
         except RefreshError as error:

@@ -1282,3 +1282,91 @@ def test_time_is_up_while_connecting(kuzzle, root, monkeypatch, cache):
     monkeypatch.setattr("refresher._cache._GRACE", 5.0)
     with pytest.raises(UnavailableError, match="could not be reached"):
         refresh_kuzzle_token(kuzzle.url, root, timeout=0.1, cache=cache)
+
+
+class Sluggish(Runtime):
+    """Its threads take a while to begin."""
+
+    def start(self, work, *, daemon=False):
+        super().start(lambda: (time.sleep(0.25), work()), daemon=daemon)
+
+
+def test_threads_that_are_slow_to_begin(kuzzle, root):
+    """Who waits starts another one, and the token is spent once all the same."""
+    kuzzle.delay_next(0.6)
+    cache = TokenCache(runtime=Sluggish())
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=5)
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 1
+
+
+class Stillborn(Runtime):
+    """Whoever starts its first thread is interrupted before that begins."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when = when
+
+    def start(self, work, *, daemon=False):
+        when, self.when = self.when, None
+        if when is not None:
+            when()
+            raise KeyboardInterrupt
+        super().start(work, daemon=daemon)
+
+
+def test_whoever_was_about_to_start_a_refresh_was_interrupted(kuzzle, root):
+    """Who waits for the same refresh starts it."""
+
+    def when():
+        (flight,) = cache._ledger.flights.values()
+        while len(flight.waiters) < 2:
+            time.sleep(0.01)
+
+    cache = TokenCache(runtime=Stillborn(when))
+    with ThreadPoolExecutor() as pool:
+        one, two = (pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=5) for _ in range(2))
+        errors = [one.exception(), two.exception()]
+    assert {type(error) for error in errors} == {type(None), KeyboardInterrupt}
+    assert len(kuzzle.requests) == 1
+
+
+def test_pauses_without_a_cache(kuzzle, root, monkeypatch):
+    """A service that is busy is not hammered, and a call that has to wait does not spin."""
+    told = []
+    monkeypatch.setattr("refresher._cache.show_wait", lambda *what: told.append(what))
+    kuzzle.fail_next("api.process.overloaded", 1000)
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=None, timeout=1)
+    assert len(kuzzle.requests) < 50
+    kuzzle.next_answers.clear()
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "1"}))
+    with pytest.raises(UnavailableError, match="503"):
+        refresh_kuzzle_token(kuzzle.url, root, cache=None, queuable=False)
+    told.clear()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=None).jwt)
+    assert len(told) < 10
+
+
+def test_forget_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
+    """Also in a store that others share."""
+    cache = TokenCache(FileStore(tmp_path), clock=clock)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    clock.advance(HOUR - 20)
+    kuzzle.fail_next("security.token.invalid")
+    (outcome,) = keep_alive([KuzzleAuth(kuzzle.url, root, cache=cache)])
+    assert outcome.outcome == "ended"
+    cache.forget(kuzzle.url, root)
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
+
+
+def test_on_wait_at_the_end_of_a_call(kuzzle, root):
+    """What is left is never less than nothing."""
+    what = []
+    cache = TokenCache(on_wait=lambda *told: what.append(told))
+    kuzzle.delay_next(4)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1.5)
+    assert what[-1] == ("", None)
+    assert what[:-1]
+    assert all(left >= 0 for _, left in what[:-1])

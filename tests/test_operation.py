@@ -1561,3 +1561,38 @@ def test_recipes(kuzzle):
     (span,) = exporter.get_finished_spans()
     (event,) = span.events
     assert (event.name, event.attributes["outcome"]) == ("refresh", "refreshed")
+
+
+def test_a_pause_that_is_longer_than_a_call_has(kuzzle):
+    """A call without a cache sends nothing, and does not wait, if the service has asked the one before for more."""
+    jwt = kuzzle.login(ago=1800)
+    kuzzle.next_answers.append(Answer(503, b"", {"Retry-After": "3"}))
+    with pytest.raises(UnavailableError, match="503"):
+        refresh_kuzzle_token(kuzzle.url, jwt, cache=None, queuable=False)
+    for arguments in ({"timeout": 0.5}, {"queuable": False}):
+        began = time.monotonic()
+        with pytest.raises(UnavailableError, match="asked to wait: try again in 3 s") as caught:
+            refresh_kuzzle_token(kuzzle.url, jwt, cache=None, **arguments)
+        assert 2 < caught.value.retry_after <= 3
+        assert time.monotonic() - began < 1
+    assert len(kuzzle.requests) == 1
+
+
+def test_a_session_that_is_signed_out_while_it_waits_for_its_turn(kuzzle):
+    """Nothing is sent for it, and the run goes on."""
+    auths = [KuzzleAuth(kuzzle.url, jwt) for jwt in (kuzzle.login(user, ago=3595) for user in ("foo", "bar"))]
+    kuzzle.delay_next(0.3)
+    outcomes = []
+    for outcome in keep_alive(auths, at_once=1):
+        auths[1].jwt = None
+        outcomes.append((outcome.outcome, outcome.error))
+    assert outcomes == [("refreshed", None), ("skipped", None)]
+    assert len(kuzzle.requests) == 1
+
+
+def test_longer_lifetime_of_a_session_that_is_kept_alive(kuzzle):
+    """It is refreshed, though it is fresh, if its auth object asks for a longer life."""
+    cache, root = TokenCache(), kuzzle.login(ago=1800)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    auth = KuzzleAuth(kuzzle.url, root, expires_in="30d", cache=cache)
+    assert [outcome.outcome for _ in range(2) for outcome in keep_alive([auth])] == ["refreshed", "fresh"]

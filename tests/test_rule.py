@@ -3818,3 +3818,121 @@ def test_process_that_is_interrupted_in_keep_alive(kuzzle):
         assert run(PRELUDE + UNWANTED, kuzzle.url, kuzzle.login(ago=HOUR - 10), seconds=15) == "interrupted\n"
     finally:
         is_over.set()
+
+
+def test_a_store_that_stays_down_is_told_again(kuzzle, store, root, caplog, monkeypatch):
+    """It is in the log every few seconds, and not just once."""
+    store.is_down, cache = True, TokenCache(store)
+    for cooldown, times in ((60.0, 1), (0.0, 2)):
+        monkeypatch.setattr(_rules, "COOLDOWN", cooldown)
+        with pytest.raises(UnavailableError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=cache, queuable=False, timeout=1)
+        assert caplog.text.count("SharedStore cannot be read") == times
+
+
+def test_no_second_attempt_at_a_store_that_is_down(kuzzle, store, root):
+    """Who wants one attempt is told at once."""
+    store.is_down, began = True, time.monotonic()
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), queuable=False, timeout=5)
+    assert time.monotonic() - began < 1
+
+
+def test_rejected_while_another_may_have_its_successor(kuzzle, store, root):
+    """A token that is rejected though it is new is no verdict while another process may have spent it."""
+    cache = TokenCache(store)
+    auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=1)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    put_open_attempt(store, key_of("kuzzle", kuzzle.url, token.jwt))
+    kuzzle.fail_next("security.token.invalid")
+    with pytest.raises(OutcomeUnknownError):
+        requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
+
+
+def test_longer_lifetime_than_that_of_a_refresh_under_way(kuzzle, cache, root):
+    """A call that joins a refresh gets the life that it asks for."""
+    kuzzle.delay_next(0.5)
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        two = pool.submit(refresh_kuzzle_token, kuzzle.url, root, expires_in="30d", cache=cache)
+        assert (one.result().ttl.days, two.result().ttl.days) == (0, 30)
+
+
+def test_longer_lifetime_during_downtime(kuzzle, cache, root):
+    """A call that asks for a longer life goes on with the token that there is if Kuzzle is down."""
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    kuzzle.stop()
+    assert refresh_kuzzle_token(kuzzle.url, root, expires_in="30d", timeout=1, cache=cache) == token
+
+
+class Ages(SharedStore):
+    """It takes two hours to write a token down."""
+
+    def set(self, key, value, seconds):
+        if '"token"' in value and self.takes_ages:
+            self.takes_ages = False
+            self.clock.advance(2 * HOUR)
+        super().set(key, value, seconds)
+
+
+def test_token_that_expires_while_it_is_written_down(clock):
+    """What is handed out works."""
+    store = Ages(clock)
+    store.clock, store.takes_ages = clock, True
+    with FakeCircle(clock=clock) as circle:
+        pair = refresh_user_token(**call_with(circle, circle.sign_in()), cache=TokenCache(store, clock=clock))
+        assert circle.knows(pair)
+
+
+def test_entry_that_can_be_read_again(kuzzle, store, root):
+    """That one could not be read does not count any more once it has been replaced: who has to sign in is told."""
+    store.set(key_of("kuzzle", kuzzle.url, root), "nonsense", HOUR)
+    cache = TokenCache(store)
+    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.jwt}"}, timeout=10)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, expires_in="30d", cache=cache, timeout=3)
+
+
+class Connections(SharedStore):
+    """Each thread that asks it has a connection, until it gives that back."""
+
+    def __init__(self, clock=time.monotonic):
+        super().__init__(clock)
+        self.open = set()
+
+    def _do(self, name, *arguments):
+        self.open.add(threading.current_thread())
+        return super()._do(name, *arguments)
+
+    def end_thread(self):
+        self.open.discard(threading.current_thread())
+
+
+@pytest.mark.parametrize("what", ["look", "lead", "probe", "save later"])
+def test_connections_of_threads(kuzzle, clock, root, what):
+    """Each thread of ours gives its connection back, whatever it is for: a database has few."""
+    store = Connections(clock)
+    cache = TokenCache(store, clock=clock)
+    spent = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+    refresh_kuzzle_token(kuzzle.url, root, expires_in="30d", cache=cache)
+    if what == "look":
+        other = TokenCache(store, clock=clock)
+        other.peek(kuzzle.url, root)
+        assert KuzzleAuth(kuzzle.url, root, cache=other).jwt != root
+        other.forget(kuzzle.url, root)
+    elif what == "lead":
+        refresh_kuzzle_token(kuzzle.url, spent, cache=TokenCache(store, clock=clock))
+    elif what == "probe":
+        cache._ledger.runtime.start(cache._ledger._probe)
+    else:
+        (chain,), done = map(cache._ledger.chains.get, cache._ledger.chains.keys()), threading.Event()
+        cache._ledger.unsaved[chain.key] = chain
+        cache._ledger.save_later(done.set)
+        assert done.wait(5)
+    deadline = time.monotonic() + 5
+    while store.open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not store.open
