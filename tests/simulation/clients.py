@@ -318,6 +318,21 @@ def hurry(process: Process, sessions: list[Session], until: float) -> None:
     process.returned_at = world.time
 
 
+def insist(process: Process, session: Session, until: float) -> None:
+    """Be one thread of a server that is called all the time, and cannot reach any service when a token is due."""
+    world, rng = process.world, process.world.random
+    world.park(max(0.0, session.left() - rng.uniform(-5.0, 5.0)), process.leaving)
+    if process.cut_off_until < 0.0:
+        process.cut_off_until = world.time + rng.uniform(30.0, 90.0)
+        world.faults.happened.append("process is cut off")
+    while world.time < min(until, process.cut_off_until) and not process.leaving.happened:
+        token = rng.choice((session.first, *session.handed))
+        Call(process, session, token, timeout=rng.choice((5.0, 10.0)), retry=True, asked=None).make(by_function)
+        world.park(rng.uniform(0.0, 1.0), process.leaving)
+    world.park(1e9, process.leaving)
+    process.returned_at = world.time
+
+
 def serve_long(process: Process, session: Session, times: int, footprints: list[int]) -> None:
     """Refresh a session again and again, and tell what is remembered each time."""
     world = process.world

@@ -66,8 +66,12 @@ class Faults:
         if self.lose_pairs:
             self.kinds = ["reply lost", "reply lost", rng.choice(_AT_DEPARTURE), rng.choice(_AT_DEPARTURE + _STORE)]
             self.left, self.rate, self.aim, self.before = rng.randint(2, 12), 0.6, "depart", math.inf
+        # Whether one process that is called all the time cannot reach any service for a while.
+        self.cut_off = not self.lose_pairs and random.Random(world.seed + 5_000_003).random() < 0.03
+        if self.cut_off:
+            self.kinds, self.left = [], 0
         # Whether there are calls at once when something goes wrong.
-        self.hurry = random.Random(world.seed + 2_000_003).random() < 0.1
+        self.hurry = self.cut_off or random.Random(world.seed + 2_000_003).random() < 0.1
         self.happened: list[str] = []
         self.healed = False
         self._commands: dict[Process, str] = {}

@@ -317,6 +317,7 @@ def death(world: World, session: Session) -> None:
             and max(session.disturbed_at, session.server.disturbed_at) < undisturbed
             and process.ended_at > died
             and process.asleep_for == call.asleep
+            and process.cut_off_until < undisturbed
             and (process in session.receipts or world.store.disturbed_at < undisturbed)
             and (process in session.receipts or world.store.hung_until < undisturbed - 30.0)
             and (world.store.hung_until < call.began or call.began <= died - 2.5)  # after a second, it is passed by
@@ -413,6 +414,10 @@ def unknown(world: World, call: Any, error: RefreshError) -> None:
     if not is_sent and locked_until < long_ago and not (world.store.lost or is_over):
         world.violated("an outcome is unknown though nothing was sent", call.session.user)
     call.session.refusals.clear()  # that was no verdict
+    has_time = call.timeout is None or call.timeout >= 15.0
+    could_ask = has_time and call.process.cut_off_until < call.began and not call.slept() and call.session.is_alive()
+    if world.faults.cut_off and could_ask and not call.session.is_leaving and error.status is None:
+        world.violated("waits for a process that cannot reach the service", f"{call.session.user}: {error}")
 
 
 def gave_up(world: World, call: Any, error: Any, took: float) -> None:

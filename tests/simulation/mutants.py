@@ -532,6 +532,14 @@ MUTANTS = [
         (_CIRCLE, "error.idempotency_key if is_first else own", "error.idempotency_key"),
     ),
     Mutant(
+        "a process that cannot reach the service keeps the lock",
+        (
+            _FLIGHT,
+            "(self._lease.lock is not Lock.OURS or self._time_left() > 2 * _rules.TRUSTED)",
+            "self._lease.lock is not Lock.OURS",
+        ),
+    ),
+    Mutant(
         "how long others have looked for an answer does not count",
         (_FLIGHT, "seen=(now, age))", "seen=(now, 0.0))"),
     ),

@@ -39,7 +39,8 @@ def _machines(world: World) -> list[Machine]:
 def _sign_in(world: World, scripts: bool) -> None:
     rng = world.random
     urls = rng.choice(((KUZZLES[0],), (KUZZLES[0],), KUZZLES, (CIRCLE,), (KUZZLES[0], CIRCLE)))
-    servers = [Server(world, url) for url in ((CIRCLE,) if world.faults.lose_pairs else urls)]
+    is_circle = world.faults.lose_pairs or (world.faults.cut_off and rng.random() < 0.7)
+    servers = [Server(world, url) for url in ((CIRCLE,) if is_circle else urls)]
     for number in range(1 if scripts else max(len(servers), rng.randint(1, 3))):
         server = servers[number % len(servers)]
         ttl = (
@@ -83,6 +84,10 @@ def _start_servers(world: World, machines: list[Machine], until: float) -> None:
     rng, memory = world.random, world.store.kind == "memory"
     for number in range(1 if memory else rng.randint(1, 3)):
         _start_server(world, f"server {number + 1}", rng.choice(machines), until)
+    if world.faults.cut_off and not memory:
+        process, session = clients.start(world, "cut off", rng.choice(machines)), rng.choice(world.sessions)
+        for number in range(3):
+            world.spawn(process, f"insistent {number}", lambda: clients.insist(process, session, until))
 
 
 def _start_leaver(world: World, machines: list[Machine], until: float) -> None:

@@ -246,7 +246,7 @@ class Network:
             takes = world.random.uniform(0.5, 5.0)
         elif server.troubled() == "unreachable":
             takes = 75.0
-        refused = server.troubled() == "down"
+        refused = server.troubled() == "down" or world.time < process.cut_off_until
         if server.troubled():
             session.disturbed_at = world.time + takes
         done = process.steady() + takes

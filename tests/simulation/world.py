@@ -226,6 +226,7 @@ class Process:
         self.ahead = 0.0  # how much earlier than usual it refreshes
         self.began_at, self.ended_at, self.how = world.time, math.inf, ""
         self.asleep_until, self.asleep_for = 0.0, 0.0
+        self.cut_off_until = -math.inf  # it cannot reach any service
         self.nap = "", 0.0  # before which effect it is to be suspended, and for how long
         self.returned_at: float | None = None  # when the last of its callers had what it wanted
         self.groups: list[set[str]] = []  # tokens that it knows to be of one session
