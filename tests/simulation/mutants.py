@@ -398,8 +398,8 @@ MUTANTS = [
         "a sign-out only forgets",
         (
             _FLIGHT,
-            "newest.sign_out(Exchange(self._runtime, ledger.observed, self, newest.scope, ",
-            "bool((newest.scope, ",
+            "newest.sign_out(self._exchange)",
+            "bool(self._exchange)",
         ),
     ),
     Mutant(
@@ -454,8 +454,8 @@ MUTANTS = [
         "one failed write ends a sign-out",
         (
             _FLIGHT,
-            "            if (time_left := self._time_left() - _rules.LAST_CALL) <= 0 or not self.retry():\n",
-            "            if time_left := self._time_left() - _rules.LAST_CALL:\n",
+            "LAST_CALL) <= 0:\n                raise UnavailableError(self.status",
+            "LAST_CALL):\n                raise UnavailableError(self.status",
         ),
     ),
     # Verdicts
