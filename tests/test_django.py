@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_celery(kuzzle, programs, environment):
     """
     kuzzle.delay_next(0.3)
     assert run(environment, "-c", "\n".join(line.strip() for line in code.splitlines())) == "{'foo'}\n"
+    assert len(refreshes(kuzzle)) == 1
+
+
+def test_celery_process_that_ends(kuzzle, programs, environment):
+    """A process of a worker that ends lets a refresh finish that its task has left behind."""
+    old = kuzzle.login("foo", ago=3000)
+    programs.start("celery", "--app=shop", "worker", "--concurrency=1", "--max-tasks-per-child=1", "--loglevel=WARNING")
+    code = f"""
+        from shop.tasks import get_kuid
+        print([get_kuid.delay({old!r}).get(timeout=30) for _ in range(2)])
+    """
+    kuzzle.delay_next(6.0)
+    kuzzle.grace = 60.0  # tasks go on with the old one meanwhile
+    assert run(environment, "-c", textwrap.dedent(code)) == "['foo', 'foo']\n"
+    kuzzle.clock.advance(70)
+    assert run(environment, "-c", textwrap.dedent(code)) == "['foo', 'foo']\n"
     assert len(refreshes(kuzzle)) == 1
 
 
