@@ -89,9 +89,10 @@ def refresh_kuzzle_token(
         strategy: The authentication strategy that is asked first. It may choose another lifetime.
         queuable: Whether to try again after downtime, overload, rate limits and lost responses, as long as *timeout*
             allows. If False, there is one attempt.
-        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
-            was sent goes on until a minute after that, and the next call finds its result in the cache. Give it two
-            seconds at least: a process that cannot know how old a token is refreshes it a second after it first saw it.
+        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request
+            goes on until a minute after it was sent, and the next call finds its result in the cache. A process that
+            ends waits for it, unless it is ended by `os._exit`. Give a call two seconds at least: a process that
+            cannot know how old a token is refreshes it a second after it first saw it.
         cache: Remembers the newest token of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes its *jwt*, and gives up when *timeout* is over.
         session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed, except
@@ -234,8 +235,9 @@ def refresh_user_token(
         base_url: Where Circle answers. It must use https, except for a loopback address.
         retry: Whether to try again after failures and lost responses, as long as *timeout* allows. If False, there is
             one attempt.
-        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request that
-            was sent goes on until a minute after that, and the next call finds its result in the cache.
+        timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request
+            goes on until a minute after it was sent, and the next call finds its result in the cache. A process that
+            ends waits for it, unless it is ended by `os._exit`.
         cache: Remembers the newest pair of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes the pair it is given, and gives up when *timeout* is over.
         session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed.
