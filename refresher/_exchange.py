@@ -136,8 +136,8 @@ class Patience:
         """Whether there may be another attempt."""
         return self._retry
 
-    def begin(self) -> None:
-        """Begin an attempt. What this raises ends the refresh."""
+    def begin_again(self) -> None:
+        """Begin another attempt. What this raises ends the refresh."""
 
     def depart(self) -> None:
         """Let the request leave. What this raises stops it."""
@@ -164,7 +164,7 @@ class Exchange:
     ) -> None:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
-        self.attempts = 0
+        self.attempts = self._failures = 0
         self._lost: RefreshError | None = None  # after which nobody knows what was spent
         self._date: float | None = None  # of the last answer
         self._asked = 0.0  # when its request was sent
@@ -191,18 +191,19 @@ class Exchange:
             while True:
                 try:
                     self._wait_out_pause(request.service)
-                    self._patience.begin()
+                    if attempts:
+                        self._patience.begin_again()
                     attempts += 1
                     self.attempts += 1
                     token, reply = self._ask(request, parse)
-                    path, outcome, self._lost = f"{old} -> {token.fingerprint}", "ok", None
+                    path, outcome = f"{old} -> {token.fingerprint}", "ok"
                     return token, reply
                 except RefreshError as failed:
-                    error = failed
+                    error, self._failures = failed, self._failures + 1
                 if error.retry_after is not None:
                     self._observed.leave_alone(self._scope, error.retry_after)
                 time_left = self._patience.until() - self._runtime.steady() if self.retry else -math.inf
-                pause = _rules.pause_after(error, self.attempts, time_left, self._runtime.pick(0.0, 1.0))
+                pause = _rules.pause_after(error, self._failures, time_left, self._runtime.pick(0.0, 1.0))
                 if self._lost is not None:  # nothing was spent this time, but an answer was lost before
                     error = self._lost if isinstance(error, UnavailableError) else error
                     is_proof = request.idempotency_key is None and isinstance(error, SignInRequiredError)

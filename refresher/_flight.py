@@ -69,8 +69,9 @@ class Flight(Patience, Generic[T]):
     _longest = math.inf  # for how many seconds others may be about to come back with an answer
     is_for_all = True  # its failure is that of all who wait, not of its first caller alone
     has_departed = False  # something is on the wire
-    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back.
-    _done = _is_alone = _is_in_doubt = _has_let_go = False
+    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back, the last failure
+    # has spent nothing.
+    _done = _is_alone = _is_in_doubt = _has_let_go = _is_in_vain = False
     first_generation = math.inf  # the one that it has found first, or that was forgotten meanwhile
 
     def __init__(self, ledger: Ledger, chain_key: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
@@ -229,10 +230,9 @@ class Flight(Patience, Generic[T]):
         """Whether others would take what was announced for lost."""
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
-    def begin(self) -> None:
-        if self._is_old() and (self._lease.lock is not Lock.OURS or self._time_left() > 2 * _rules.TRUSTED):
-            self._lease.give_back()
-            self.pause(_rules.TRUSTED)  # it was in vain for seconds: another machine may have more luck
+    def begin_again(self) -> None:
+        is_in_vain = self._is_in_vain and self._time_left() > 2 * _rules.TRUSTED
+        if self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
 
@@ -248,6 +248,7 @@ class Flight(Patience, Generic[T]):
         self.has_departed = False
         self.status = str(error)
         self._is_in_doubt |= error.spent is not False
+        self._is_in_vain = error.spent is False
         for waiter in list(self.waiters):
             if not waiter.retry or (error.spent is False and not self._has_time(waiter, error)):
                 self.leave(waiter)
@@ -445,6 +446,7 @@ class Flight(Patience, Generic[T]):
         try:
             successor = spend.refresh(self._exchange, key=self._key)
         except _LookAgain:
+            self._make_way(spend, attempt)
             return None
         except SignInRequiredError as error:
             self.has_departed = False
@@ -475,6 +477,13 @@ class Flight(Patience, Generic[T]):
             self.first_generation = math.inf
             return None
         return successor
+
+    def _make_way(self, spend: Credential[T], attempt: Attempt | None) -> None:
+        """Let another machine try what was tried in vain for seconds: it may have more luck."""
+        if self._is_in_vain:
+            self._close(spend, attempt)
+            self._lease.give_back()
+            self.pause(_rules.TRUSTED)
 
     def _next_key(self, spend: Credential[T], error: RefreshError | _Abandoned) -> str | None:
         """

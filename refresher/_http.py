@@ -8,6 +8,7 @@ import functools
 import http.client
 import io
 import logging
+import math
 import os
 import re
 import socket
@@ -42,8 +43,8 @@ _LARGEST_BODY = 1024 * 1024
 _MOST_INTERIM_ANSWERS = 100
 _MOST_CHUNKS = 2000
 # How often to ask whether the caller still waits, in seconds: while a thread works, while a socket is read. How long to
-# connect without asking.
-_THREAD_SLICE, _SOCKET_SLICE, _AT_ONCE = 0.04, 0.5, 0.1
+# connect without asking, and to one address of several.
+_THREAD_SLICE, _SOCKET_SLICE, _AT_ONCE, _ONE_ADDRESS = 0.04, 0.5, 0.1, 10.0
 # By how many seconds the caller may decide to wait longer, on a connection of its own.
 _EXTENSION = 60.0
 # How many pieces of an answer to read after the caller's time is up, if they are there.
@@ -169,7 +170,7 @@ def send(
 def _send_on_own(request: Request, call: _Call) -> Reply:
     """Send on a connection of our own, straight: a session and an adapter take twice as long."""
     pool, target = _pools(os.getpid(), call.steady() // _PERIOD)(request.url)
-    limit = Timeout(connect=_one_address(call.remaining()), read=None)
+    limit = Timeout(connect=_timeout(call.remaining()), read=None)
     return _reply(pool.urlopen("POST", target, reveal(request.body), _headers(request), timeout=limit, **_RAW), call)
 
 
@@ -177,7 +178,7 @@ def _send_on_lent(request: Request, session: requests.Session, call: _Call) -> R
     """Send on a connection of the caller's, in a thread: it may not keep to its time."""
     options: Any = session.merge_environment_settings(request.url, {}, True, None, None)
     post, prepared = _poster(session, request.url), _prepare(request, session)
-    connect = _one_address(call.remaining())
+    connect = _timeout(call.remaining())
     call.leave()
     # A thread that nobody waits for any more comes to an end too.
     options["timeout"] = connect, _timeout(call.remaining() + _EXTENSION)
@@ -202,11 +203,6 @@ def _watched(work: Callable[[], _T], remaining: Callable[[], float]) -> _T:
     if isinstance(error, Exception) and not isinstance(error, _FAILURES):
         raise HTTPException(error)  # an adapter may raise whatever it likes
     return outcome.result()
-
-
-def _one_address(seconds: float) -> float:
-    """Return how long to connect to one address of a host: if that drops what it gets, there may be another."""
-    return max(0.001, min(max(seconds / 2, 2.0), 10.0, seconds))
 
 
 def _timeout(seconds: float) -> float | None:
@@ -443,6 +439,18 @@ class _Connection(_Base):  # type: ignore[misc]
                     raise
             self.timeout = limit
         return _watched(connect, call.remaining)
+
+    def _new_conn(self) -> Any:
+        """Connect to one address after the other. One that drops what it gets must not take the time of all."""
+        remaining = _current.get().remaining()
+        self.timeout = min(self.timeout or math.inf, max(remaining / 2, 2.0), _ONE_ADDRESS)
+        sock = super()._new_conn()
+        sock.settimeout(_timeout(remaining))  # of TLS
+        return sock
+
+    def _tunnel(self) -> None:
+        super()._tunnel()
+        self.sock.settimeout(_timeout(_current.get().remaining()))  # of TLS, again
 
     def putrequest(self, *args: Any, **options: Any) -> None:
         if self.is_closed:

@@ -303,7 +303,8 @@ class Ledger:
         self._looked_at.put(key, self.runtime.steady())
         if found is not None and self._is_to_be_led(own, found):
             self._led_at.put(own, self.runtime.steady())
-            self.runtime.start(functools.partial(self._lead_again, credential, key), daemon=True)  # it may hang
+            lead = functools.partial(self._lead_again, credential, key)
+            self.runtime.start(lead, daemon=self.is_local)  # a store that reads may hang then
         known = self.chains.get(key)
         current = found if found is not None and (known is None or found.generation >= known.generation) else known
         if current is not None and (other := self._other(current)) is not None:  # before it is forgotten

@@ -91,6 +91,8 @@ class Event:
 
 
 _STEADY = find_clock()
+# How long a thread that ends with its process waits for that, in seconds: about as long as a refresh goes on.
+_LONGEST_WAIT = 60.0
 
 
 def _is_ending(caller: threading.Thread) -> bool:
@@ -175,7 +177,7 @@ class Runtime:
         Run *work* in a thread of its own. A process that ends waits for it, unless it is a daemon.
 
         Raises:
-            EndingError: The calling thread is a daemon, and ends with its process: what it began would, too.
+            EndingError: The calling thread is a daemon whose process is ending: that may not wait for what begins now.
         """
         if daemon:
             start_thread(work, daemon=True)
@@ -186,8 +188,9 @@ class Runtime:
 
     def _wait_for_the_end(self) -> NoReturn:
         """Wait until this thread ends with its process. If it does not, a handler of atexit may be waiting for it."""
+        until = _STEADY() + _LONGEST_WAIT  # one of the others may wait for this one
         # A child of multiprocessing runs no handlers: it ends as soon as these have.
-        while any(one.is_alive() and not one.daemon for one in threading.enumerate()):
+        while _STEADY() < until and any(one.is_alive() and not one.daemon for one in threading.enumerate()):
             time.sleep(0.05)
         self._over_at = self._over_at or _STEADY()
         time.sleep(max(0.0, self._over_at + 1.0 - _STEADY()))

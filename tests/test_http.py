@@ -483,6 +483,22 @@ def test_tunnel(proxy, authority, tmp_path, monkeypatch):
     assert departed == [2, 3]
 
 
+@pytest.mark.parametrize("through", ["", "a proxy"])
+def test_slow_handshake(proxy, trusted, monkeypatch, through):
+    """A handshake may take longer than connecting to one of several addresses, and than a slice of an answer."""
+    monkeypatch.setattr(_http, "_ONE_ADDRESS", 0.3)
+    proxy.RequestHandlerClass = Tunnel
+    for name, value in {"no_proxy": "", "NO_PROXY": "", "https_proxy": proxy.url}.items() if through else ():
+        monkeypatch.setenv(name, value)
+    context = tls(trusted)
+    context.sni_callback = lambda *_: time.sleep(0.8)
+    _http._pools.cache_clear()
+    with Peer(answering(EMPTY, then=lambda client: None), context) as peer:
+        assert post(peer.url, connect=5).body == b"{}"
+    _http._pools.cache_clear()
+    assert len(proxy.asked) == bool(through)
+
+
 def test_tunnel_through_silence(monkeypatch):
     """A proxy that says nothing ends in time, and nothing was sent."""
     with Peer(lambda client: time.sleep(3)) as peer:

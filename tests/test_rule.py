@@ -52,7 +52,7 @@ from refresher import (
 )
 from refresher._exchange import Observed
 from refresher._flight import Flight
-from refresher._ledger import Call, Lease
+from refresher._ledger import Call, Lease, Ledger
 from refresher._rules import Attempt, Instant, Left, Lock, asker
 from refresher._runtime import REAL, EndingError, Runtime
 from refresher._text import Secret, key_of
@@ -3936,3 +3936,60 @@ def test_connections_of_threads(kuzzle, clock, root, what):
     while store.open and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not store.open
+
+
+def by_id(circle, pair):
+    return call_with(circle, pair, user_token=None, user_id=pair.user_id)
+
+
+@pytest.mark.parametrize("call", [call_with, by_id], ids=["by user token", "by user id"])
+def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call):
+    """Answers that Circle replays are followed to the end, however long that takes. So is the exchange of a user id."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    with FakeCircle(clock=clock) as circle:
+        first = circle.sign_in("user-1")
+        pair = refresh_user_token(**call(circle, first), cache=None)
+        for _ in range(4):
+            clock.advance(3600)
+            pair = refresh_user_token(**call_with(circle, pair), cache=None)
+        clock.advance(3600)
+        circle.requests.clear()
+        circle.delay_next(0.15, times=20)
+        store = SharedStore()
+        assert circle.knows(refresh_user_token(**call(circle, first), cache=TokenCache(store), timeout=10))
+        assert len({request.body for request in circle.requests}) == len(circle.requests)
+
+
+def test_lock_that_is_taken_again_is_renewed(monkeypatch):
+    """A flight that has let others try, and has the lock again, keeps it for as long as it needs."""
+    monkeypatch.setattr(_rules, "LEASE", 0.3)
+    store = SharedStore()
+    ledger = Ledger(store, REAL, None, None)
+    lease = Lease(ledger, 64 * "a", "me")
+    for _ in range(2):
+        lease.take()
+        time.sleep(0.6)
+        assert lease.is_ours()
+        assert store.acquire(64 * "a", "another", 1.0) > 0
+        lease.give_back()
+
+
+PASSES_ON = """
+cache = TokenCache(refresher.FileStore(jwts[1]))
+refresh_kuzzle_token(url, jwts[0], cache=cache)
+"""
+
+
+def test_script_that_passes_a_later_token(kuzzle, root, tmp_path):
+    """Each run of a script leads the later token that it is given to the newest, for a day and more."""
+    cache = TokenCache(FileStore(tmp_path))
+    later = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
+    refresh_kuzzle_token(kuzzle.url, later, expires_in="30d", cache=cache)
+    wait_for_copies(cache)
+    key = key_of("kuzzle", kuzzle.url, later)
+    (path,) = (tmp_path / "refresher").rglob(f"refresher-{key}-alias.entry")
+    for _ in range(3):
+        os.utime(path, (0, 0))
+        run(PRELUDE + PASSES_ON, kuzzle.url, later, str(tmp_path))
+        assert path.stat().st_mtime > 1.0
+    assert not [*tmp_path.rglob("*.tmp")]

@@ -533,11 +533,7 @@ MUTANTS = [
     ),
     Mutant(
         "a process that cannot reach the service keeps the lock",
-        (
-            _FLIGHT,
-            "(self._lease.lock is not Lock.OURS or self._time_left() > 2 * _rules.TRUSTED)",
-            "self._lease.lock is not Lock.OURS",
-        ),
+        (_FLIGHT, "(is_in_vain or self._lease.lock is not Lock.OURS)", "self._lease.lock is not Lock.OURS"),
     ),
     Mutant(
         "how long others have looked for an answer does not count",
