@@ -50,8 +50,8 @@ class TokenCache:
 
     Args:
         store: Where entries are kept. None means in the memory of this process.
-        lease: For how many seconds after it was sent a refresh goes on, if none of those waits any longer for whom it
-            was sent. An answer that takes longer is lost, and with it a session of Kuzzle's.
+        lease: For how many seconds after it was sent a refresh goes on though nobody waits for it any more. An answer
+            that takes longer is lost, and with it a session of Kuzzle's.
         clock: Tells the time, in seconds since 1970. It may be wrong. None means the system's clocks: then a
             wall clock that is set does not matter on one machine.
         ahead: How many seconds before its end a token is refreshed, at most half its lifetime. Make it more
@@ -213,6 +213,7 @@ class TokenCache:
                     self._on_wait(status, None if until == math.inf else remaining - 1)
                     told = True
                 status = flight.status if flight.is_running else ""  # what the next second goes by with
+            waiter.until = -math.inf  # it was not interrupted
             if isinstance(waiter.outcome, BaseException) and not isinstance(waiter.outcome, RefreshError):
                 raise waiter.outcome
             return flight, waiter.outcome

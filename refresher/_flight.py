@@ -82,7 +82,7 @@ class Flight(Patience, Generic[T]):
         self._service = call.credential.service.title()
         self._lease = Lease(ledger, chain_key, self._name)
         self.waiters: list[Waiter] = []
-        self._sent_for: list[Waiter] = []  # those who waited when the request left
+        self._sent_for: list[Waiter] = []  # who waited when the request left, or came soon after
         self.departed_at: Instant | None = None
         self._announced_at = math.inf
         # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
@@ -174,6 +174,8 @@ class Flight(Patience, Generic[T]):
     def join(self, waiter: Waiter) -> None:
         """Wait for this flight too. It goes on for as long as its most patient caller waits."""
         self.waiters.append(waiter)
+        if self.departed_at is not None and self._ledger.now().steady - self.departed_at.steady < self._limit:
+            self._sent_for.append(waiter)
         self._alarm.set()
         if self._done:
             waiter.tell(None)
@@ -207,7 +209,7 @@ class Flight(Patience, Generic[T]):
 
     def answer_by(self) -> float:
         """Connect while somebody waits. Give a request that was sent the time that an exchange may take in any case."""
-        # Those who have joined since would rather have another attempt than wait for an answer that was lost.
+        # Who came later would rather have another attempt than wait for an answer that was lost.
         waiting = (waiter.until for waiter in self._waiting() if waiter in self._sent_for)
         return max([self._gone_at + self._limit, *waiting]) if self.has_departed else self.until()
 

@@ -3993,3 +3993,20 @@ def test_script_that_passes_a_later_token(kuzzle, root, tmp_path):
         run(PRELUDE + PASSES_ON, kuzzle.url, later, str(tmp_path))
         assert path.stat().st_mtime > 1.0
     assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_answer_for_one_who_came_soon_after(kuzzle):
+    """Who joins while a request is on its way has time for its answer, also if those for whom it was sent have none."""
+    jwt, cache = kuzzle.login(ago=1800), TokenCache(lease=1)
+    kuzzle.delay_next(2.5)
+
+    def call(timeout):
+        return refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=timeout)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(call, 1.5)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        assert kuzzle.knows(call(10))
+        assert isinstance(first.exception(), OutcomeUnknownError)
+    assert len(kuzzle.requests) == 1
