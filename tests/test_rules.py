@@ -577,19 +577,19 @@ def test_windows_differ():
     ("known", "expected"),
     [
         pytest.param({"birth": None}, 0.0, id="no birth that matters"),
-        pytest.param({}, 1.1, id="first seen just now"),
-        pytest.param({"age": 0.25}, 0.85, id="seen for a while"),
+        pytest.param({}, 1.0, id="first seen just now"),
+        pytest.param({"age": 0.25}, 0.75, id="seen for a while"),
         pytest.param({"age": 5.0}, 0.0, id="seen for long"),
-        pytest.param({"service_now": (100.9, 100.9, True)}, 1.1, id="the service's clock shows that second"),
+        pytest.param({"service_now": (100.9, 100.9, True)}, 1.0, id="the service's clock shows that second"),
         pytest.param(
             {"service_now": (101.0, 101.0, True)},
-            1.1,
+            1.0,
             id="the service's clock shows the next second, but not all of its clocks may",
         ),
-        pytest.param({"service_now": (106.1, 106.1, True)}, 0.0, id="the service's clock shows a later second"),
-        pytest.param({"service_now": (7200.0, 7200.0, False)}, 1.1, id="a proxy's Date shows a later second"),
-        pytest.param({"service_now": (99.0, 99.0, True)}, 1.1, id="the service's clock is behind"),
-        pytest.param({"service_now": (100.9, 500.0, True)}, 1.1, id="a local clock was set meanwhile"),
+        pytest.param({"service_now": (106.0, 106.0, True)}, 0.0, id="the service's clock shows a later second"),
+        pytest.param({"service_now": (7200.0, 7200.0, False)}, 1.0, id="a proxy's Date shows a later second"),
+        pytest.param({"service_now": (99.0, 99.0, True)}, 1.0, id="the service's clock is behind"),
+        pytest.param({"service_now": (100.9, 500.0, True)}, 1.0, id="a local clock was set meanwhile"),
     ],
 )
 def test_birth_hold(known, expected):

@@ -1280,7 +1280,7 @@ def test_folder_that_others_can_write_to(folder, bits):
     store = FileStore(folder)
     store.set(KEY, "value", 60)
     (folder / "refresher").chmod(bits)
-    check_refused(store, PermissionError, "could replace the store.s files")
+    check_refused(store, PermissionError, "could replace the store's files")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
@@ -1294,7 +1294,7 @@ def test_folder_within_one_of_another_user(folder, mode, is_accepted):
     if is_accepted:
         assert store.get(KEY) == b"value"
     else:
-        check_refused(store, PermissionError, f"could replace the store.s files: '{folder}'")
+        check_refused(store, PermissionError, f"could replace the store's files: '{folder}'")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
@@ -1309,7 +1309,7 @@ def test_nothing_is_left_in_a_folder_that_is_refused(folder):
 
 def check_refused_to_write(store):
     for write in (lambda: store.set(KEY, "value", 60), lambda: store.acquire(KEY, "owner", 5), store.check):
-        with pytest.raises(PermissionError, match="could replace the store.s files"):
+        with pytest.raises(PermissionError, match="could replace the store's files"):
             write()
 
 

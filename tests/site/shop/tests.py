@@ -33,7 +33,6 @@ def test_a_lost_reply(fake_kuzzle):
     """Kuzzle's answer is lost, and the new token with it: the user is asked to sign in."""
     client = signed_in(fake_kuzzle.login("foo", ago=3590), Client())
     fake_kuzzle.suffer("lost")
-    fake_kuzzle.grace = 0.01  # seconds for which the spent token is still accepted
     assert client.get("/me").headers["Location"] == "/sign-in"
 
 
