@@ -46,5 +46,5 @@ def test_a_broken_core_is_found_out():
     """The simulation can fail: it finds a fault that was put into the core."""
     from simulation.mutants import MUTANTS
 
-    (mutant,) = (each for each in MUTANTS if each.name == "a refusal is the verdict though there is a newer token")
-    assert "told to sign in" in mutant.hunt(3000, first=1368)
+    (mutant,) = (each for each in MUTANTS if each.name == "an answer is dropped when the store has lost the entry")
+    assert "told to sign in" in mutant.hunt(300)
