@@ -91,8 +91,8 @@ def refresh_kuzzle_token(
             allows. If False, there is one attempt.
         timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request
             goes on until a minute after it was sent, and the next call finds its result in the cache. A process that
-            ends waits for it, unless it is ended by `os._exit`. Give a call two seconds at least: a process that
-            cannot know how old a token is refreshes it a second after it first saw it.
+            ends by itself waits for it; one that is ended by a signal or `os._exit` does not. Give a call two seconds
+            at least: a process that cannot know how old a token is refreshes it a second after it first saw it.
         cache: Remembers the newest token of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes its *jwt*, and gives up when *timeout* is over.
         session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed, except
@@ -237,7 +237,7 @@ def refresh_user_token(
             one attempt.
         timeout: Seconds for the whole call, or a timedelta. None and -1 mean no limit. When it is over, a request
             goes on until a minute after it was sent, and the next call finds its result in the cache. A process that
-            ends waits for it, unless it is ended by `os._exit`.
+            ends by itself waits for it; one that is ended by a signal or `os._exit` does not.
         cache: Remembers the newest pair of each chain. If it is not about to expire, it is returned without a request.
             With None each call refreshes the pair it is given, and gives up when *timeout* is over.
         session: Connections, proxies, TLS settings, headers, parameters and cookies to use. It is not changed.

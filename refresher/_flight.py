@@ -233,7 +233,7 @@ class Flight(Patience, Generic[T]):
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
     def begin_again(self) -> None:
-        is_in_vain = self._is_in_vain and self._time_left() > 2 * _rules.TRUSTED
+        is_in_vain = self._is_in_vain and self._time_left() > 4 * _rules.LONGEST_POLL
         if self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
@@ -485,7 +485,7 @@ class Flight(Patience, Generic[T]):
         if self._is_in_vain:
             self._close(spend, attempt)
             self._lease.give_back()
-            self.pause(_rules.TRUSTED)
+            self.pause(2 * _rules.LONGEST_POLL)  # the others have tried the lock by then
 
     def _next_key(self, spend: Credential[T], error: RefreshError | _Abandoned) -> str | None:
         """

@@ -433,7 +433,10 @@ def test_clear_forgets_refusals(kuzzle, cache, root):
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache).kuid == "foo"
 
 
-def test_clear_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
+@pytest.mark.parametrize(
+    "forget", [lambda cache, *_: cache.clear(), lambda cache, *session: cache.forget(*session)], ids=["clear", "forget"]
+)
+def test_refusals_of_newest_tokens_are_forgotten(kuzzle, clock, root, tmp_path, forget):
     """Also in a store that others share."""
     cache = TokenCache(FileStore(tmp_path), clock=clock)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
@@ -441,7 +444,7 @@ def test_clear_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
     kuzzle.fail_next("security.token.invalid")
     (outcome,) = keep_alive([KuzzleAuth(kuzzle.url, root, cache=cache)])
     assert outcome.outcome == "ended"
-    cache.clear()
+    forget(cache, kuzzle.url, root)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
 
 
@@ -1346,18 +1349,6 @@ def test_pauses_without_a_cache(kuzzle, root, monkeypatch):
     told.clear()
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=None).jwt)
     assert len(told) < 10
-
-
-def test_forget_forgets_refusals_of_newest_tokens(kuzzle, clock, root, tmp_path):
-    """Also in a store that others share."""
-    cache = TokenCache(FileStore(tmp_path), clock=clock)
-    token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    clock.advance(HOUR - 20)
-    kuzzle.fail_next("security.token.invalid")
-    (outcome,) = keep_alive([KuzzleAuth(kuzzle.url, root, cache=cache)])
-    assert outcome.outcome == "ended"
-    cache.forget(kuzzle.url, root)
-    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
 
 
 def test_on_wait_at_the_end_of_a_call(kuzzle, root):

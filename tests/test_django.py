@@ -360,7 +360,7 @@ def test_celery(kuzzle, programs, environment):
         print({{result.get(timeout=30) for result in results}})
     """
     kuzzle.delay_next(0.3)
-    assert run(environment, "-c", "\n".join(line.strip() for line in code.splitlines())) == "{'foo'}\n"
+    assert run(environment, "-c", textwrap.dedent(code)) == "{'foo'}\n"
     assert len(refreshes(kuzzle)) == 1
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from helpers import call_with
+from helpers import by_id, call_with
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -716,10 +716,6 @@ class Campaign(RuleBasedStateMachine):
 
 TestCampaign = Campaign.TestCase
 TestCampaign.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-
-
-def by_id(circle, pair):
-    return call_with(circle, pair, user_token=None, user_id=pair.user_id)
 
 
 @pytest.mark.parametrize("call", [call_with, by_id], ids=["the refresh", "the request before it"])

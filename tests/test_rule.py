@@ -28,7 +28,7 @@ import pytest
 import redis
 import requests
 import time_machine
-from helpers import call_with, jwt_with
+from helpers import by_id, call_with, jwt_with
 
 from refresher import (
     CircleAuth,
@@ -3886,8 +3886,9 @@ def test_token_that_expires_while_it_is_written_down(clock):
         assert circle.knows(pair)
 
 
-def test_entry_that_can_be_read_again(kuzzle, store, root):
+def test_entry_that_can_be_read_again(kuzzle, store, root, monkeypatch):
     """That one could not be read does not count any more once it has been replaced: who has to sign in is told."""
+    monkeypatch.setattr(_rules, "SETTLED", 0.2)  # else the verdict takes as long as a call with a valid token waits
     store.set(key_of("kuzzle", kuzzle.url, root), "nonsense", HOUR)
     cache = TokenCache(store)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
@@ -3938,14 +3939,10 @@ def test_connections_of_threads(kuzzle, clock, root, what):
     assert not store.open
 
 
-def by_id(circle, pair):
-    return call_with(circle, pair, user_token=None, user_id=pair.user_id)
-
-
 @pytest.mark.parametrize("call", [call_with, by_id], ids=["by user token", "by user id"])
 def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call):
     """Answers that Circle replays are followed to the end, however long that takes. So is the exchange of a user id."""
-    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    monkeypatch.setattr(_rules, "LEASE", 0.4)
     with FakeCircle(clock=clock) as circle:
         first = circle.sign_in("user-1")
         pair = refresh_user_token(**call(circle, first), cache=None)
@@ -3954,10 +3951,11 @@ def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call):
             pair = refresh_user_token(**call_with(circle, pair), cache=None)
         clock.advance(3600)
         circle.requests.clear()
+        circle.next_answers.append(lambda request: circle.refuse(request, "busy"))
         circle.delay_next(0.15, times=20)
         store = SharedStore()
         assert circle.knows(refresh_user_token(**call(circle, first), cache=TokenCache(store), timeout=10))
-        assert len({request.body for request in circle.requests}) == len(circle.requests)
+        assert len({request.body for request in circle.requests}) == len(circle.requests) - 1
 
 
 def test_lock_that_is_taken_again_is_renewed(monkeypatch):
@@ -4010,3 +4008,94 @@ def test_answer_for_one_who_came_soon_after(kuzzle):
         assert kuzzle.knows(call(10))
         assert isinstance(first.exception(), OutcomeUnknownError)
     assert len(kuzzle.requests) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signal here")
+def test_answer_that_is_lost_while_others_are_interrupted(kuzzle):
+    """Nor do calls that come later and are interrupted: a worker's time limits, say."""
+    is_over, jwt, cache = threading.Event(), kuzzle.login(ago=HOUR - 30), TokenCache(lease=0.5)
+    kuzzle.next_answers.append(lambda request: is_over.wait(20) and kuzzle.refuse(request, "busy"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def call(timeout):
+        return refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=timeout)
+
+    before, end = signal.signal(signal.SIGALRM, interrupt), time.monotonic() + 8
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(call, 0.6)
+        try:
+            while not kuzzle.requests:
+                time.sleep(0.01)
+            while len(kuzzle.requests) < 2 and time.monotonic() < end:
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                with contextlib.suppress(KeyboardInterrupt):
+                    call(5)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            is_over.set()
+        assert isinstance(first.exception(), OutcomeUnknownError)
+    assert len(kuzzle.requests) == 2
+
+
+def test_answer_that_is_lost_while_others_go_on():
+    """Who goes on with a valid token was not interrupted: the answer is not waited for any longer for that."""
+    is_over, cache = threading.Event(), TokenCache(lease=2)
+    with FakeKuzzle() as kuzzle, ThreadPoolExecutor(64) as pool:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 30), cache=cache, timeout=3)
+        kuzzle.next_answers.append(lambda request: is_over.wait(20) and kuzzle.refuse(request, "busy"))
+        end = time.monotonic() + 5.5
+        while time.monotonic() < end and len(kuzzle.requests) < 2:
+            pool.submit(auth, requests.Request("GET", f"{kuzzle.url}/_me").prepare())
+            time.sleep(0.2)
+        sent = len(kuzzle.requests)
+        is_over.set()
+    assert sent == 2
+
+
+def test_verdict_beside_a_machine_that_is_cut_off(kuzzle, root, monkeypatch):
+    """What a machine tries in vain is over when it lets others try: they need not wait for its answer."""
+    monkeypatch.setattr(_rules, "LEASE", 0.2)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {root}"}, timeout=10)
+    cut_off = requests.Session()
+    cut_off.trust_env = False
+    cut_off.proxies = {"http": "http://127.0.0.1:9"}
+    store, is_over = SharedStore(), threading.Event()
+    caches = [TokenCache(store, runtime=Runtime()) for _ in range(2)]
+
+    def insist():
+        while not is_over.is_set():
+            with contextlib.suppress(RefreshError):
+                refresh_kuzzle_token(kuzzle.url, root, cache=caches[0], session=cut_off, timeout=3)
+
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(insist) for _ in range(2)]
+        time.sleep(0.5)
+        try:
+            with pytest.raises(SignInRequiredError):
+                refresh_kuzzle_token(kuzzle.url, root, cache=caches[1], timeout=8)
+        finally:
+            is_over.set()
+        assert [each.result() for each in waiting] == [None, None]
+
+
+class Slow(Runtime):
+    """It makes each pause as long as it may be."""
+
+    def pick(self, least, most):
+        return most
+
+
+def test_last_attempt_of_a_machine_that_lets_others_try(kuzzle, root, monkeypatch):
+    """It comes just before the deadline, as ever."""
+    monkeypatch.setattr(_rules, "LEASE", 0.3)
+    kuzzle.stop()
+    cache = TokenCache(SharedStore(), runtime=Slow())
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache, timeout=3)
+        time.sleep(2.65)
+        kuzzle.start()
+        assert kuzzle.knows(call.result())
