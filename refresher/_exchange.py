@@ -136,8 +136,8 @@ class Patience:
         """Whether there may be another attempt."""
         return self._retry
 
-    def begin_again(self) -> None:
-        """Begin another attempt. What this raises ends the refresh."""
+    def begin(self, *, again: bool) -> None:
+        """Begin an attempt, the first one or *again*. What this raises ends the refresh."""
 
     def depart(self) -> None:
         """Let the request leave. What this raises stops it."""
@@ -191,8 +191,7 @@ class Exchange:
             while True:
                 try:
                     self._wait_out_pause(request.service)
-                    if attempts:
-                        self._patience.begin_again()
+                    self._patience.begin(again=attempts > 0)
                     attempts += 1
                     self.attempts += 1
                     token, reply = self._ask(request, parse)

@@ -232,9 +232,9 @@ class Flight(Patience, Generic[T]):
         """Whether others would take what was announced for lost."""
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
-    def begin_again(self) -> None:
+    def begin(self, *, again: bool) -> None:
         is_in_vain = self._is_in_vain and self._time_left() > 4 * _rules.LONGEST_POLL
-        if self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
+        if again and self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
 
