@@ -69,9 +69,8 @@ class Flight(Patience, Generic[T]):
     _longest = math.inf  # for how many seconds others may be about to come back with an answer
     is_for_all = True  # its failure is that of all who wait, not of its first caller alone
     has_departed = False  # something is on the wire
-    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back, the last failure
-    # has spent nothing.
-    _done = _is_alone = _is_in_doubt = _has_let_go = _is_in_vain = False
+    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back, a try failed.
+    _done = _is_alone = _is_in_doubt = _has_let_go = _has_failed = False
     first_generation = math.inf  # the one that it has found first, or that was forgotten meanwhile
 
     def __init__(self, ledger: Ledger, chain_key: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
@@ -233,8 +232,8 @@ class Flight(Patience, Generic[T]):
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
     def begin(self, *, again: bool) -> None:
-        is_in_vain = self._is_in_vain and self._time_left() > 4 * _rules.LONGEST_POLL
-        if again and self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
+        has_time = self._time_left() > 4 * _rules.LONGEST_POLL
+        if again and self._is_old() and (has_time or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
 
@@ -250,7 +249,7 @@ class Flight(Patience, Generic[T]):
         self.has_departed = False
         self.status = str(error)
         self._is_in_doubt |= error.spent is not False
-        self._is_in_vain = error.spent is False
+        self._has_failed = True
         for waiter in list(self.waiters):
             if not waiter.retry or (error.spent is False and not self._has_time(waiter, error)):
                 self.leave(waiter)
@@ -482,7 +481,7 @@ class Flight(Patience, Generic[T]):
 
     def _make_way(self, spend: Credential[T], attempt: Attempt | None) -> None:
         """Let another machine try what was tried in vain for seconds: it may have more luck."""
-        if self._is_in_vain:
+        if self._has_failed:
             self._close(spend, attempt)
             self._lease.give_back()
             self.pause(2 * _rules.LONGEST_POLL)  # the others have tried the lock by then

@@ -3693,15 +3693,18 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     assert len(kuzzle.requests) == 3
 
 
-def test_machine_that_is_cut_off(circle, monkeypatch):
+@pytest.mark.parametrize("is_silent", [False, True], ids=["cannot connect", "hears nothing"])
+def test_machine_that_is_cut_off(circle, monkeypatch, is_silent):
     """A machine that cannot reach the service lets another try, however many callers wait on it."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
+    monkeypatch.setattr("refresher._exchange._SILENCE", 0.5)
     circle.clock.advance(-7200)
     pair = circle.sign_in("user-1", device_id="device-1")
     circle.clock.advance(7200)
     cut_off = requests.Session()
     cut_off.trust_env = False
-    cut_off.proxies = {"http": "http://127.0.0.1:9"}
+    silent = socket.create_server(("127.0.0.1", 0))  # it never answers what it gets
+    cut_off.proxies = {"http": f"http://127.0.0.1:{silent.getsockname()[1] if is_silent else 9}"}
     store, is_over = SharedStore(), threading.Event()
     caches = [TokenCache(store, runtime=Runtime()) for _ in range(2)]
 
@@ -3714,7 +3717,7 @@ def test_machine_that_is_cut_off(circle, monkeypatch):
             with contextlib.suppress(RefreshError):
                 call(0, session=cut_off)
 
-    with ThreadPoolExecutor() as pool:
+    with silent, ThreadPoolExecutor() as pool:
         waiting = [pool.submit(insist) for _ in range(2)]
         time.sleep(0.5)
         try:

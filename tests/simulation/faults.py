@@ -18,6 +18,7 @@ _STORE = (
     ),
     *("store is flushed", "store evicts", "store is mixed up"),
 )
+_FOR_ONE = "store is down", "store hangs"  # which it may do for one process alone
 _AT_SEND = ("service is down", "service is unreachable", "service is slow to connect", "service is busy")
 _AT_DEPARTURE = (
     *("reply lost", "reply late", "request lost", "request acts late", "request doubled"),
@@ -70,6 +71,10 @@ class Faults:
         self.cut_off = not self.lose_pairs and random.Random(world.seed + 5_000_003).random() < 0.03
         if self.cut_off:
             self.kinds, self.left = [], 0
+        # It reaches them, and its requests are lost.
+        self.swallowed = self.cut_off and random.Random(world.seed + 6_000_003).random() < 0.4
+        # Whether the store is out of order for one process alone.
+        self.partial = random.Random(world.seed + 7_000_003).random() < 0.4
         # Whether there are calls at once when something goes wrong.
         self.hurry = self.cut_off or random.Random(world.seed + 2_000_003).random() < 0.1
         self.happened: list[str] = []
@@ -160,7 +165,8 @@ class Faults:
         elif kind == "store is mixed up":
             world.store.swap()
         elif kind in _STORE:
-            world.store.suffer(kind.removeprefix("store "), self._seconds())
+            victim = process if self.partial and kind in _FOR_ONE else None
+            world.store.suffer(kind.removeprefix("store "), self._seconds(), victim)
         elif kind == "service is busy":
             form = rng.choice(("busy", "busy, seconds", "busy, date"))
             server.suffer(form, min(60.0, self._seconds()))

@@ -191,6 +191,7 @@ def exchange(world: World, process: Process, session: Session, request: Request,
     )
     if session.newest is not session.first and left > window(session.newest, process.ahead) + 1.1 and as_usual:
         world.violated("refreshed though it was fresh", f"{session.user}: {left:.1f} s before its end")
+    session.spent_alone = process is world.store.victim and bool(world.store.troubled())
     session.succeed(new, left < last_moments(session.newest, process.ahead) + 0.5)
 
 
@@ -233,6 +234,8 @@ def excuse(world: World, process: Process, session: Session, token: Any) -> str:
         session.why = "nothing has been spent yet"
     elif world.store.lost and not _could_tell_anyway(world, process, session, token):
         return "a fault took entries from the store"
+    elif session.spent_alone and (world.store.troubled() or world.store.well_since > world.time - 5.0):
+        return "who had it could not reach the store, and the others could"
     elif session.is_circle:
         session.why = "Circle answers a repeated request as it did before"
     elif not session.receipts:
@@ -414,8 +417,9 @@ def unknown(world: World, call: Any, error: RefreshError) -> None:
     if not is_sent and locked_until < long_ago and not (world.store.lost or is_over):
         world.violated("an outcome is unknown though nothing was sent", call.session.user)
     call.session.refusals.clear()  # that was no verdict
-    has_time = call.timeout is None or call.timeout >= 15.0
+    has_time = call.timeout is None or call.timeout >= (30.0 if world.faults.swallowed else 15.0)
     could_ask = has_time and call.process.cut_off_until < call.began and not call.slept() and call.session.is_alive()
+    could_ask = could_ask and (call.session.is_circle or not world.faults.swallowed)
     if world.faults.cut_off and could_ask and not call.session.is_leaving and error.status is None:
         world.violated("waits for a process that cannot reach the service", f"{call.session.user}: {error}")
 

@@ -203,7 +203,7 @@ MUTANTS = [
     ),
     Mutant(
         "a lock that was passed by is passed by for good",
-        (_FLIGHT, "if self._is_old() and (", "if False and ("),
+        (_FLIGHT, "if again and self._is_old() and (", "if False and ("),
     ),
     Mutant(
         "a service's time is what its last answer said, however late",
@@ -533,7 +533,12 @@ MUTANTS = [
     ),
     Mutant(
         "a process that cannot reach the service keeps the lock",
-        (_FLIGHT, "(is_in_vain or self._lease.lock is not Lock.OURS)", "self._lease.lock is not Lock.OURS"),
+        (_FLIGHT, "(has_time or self._lease.lock is not Lock.OURS)", "self._lease.lock is not Lock.OURS"),
+    ),
+    Mutant(
+        "a process that hears nothing keeps the lock",
+        (_FLIGHT, "self._has_failed = True", "self._has_failed = error.spent is False"),
+        (_FLIGHT, "if again and self._is_old()", "if again and self._has_failed and self._is_old()"),
     ),
     Mutant(
         "how long others have looked for an answer does not count",

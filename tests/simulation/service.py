@@ -39,6 +39,7 @@ class Session:
         self.refused: list[tuple[float, float]] = []  # on machines with which clocks, and when
         self.signed_out = self.judged = False
         self.is_leaving = False  # whether its user wants to sign out
+        self.spent_alone = False  # by who alone could not reach the store, and could announce nothing
         self.must_stay = False  # whether its service has refused to sign it out
         self.left_at = math.inf  # when that was done, as far as the core says
         self.exchanged = Event(server.world)  # the next time that it is
@@ -223,6 +224,8 @@ class Network:
             world.spawn(None, "service", lambda: (world.park(wait), mail.deliver("")))
         elif server.troubled().startswith("busy"):
             mail.turn_away()
+        elif world.time < process.cut_off_until:  # it waits for long
+            mail.lost_at = mail.due = world.time + 300.0
         else:
             mail.deliver(how)
         try:
@@ -246,7 +249,8 @@ class Network:
             takes = world.random.uniform(0.5, 5.0)
         elif server.troubled() == "unreachable":
             takes = 75.0
-        refused = server.troubled() == "down" or world.time < process.cut_off_until
+        is_cut_off = world.time < process.cut_off_until and not world.faults.swallowed
+        refused = server.troubled() == "down" or is_cut_off
         if server.troubled():
             session.disturbed_at = world.time + takes
         done = process.steady() + takes

@@ -30,6 +30,7 @@ class SharedStore:
         self.entries: dict[str, tuple[str, float]] = {}
         self.locks: dict[str, tuple[str, float]] = {}
         self.trouble = ""  # "", "is down", "is read-only", "is full", "hangs"
+        self.victim: Process | None = None  # who alone has that trouble. None: all
         self.trouble_since, self.trouble_until, self.well_since = 0.0, 0.0, 0.0
         self.hung_until = -math.inf
         self.released_at = -math.inf  # when a lock last was
@@ -45,10 +46,11 @@ class SharedStore:
             self.trouble, self.well_since = "", self.world.time
         return self.trouble
 
-    def suffer(self, what: str, seconds: float) -> None:
-        """Be out of order for a while."""
+    def suffer(self, what: str, seconds: float, victim: Process | None = None) -> None:
+        """Be out of order for a while, maybe for one process alone."""
         if not self.troubled():
             self.trouble_since = self.world.time
+        self.victim = victim
         self.trouble, self.trouble_until = what, self.world.time + seconds
         self.disturbed_at = max(self.disturbed_at, self.trouble_until)
         if what == "hangs":
@@ -103,7 +105,7 @@ class StoreClient:
         world, store = self._world, self._store
         world.step(name, key)
         world.park(world.random.uniform(0.0001, 0.002))
-        trouble = store.troubled()
+        trouble = store.troubled() if store.victim in (None, self._process) else ""
         fault = world.faults.of_command(self._process)
         if trouble == "hangs":
             world.say(f"{name} {key[:8]} hangs")
