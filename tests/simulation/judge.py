@@ -234,7 +234,7 @@ def excuse(world: World, process: Process, session: Session, token: Any) -> str:
         session.why = "nothing has been spent yet"
     elif world.store.lost and not _could_tell_anyway(world, process, session, token):
         return "a fault took entries from the store"
-    elif session.spent_alone and (world.store.troubled() or world.store.well_since > world.time - 5.0):
+    elif session.spent_alone and _is_still_alone(world, session):
         return "who had it could not reach the store, and the others could"
     elif session.is_circle:
         session.why = "Circle answers a repeated request as it did before"
@@ -256,6 +256,12 @@ def excuse(world: World, process: Process, session: Session, token: Any) -> str:
     else:
         session.why = "its newest token was not written down"
     return ""
+
+
+def _is_still_alone(world: World, session: Session) -> bool:
+    """Tell whether who spent a token without the store cannot have written the new one down."""
+    is_well = not world.store.troubled() and world.store.well_since < world.time - 5.0
+    return not is_well or not all(holder.alive for holder in session.receipts)
 
 
 def _could_tell_anyway(world: World, process: Process, session: Session, token: Any) -> bool:

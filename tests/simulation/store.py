@@ -48,7 +48,7 @@ class SharedStore:
 
     def suffer(self, what: str, seconds: float, victim: Process | None = None) -> None:
         """Be out of order for a while, maybe for one process alone."""
-        if not self.troubled():
+        if not self.troubled() or victim is not self.victim:
             self.trouble_since = self.world.time
         self.victim = victim
         self.trouble, self.trouble_until = what, self.world.time + seconds
