@@ -162,7 +162,8 @@ def _in_cookie_mode(
         chain, other = (recall(kuzzle.KuzzleCredential(url=base[:-1], secret=each))[0] for each in (found, cookie))
         return chain.key == other.key and chain.newest is not None and chain.newest.secret != cookie
 
-    _cookies.keep(jar, base, kuzzle.COOKIE, Secret(token.jwt or ""), is_old)
+    newest = Secret(token.jwt or "")  # not in the line that may fail: a traceback may show attributes, too
+    _cookies.keep(jar, base, kuzzle.COOKIE, newest, is_old)
     return attrs.evolve(token, jwt=None)
 
 

@@ -59,7 +59,8 @@ def keep(
     if value_there is not None and (value_there == value or not is_old(value_there)):
         return
     path, domain = there[0].reveal().path if there else "/", _host(url)
-    details: Any = {"domain": domain, "path": path, "secure": any(old.reveal().secure for old in there)}
+    is_secure = any(old.reveal().secure for old in there) if there else url.startswith("https:")
+    details: Any = {"domain": domain, "path": path, "secure": is_secure}
     details |= {"rest": {"HttpOnly": ""}, "expires": 4102444800, "discard": False}
     new = Secret(create_cookie(name, value.reveal(), **details))  # type: ignore[no-untyped-call]
     new.reveal().domain_specified = False

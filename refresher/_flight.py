@@ -614,9 +614,10 @@ class Flight(Patience, Generic[T]):
         ledger = self._ledger
         for key, orphan in list(ledger.orphans.items()):
             patience = Patience(self._runtime, max(self._limit, _rules.LEASE), True, _log.debug)
+            session = self.call.session if orphan.scope == self.call.credential.scope else None
             with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
-                    orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, None))
+                    orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, session))
                 ledger.orphans.pop(key, None)
 
 

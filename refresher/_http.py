@@ -418,6 +418,7 @@ class _Connection(_Base):  # type: ignore[misc]
     """A connection that keeps to the time of the call it's used for."""
 
     timeout: Any
+    debuglevel = 0  # it would print tokens
 
     def connect(self) -> Any:
         call = _current.get()

@@ -241,6 +241,7 @@ class Ledger:
             self._troubled_at, self._took, self.is_failing = now, max(now - began, lately), True
             self.unsettle(self._took)
             why = type(error).__name__, getattr(error, "strerror", None)  # no more: its text may hold a secret
+            del error  # who keeps the stack of a log line keeps what its frames have
             self.warn(f"{what} ({': '.join(map(str, filter(None, why)))})")
             return None, False
         else:
@@ -355,6 +356,7 @@ class Ledger:
         try:
             return _rules.read(key, text, credential)
         except ValueError:
+            del text  # as in `ask`
             self.unread[key] = False
             self.warn("has an entry that cannot be read")
             return None

@@ -16,13 +16,14 @@ from refresher import (
     ReplyError,
     RequestRefusedError,
     SignInRequiredError,
+    TokenCache,
     UnavailableError,
     UserToken,
     refresh_user_token,
 )
 from refresher._text import hide
 from refresher.services.circle import credential
-from refresher.testing import Answer, FakeCircle
+from refresher.testing import Answer, Clock, FakeCircle
 
 pytestmark = pytest.mark.usefixtures("single")
 
@@ -332,6 +333,20 @@ def test_answer_of_another_user_id(circle):
     circle.next_answers.append(Answer(200, {"data": {"userToken": "opaque", "userID": "user-2"}}))
     with pytest.raises(ReplyError, match="a token of another user"):
         refresh_user_token(**call_with(circle, circle.sign_in("user-1"), user_token=None, user_id="user-1"))
+
+
+def test_answer_without_a_user_id(circle):
+    """A session whose user is known stays theirs, also after an answer that does not name them."""
+    clock = Clock()
+    named = call_with(circle, circle.sign_in("user-1"), user_token=None, user_id="user-1")
+    call = named | {"cache": TokenCache(clock=clock)}
+    circle.next_answers.extend([circle.truly, Answer(200, {"data": {"userToken": "opaque"}})])
+    pair = refresh_user_token(**call)
+    assert pair.user_id == "user-1"
+    clock.advance(3600)
+    circle.next_answers.append(Answer(200, {"data": {"userToken": "theirs", "userID": "user-2"}}))
+    with pytest.raises(ReplyError, match="a token of another user"):
+        refresh_user_token(**call | {"user_id": None, "user_token": pair.user_token})
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])

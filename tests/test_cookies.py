@@ -63,6 +63,14 @@ def test_jar_that_is_saved(tmp_path, kind):
     assert [cookie.value for cookie in jar] == ["second"]
 
 
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_cookie_that_is_new(scheme):
+    """A token that came by https is in a cookie that goes by https alone."""
+    with requests.Session() as session:
+        _cookies.keep(session, f"{scheme}://kuzzle.example", "authToken", Secret("new"), Secret("old").__eq__)
+        assert [cookie.secure for cookie in session.cookies] == [scheme == "https"]
+
+
 @pytest.mark.parametrize("secure", [True, False])
 def test_cookie_that_is_secure(secure):
     """What takes its place goes no further than it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import logging
 import traceback
 from pathlib import Path
 
@@ -11,21 +14,27 @@ import requests
 import rich.traceback
 import sentry_sdk
 import structlog
+from cryptography.fernet import Fernet
 from django.conf import UserSettingsHolder, global_settings, settings
 from django.views.debug import ExceptionReporter
+from helpers import call_with
 from IPython.core.ultratb import VerboseTB
 from opentelemetry.instrumentation.urllib3 import URLLib3Instrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from requests.cookies import RequestsCookieJar
+from sentry_sdk.integrations.logging import LoggingIntegration
 from sentry_sdk.transport import Transport
 
 import refresher
 from refresher import (
     CircleAuth,
+    EncryptedStore,
     FileStore,
     KuzzleAuth,
     KuzzleToken,
+    MemoryStore,
     TokenCache,
     keep_alive,
     refresh_kuzzle_token,
@@ -155,6 +164,101 @@ def test_sentry(error):
     assert ours
     assert any("vars" in frame for frame in ours)
     assert "planted" not in json.dumps(ours)
+
+
+class Logs(FileStore):
+    """A store of somebody's own, which logs what it does."""
+
+    def set(self, key, value, seconds):
+        logging.getLogger("shop").warning("a write")
+        return super().set(key, value, seconds)
+
+
+class Quotes(FileStore):
+    """A store whose errors say what they were given, as Redis' do."""
+
+    def set(self, key, value, seconds):
+        if "-" in key:
+            return super().set(key, value, seconds)
+        raise OSError(f"with args beginning with: {value[value.find('kauth-') :]}")
+
+
+def mix_up(folder):
+    """Let all entries that hold a token be the same, as after a restore that went wrong."""
+    one, *others = sorted(folder.rglob("*.entry"), key=lambda path: path.stat().st_size)[-3:]
+    for other in others:
+        other.write_bytes(one.read_bytes())
+
+
+def spoil(folder):
+    """Let entries be as another version may write them."""
+    for path in folder.rglob("*.entry"):
+        path.write_bytes(path.read_bytes().replace(b'"generation"', b'"number"'))
+
+
+KEY = Fernet.generate_key()
+
+
+@pytest.mark.parametrize(
+    ("make", "spoil"),
+    [
+        pytest.param(lambda _: MemoryStore(maxsize=1), id, id="a store that is full"),
+        pytest.param(lambda folder: EncryptedStore(Logs(folder), KEY), id, id="a store that logs"),
+        pytest.param(Quotes, id, id="an error that quotes"),
+        pytest.param(FileStore, spoil, id="an entry that cannot be read"),
+        pytest.param(lambda folder: EncryptedStore(FileStore(folder), KEY), mix_up, id="an entry of another name"),
+    ],
+)
+def test_frames_of_a_log_line(kuzzle, tmp_path, make, spoil):
+    """Sentry may keep the stack of a log line, with local variables: ours show no token."""
+    frames = []
+
+    class Kept(Transport):
+        def capture_envelope(self, envelope):
+            events = [item.payload.json for item in envelope.items if item.type == "event"]
+            threads = [thread for event in events for thread in event["threads"]["values"]]
+            frames.extend(frame for thread in threads for frame in thread["stacktrace"]["frames"])
+
+    with sentry_sdk.isolation_scope():
+        integrations = [LoggingIntegration(event_level=logging.WARNING)]
+        sentry_sdk.init("http://key@127.0.0.1/1", transport=Kept, attach_stacktrace=True, integrations=integrations)
+        firsts, store = [kuzzle.login(user, ago=1800) for user in ("one", "two", "three")], make(tmp_path)
+        tokens = {refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(store)).jwt for jwt in firsts}
+        spoil(tmp_path)
+        with contextlib.suppress(refresher.RefreshError):
+            [TokenCache(store).peek(kuzzle.url, jwt) for jwt in firsts]
+        sentry_sdk.flush()
+        sentry_sdk.init()
+    ours = json.dumps([frame["vars"] for frame in frames if frame["module"].startswith("refresher")])
+    assert ours != "[]"
+    assert not [token for token in tokens if token in ours]
+
+
+def test_http_debugging(kuzzle, circle, monkeypatch, capsys):
+    """What http.client prints when it is told to does not have our requests in it, nor their answers."""
+    monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+    tokens = [*refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=60), cache=TokenCache()).to_dict().values()]
+    refresh_user_token(**call_with(circle, circle.sign_in()), cache=TokenCache())
+    requests.get(f"{kuzzle.url}/_serverInfo", timeout=10)
+    printed = capsys.readouterr().out
+    assert "_serverInfo" in printed
+    assert not [token for token in [*map(str, tokens), circle.api_key] if token in printed]
+
+
+def test_jar_that_fails(kuzzle):
+    """Nor does IPython show the token that a session's cookie jar cannot take."""
+
+    class Full(RequestsCookieJar):
+        def set_cookie(self, *args, **options):
+            raise OSError("the database is read-only")
+
+    session, jar = requests.Session(), Full()
+    session.cookies = jar
+    with pytest.raises(OSError, match="read-only") as caught:
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=60), session=session, cookie_auth=True, cache=TokenCache())
+    shown = VerboseTB(theme_name="nocolor").text(caught.type, caught.value, caught.tb.tb_next)
+    assert "_in_cookie_mode" in shown
+    assert [*kuzzle._sessions][-1] not in shown
 
 
 def _nodes(locals):

@@ -2129,6 +2129,26 @@ def test_orphan_that_is_found_after_an_outage(kuzzle, store, root, lease):
         time.sleep(0.01)
 
 
+def test_connections_of_a_late_sign_out(kuzzle, store, root, monkeypatch):
+    """What comes too late for a sign-out is signed out by the caller's session, as it was refreshed."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    cache, other, session = TokenCache(store), TokenCache(store), requests.Session()
+    session.trust_env = False
+
+    def meanwhile(request):
+        chain = other._ledger.recall(kuzzle_credential(kuzzle.url, root))[0]
+        assert other._ledger.drop(chain, {chain.key}, has_ended=True)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers.append(meanwhile)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session, timeout=5)
+    until = time.monotonic() + 5
+    while kuzzle.requests[-1].path != "/_logout":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_lock_that_a_failed_command_leaves(store):
     """Whoever asks again for a lock that it has, and gets no answer, has it still."""
     lease = Lease(TokenCache(store)._ledger, "chain", "owner")

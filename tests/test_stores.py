@@ -1011,6 +1011,18 @@ def test_modes(folder, umask):
     assert store.get(KEY) == b"value"
 
 
+def test_modes_of_parents(folder):
+    """Folders that lead to it are private, too, if it makes them: else others could put one of their own there."""
+    before = os.umask(0)
+    try:
+        FileStore(folder / "a" / "b").set(KEY, "value", 60)
+    finally:
+        os.umask(before)
+    made = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    assert {mode(path) for path in made} == {0o700}
+    assert len(made) == 5
+
+
 def test_mode_from_the_first_byte(folder, monkeypatch):
     """A file is private before anything is in it."""
     modes = []

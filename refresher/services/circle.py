@@ -165,6 +165,8 @@ class CircleCredential:
     def following(self, pair: UserToken, /) -> Self:
         """Return the credential for a successor's pair."""
         user_token, refresh_token = Secret(pair.user_token), Secret(pair.refresh_token)
+        if pair.user_id is None and self.user is not None:  # whose it is stays known
+            pair = attrs.evolve(pair, user_id=self.user)
         return attrs.evolve(self, user_token=user_token, refresh_token=refresh_token, given_key=None, token=pair)
 
     def exchange_request(self, request_id: str) -> Request:

@@ -212,7 +212,8 @@ class FileStore:
             PermissionError: Other users could have put something into it.
         """
         if make:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            for missing in reversed([each for each in self._path.parents if not each.exists()]):
+                _make(missing)
         user, parent = getattr(os, "geteuid", None), self._path.parent.stat()
         is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o1002 == 0o002
         if make and not is_foreign and not self._path.is_dir():

@@ -202,7 +202,9 @@ class MemoryStore:
 
     def set(self, key: str, value: str, seconds: int, /) -> None:
         """Write an entry that expires after *seconds*."""
-        for dropped in self._part(key).set(key, value, seconds):
+        dropped_keys = self._part(key).set(key, value, seconds)
+        del value  # who keeps the stack of a log line keeps what its frames have
+        for dropped in dropped_keys:
             if not dropped.endswith(_ASIDE):
                 _log.warning(
                     "MemoryStore is full: %s... was dropped before it expired. Raise maxsize, which is %d.",
