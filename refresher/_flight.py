@@ -290,9 +290,10 @@ class Flight(Patience, Generic[T]):
                 return None  # it belongs to another chain, which may have a flight already
             view, spend, attempt = self._view(chain, is_readable)
             step = _rules.next_step(view)
-            if step is Step.ANNOUNCE:
+            if step is Step.SEND:
                 announced = self._announce(spend, attempt, chain)
-                step = _rules.next_step(attrs.evolve(view, announced=announced))
+                if not announced:  # what cannot be written down is as good as not locked
+                    step = _rules.next_step(attrs.evolve(view, lock=Lock.LOST))
                 if step is Step.SEND and (successor := self._spend(chain, spend, attempt, announced)) is not None:
                     return successor
             if ledger.is_held_back(chain.key, view.left, call):
@@ -404,9 +405,9 @@ class Flight(Patience, Generic[T]):
             return self.pause(min(view.pause, _LONGEST_NAP))  # others may have a newer token before that is over
         self.status = f"{self._ledger.name} cannot be read or written"
         may_blink, self._may_blink = self._may_blink and self._ledger.delay() < _rules.LONGEST_POLL, False
-        if time_left > _rules.LAST_CALL and self.retry() and (step is not Step.GO_ON or may_blink):
+        if time_left > _rules.LAST_CALL and self.retry() and (view.left.most <= 0 or may_blink):
             return self.pause(min(self._runtime.pick(0.5, 1.5) * poll, time_left))
-        self.is_for_all = step is not Step.GO_ON
+        self.is_for_all = view.left.most <= 0  # else who has a token goes on with it
         what = f"{self.status}, so nothing was sent to {self._service}: try again later"
         raise UnavailableError(what, provider=service, spent=False)
 

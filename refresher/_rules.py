@@ -427,14 +427,12 @@ class Step(enum.Enum):
 
     USE = "the newest token is the answer"
     LOCK = "try to take the lock"
-    ANNOUNCE = "write down what is about to be spent"
-    SEND = "spend it"
+    SEND = "spend it, once it is written down that it is about to be"
     WAIT_FOR_LOCK = "another process is refreshing the token"
     WAIT_FOR_STORE = "the store cannot be reached"
     WAIT_FOR_BIRTH = "the token is too young to be refreshed"
     WAIT_FOR_SERVICE = "the service asked to wait"
     REFUSE = "the service has refused the token lately"
-    GO_ON = "the store cannot be reached, and the token is still valid"
 
 
 class Lock(enum.Enum):
@@ -459,7 +457,6 @@ class View:
         lock: Whether the lock is ours.
         patience: Seconds to wait for it, if another has it. Also a token that is not known here, but brought by the
             caller, has an end.
-        announced: Whether the store has been told what is about to be spent. None if that was not tried yet.
         refusal: What the service said if it has refused the token lately.
         hold: Seconds until it may be refreshed.
         pause: Seconds for which the service asked callers to wait.
@@ -475,7 +472,6 @@ class View:
     refusal: RefreshError | None
     hold: float
     pause: float
-    announced: bool | None = None
     delay: float = 0.0
 
 
@@ -484,9 +480,8 @@ def next_step(view: View) -> Step:
     if view.left.least > view.window and not view.wanted:
         return Step.USE
     urgent = is_urgent(view.left, view.window, view.delay)
-    without_store = Step.GO_ON if view.left.most > 0 else Step.WAIT_FOR_STORE
     if not view.readable and not urgent:
-        return without_store
+        return Step.WAIT_FOR_STORE
     if view.refusal is not None:
         return Step.REFUSE
     if view.pause > 0:
@@ -497,8 +492,4 @@ def next_step(view: View) -> Step:
         return Step.LOCK
     if view.lock is Lock.HELD and view.patience > 0:
         return Step.WAIT_FOR_LOCK
-    if view.lock is Lock.LOST and not urgent:
-        return without_store
-    if view.announced is None:
-        return Step.ANNOUNCE
-    return Step.SEND if view.announced or urgent else without_store
+    return Step.WAIT_FOR_STORE if view.lock is Lock.LOST and not urgent else Step.SEND

@@ -643,7 +643,6 @@ def view(left=DUE, **changes):
         "readable": True,
         "lock": Lock.OURS,
         "patience": lock_patience(left, 60.0),
-        "announced": True,
         "refusal": None,
         "hold": 0.0,
         "pause": 0.0,
@@ -661,12 +660,14 @@ FRESH = Left(1000.0, 1000.0)
         pytest.param(view(FRESH, readable=False, refusal=REFUSAL), Step.USE, id="fresh, whatever else is wrong"),
         pytest.param(view(Left(60.0, 60.0)), Step.SEND, id="due at the start of the window"),
         pytest.param(view(FRESH, wanted=True), Step.SEND, id="fresh, and a longer one is wanted"),
-        pytest.param(view(readable=False), Step.GO_ON, id="no store, and valid"),
+        pytest.param(view(readable=False), Step.WAIT_FOR_STORE, id="no store, and valid"),
         pytest.param(view(EXPIRED, readable=False), Step.WAIT_FOR_STORE, id="no store, and expired"),
         pytest.param(view(NOTHING_LEFT, readable=False), Step.WAIT_FOR_STORE, id="no store, and unknown"),
         pytest.param(view(LAST_MOMENTS, readable=False), Step.SEND, id="no store, in the last moments"),
         pytest.param(view(MAYBE_EXPIRED, readable=False), Step.SEND, id="no store, and perhaps expired"),
-        pytest.param(view(FRESH, wanted=True, readable=False), Step.GO_ON, id="no store, and a longer one is wanted"),
+        pytest.param(
+            view(FRESH, wanted=True, readable=False), Step.WAIT_FOR_STORE, id="no store, and a longer one is wanted"
+        ),
         pytest.param(view(refusal=REFUSAL), Step.REFUSE, id="refused"),
         pytest.param(view(refusal=REFUSAL, lock=Lock.UNTRIED), Step.REFUSE, id="refused, before the lock"),
         pytest.param(view(EXPIRED, refusal=REFUSAL, readable=False), Step.WAIT_FOR_STORE, id="refused, no store"),
@@ -687,22 +688,15 @@ FRESH = Left(1000.0, 1000.0)
         ),
         pytest.param(view(pause=3.0, lock=Lock.UNTRIED), Step.WAIT_FOR_SERVICE, id="no lock for a pause"),
         pytest.param(view(hold=1.0, lock=Lock.UNTRIED), Step.WAIT_FOR_BIRTH, id="no lock while it is too young"),
-        pytest.param(view(lock=Lock.LOST), Step.GO_ON, id="the lock cannot be had"),
+        pytest.param(view(lock=Lock.LOST), Step.WAIT_FOR_STORE, id="the lock cannot be had"),
         pytest.param(view(EXPIRED, lock=Lock.LOST), Step.WAIT_FOR_STORE, id="the lock cannot be had, and expired"),
         pytest.param(view(LAST_MOMENTS, lock=Lock.LOST), Step.SEND, id="no lock in the last moments"),
         pytest.param(view(pause=3.0), Step.WAIT_FOR_SERVICE, id="the service asked to wait"),
         pytest.param(view(LAST_MOMENTS, pause=3.0), Step.WAIT_FOR_SERVICE, id="asked to wait in the last moments"),
         pytest.param(view(pause=3.0, hold=1.0), Step.WAIT_FOR_SERVICE, id="the service before the birth"),
         pytest.param(view(hold=1.0), Step.WAIT_FOR_BIRTH, id="too young"),
-        pytest.param(view(hold=1.0, announced=None), Step.WAIT_FOR_BIRTH, id="too young to be announced"),
-        pytest.param(view(announced=None), Step.ANNOUNCE, id="not written down yet"),
-        pytest.param(view(LAST_MOMENTS, announced=None), Step.ANNOUNCE, id="not written down in the last moments"),
-        pytest.param(view(announced=True), Step.SEND, id="written down"),
-        pytest.param(view(EXPIRED), Step.SEND, id="written down, and expired"),
+        pytest.param(view(EXPIRED), Step.SEND, id="expired"),
         pytest.param(view(NOTHING_LEFT, wanted=True), Step.SEND, id="the caller's own"),
-        pytest.param(view(announced=False), Step.GO_ON, id="cannot be written down"),
-        pytest.param(view(EXPIRED, announced=False), Step.WAIT_FOR_STORE, id="cannot be written down, and expired"),
-        pytest.param(view(LAST_MOMENTS, announced=False), Step.SEND, id="not to be written in the last moments"),
     ],
 )
 def test_next_step(known, expected):
@@ -738,7 +732,6 @@ def test_last_moments(window, moments):
         readable=st.booleans(),
         lock=st.sampled_from(Lock),
         patience=st.sampled_from([-1.0, 0.0, 1.0, INF]),
-        announced=st.sampled_from([None, True, False]),
         refusal=st.sampled_from([None, REFUSAL]),
         hold=st.sampled_from([0.0, 1.0]),
         pause=st.sampled_from([0.0, 1.0]),
@@ -752,11 +745,7 @@ def test_what_is_spent_is_kept(known):
         assert known.refusal is None
         assert known.pause == known.hold == 0
         has_lock = known.lock is Lock.OURS or (known.lock is Lock.HELD and known.patience <= 0)
-        assert is_certain_loss or (known.readable and known.announced and has_lock)
-    if step is Step.GO_ON:
-        assert known.left.most > 0
-    if step is Step.WAIT_FOR_STORE:
-        assert known.left.most <= 0
+        assert is_certain_loss or (known.readable and has_lock)
 
 
 def test_times_fit():
