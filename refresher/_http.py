@@ -19,7 +19,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady
+from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected, ResponseNotReady, parse_headers
 from typing import Any, TypeVar
 
 import attrs
@@ -259,7 +259,7 @@ def _poster(session: requests.Session, url: str) -> Callable[..., requests.Respo
 
 
 def _reply(response: Any, call: _Call, interim: int = 0) -> Reply:
-    """Read the reply, to its end. http.client takes an interim answer for it."""
+    """Read the reply, to its end. Adapters take an interim answer for it."""
     status, fields, at = response.status, response.headers, call.sent_at or 0.0
     try:
         if status == 101 or interim > _MOST_INTERIM_ANSWERS:
@@ -358,16 +358,16 @@ def _reason(error: Exception) -> str:
 
 class _Response(HTTPResponse):
     """
-    A response, for as long as the caller waits, however many pieces it comes in.
+    The response after all interim ones, for as long as the caller waits, however many pieces it comes in.
 
-    If it is an interim one, or anything comes after it, its connection is not used again.
+    If anything came before it or comes after it, its connection is not used again.
     """
 
     def __init__(self, connection: Any, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self.fp: Any
         self.fp.raw.readinto = self._receive
-        self._connection, self._sock, self._is_cut = connection, sock, False
+        self._connection, self._sock, self._interim, self._is_cut = connection, sock, 0, False
         self._call: _Call | None = _current.get()
 
     def _receive(self, buffer: Any) -> int:
@@ -377,11 +377,20 @@ class _Response(HTTPResponse):
         self._is_cut = count == 0
         return count
 
+    def _read_status(self) -> tuple[str, int, str]:
+        while self._interim <= _MOST_INTERIM_ANSWERS:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status >= 200 or status == 101:
+                return version, status, reason
+            parse_headers(self.fp)
+            self._interim += 1
+        raise ResponseNotReady
+
     def begin(self) -> None:
         super().begin()
         if self._is_cut:
             raise IncompleteRead(b"")  # to http.client, headers that break off are all there are
-        self.will_close = self.will_close or self.status < 200
+        self.will_close = self.will_close or self._interim > 0
 
     def _close_conn(self) -> None:
         self._call = None
