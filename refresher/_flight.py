@@ -121,6 +121,8 @@ class Flight(Patience, Generic[T]):
     def _finish(self, outcome: Any) -> None:
         """Tell everyone."""
         self._done = True
+        if self._exchange.attempts and self._spent is None:
+            self._ledger.in_vain_at.put(self.chain_key, self._runtime.steady())
         if self._ledger.flights.get(self.chain_key) is self:
             self._ledger.flights.pop(self.chain_key, None)  # it may be forgotten just now
         try:
@@ -191,6 +193,8 @@ class Flight(Patience, Generic[T]):
         """Wait no more."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
+            if self._lease.lock is Lock.HELD:  # the next callers need not wait for another process as long
+                self._ledger.failed_at.put(self.chain_key, self._runtime.steady())
             if (now := self._runtime.steady()) < waiter.until and waiter in self._sent_for:  # it was interrupted
                 self._gone_at = now
             self._alarm.set()
@@ -232,8 +236,10 @@ class Flight(Patience, Generic[T]):
         return self._runtime.steady() - self._announced_at > _rules.LEASE
 
     def begin(self, *, again: bool) -> None:
-        has_time = self._time_left() > 4 * _rules.LONGEST_POLL
-        if again and self._is_old() and (has_time or self._lease.lock is not Lock.OURS):
+        tried_for = self._runtime.steady() - self._announced_at
+        has_time = tried_for > 2 * _rules.LEASE or self._time_left() > 4 * _rules.LONGEST_POLL
+        is_in_vain = has_time and not self._exchange.is_answered
+        if again and self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
 
@@ -311,7 +317,7 @@ class Flight(Patience, Generic[T]):
             if step is Step.WAIT_FOR_BIRTH and attempt is None:
                 self._close(spend, None)  # so that the next process knows that it is older
             if step is Step.LOCK:
-                lease.take()
+                self._take_lock(view.patience)
             elif step is Step.WAIT_FOR_LOCK:
                 self._wait_for_lock(min(poll, _rules.LONGEST_POLL), view.patience)
             elif step is not Step.SEND:
@@ -379,6 +385,13 @@ class Flight(Patience, Generic[T]):
         age, limit = self._ledger.age, min(self._limit + _rules.LEASE, self._longest)
         return any(one and one.is_under_way(self._name, limit, age(one)) for one in attempts)
 
+    def _take_lock(self, patience: float) -> None:
+        """Try to take the lock. If this process has failed just now, let others try before: they may have more luck."""
+        failed_for = self._runtime.steady() - (self._ledger.in_vain_at.get(self.chain_key) or -math.inf)
+        if failed_for < _rules.BRIEFLY and patience > 4 * _rules.LONGEST_POLL and not self._ledger.is_local:
+            self.pause(2 * _rules.LONGEST_POLL)
+        self._lease.take()
+
     def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:
         """Try again soon to take the lock that another has."""
         self.status = f"another process is refreshing the {self._service} token"
@@ -425,7 +438,7 @@ class Flight(Patience, Generic[T]):
         if self._is_alone:
             self._announced_at = math.inf
             return False
-        self._lease.announce = announce
+        self._lease.announce, self._exchange.is_answered = announce, False
         return announce()
 
     def _attempt(self, spend: Credential[T], before: Attempt | None, **details: Any) -> Attempt:
@@ -613,9 +626,9 @@ class Flight(Patience, Generic[T]):
     def _sign_orphans_out(self) -> None:
         """Sign out what came too late for the sign-out of its session."""
         ledger = self._ledger
-        for key, orphan in list(ledger.orphans.items()):
+        for key, (chain_key, orphan) in list(ledger.orphans.items()):
             patience = Patience(self._runtime, max(self._limit, _rules.LEASE), True, _log.debug)
-            session = self.call.session if orphan.scope == self.call.credential.scope else None
+            session = self.call.session if chain_key == self.chain_key else None
             with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
                     orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, session))

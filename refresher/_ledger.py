@@ -115,11 +115,13 @@ class Ledger:
         self._looked_at, self._warned_at = Memo[float](steady), Memo[float](steady)
         self._led_at = Memo[float](steady)  # when a spent credential that is still used was last led to its chain
         self.failed_at = Memo[float](steady)  # when a refresh failed
+        self.in_vain_at = Memo[float](runtime.steady)  # when this process gave up, maybe for another to have more luck
         self._refused = Memo[str](steady)  # to whom the service refused which tokens that were still valid
         self.unsaved: dict[str, Chain[Any]] = {}
         # The keys of entries that could not be read, and whether others may be able to.
         self.unread: dict[str, bool] = {}
-        self.orphans: dict[str, Credential[Any]] = {}  # successors that came after their session was signed out
+        # Successors that came after their session was signed out, by their key, and of which chain they are.
+        self.orphans: dict[str, tuple[str, Credential[Any]]] = {}
         self._troubled_at = self._settled_at = self._answered_at = -math.inf
         self._wrote_at = self._wrote_before = -math.inf  # when something was written down, and some seconds before
         self._took = 0.0  # by the slowest command that failed lately
@@ -366,7 +368,7 @@ class Ledger:
         chain, known = chain.with_text(), self.chains.get(chain.key)
         if known is not None and known.newest is None and known.generation > chain.generation:
             if chain.newest is not None and known.has_ended:
-                self.orphans[chain.newest.keys[0]] = chain.newest
+                self.orphans[chain.newest.keys[0]] = chain.key, chain.newest
             return  # it was forgotten here, and the store may not know that yet
         self.unsaved[chain.key] = chain
         self._remember(chain)
@@ -391,7 +393,7 @@ class Ledger:
         began, newest, seconds = self.runtime.steady(), chain.newest, math.ceil(max(1.0, self._seconds(chain)))
         there, has_ended = self._find(chain)
         if newest is not None and has_ended and there > chain.generation:
-            self.orphans[newest.keys[0]] = newest
+            self.orphans[newest.keys[0]] = chain.key, newest
         if newest is not None and there <= chain.generation:
             # Before the chain: whoever reads its newest token finds the way back.
             alias = _rules.write_alias(chain.key, newest)
@@ -409,7 +411,7 @@ class Ledger:
         """See whether what was written took the place of a tombstone: its session was signed out meanwhile."""
         generation = self.generation(f"{chain.key}-ended")
         if generation > chain.generation:
-            self.orphans[newest.keys[0]] = newest
+            self.orphans[newest.keys[0]] = chain.key, newest
             tombstone: Chain[Any] = Chain(key=chain.key, generation=generation, has_ended=True)
             self.store.set(chain.key, str(tombstone.with_text().text), math.ceil(_GONE))
 

@@ -1837,7 +1837,7 @@ def test_successor_of_a_session_that_is_known_to_have_ended(kuzzle, store, root)
     chain = ledger.chains.get(key_of("kuzzle", kuzzle.url, root))
     ledger.bury(chain, has_ended=True)
     ledger.keep(chain)
-    assert list(ledger.orphans.values()) == [chain.newest]
+    assert list(ledger.orphans.values()) == [(chain.key, chain.newest)]
     assert ledger.chains.get(chain.key).newest is None
 
 
@@ -2132,7 +2132,8 @@ def test_orphan_that_is_found_after_an_outage(kuzzle, store, root, lease):
 def test_connections_of_a_late_sign_out(kuzzle, store, root, monkeypatch):
     """What comes too late for a sign-out is signed out by the caller's session, as it was refreshed."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    cache, other, session = TokenCache(store), TokenCache(store), requests.Session()
+    monkeypatch.setattr(_rules, "LEASE", 0.5)
+    cache, other, session = TokenCache(store, lease=0.5), TokenCache(store), requests.Session()
     session.trust_env = False
 
     def meanwhile(request):
@@ -2141,12 +2142,15 @@ def test_connections_of_a_late_sign_out(kuzzle, store, root, monkeypatch):
         return kuzzle.truly(request)
 
     kuzzle.next_answers.append(meanwhile)
+    others = kuzzle.login("others", ago=60)
+    cache._ledger.orphans["key"] = "another chain", kuzzle_credential(kuzzle.url, others)
     with pytest.raises(SignInRequiredError):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session, timeout=5)
     until = time.monotonic() + 5
-    while kuzzle.requests[-1].path != "/_logout":
+    while "key" not in cache._ledger.orphans or kuzzle.requests[-1].path != "/_logout":
         assert time.monotonic() < until
         time.sleep(0.01)
+    assert kuzzle.knows(others), "its own connections are another caller's"
 
 
 def test_lock_that_a_failed_command_leaves(store):
@@ -3713,11 +3717,19 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     assert len(kuzzle.requests) == 3
 
 
-@pytest.mark.parametrize("is_silent", [False, True], ids=["cannot connect", "hears nothing"])
-def test_machine_that_is_cut_off(circle, monkeypatch, is_silent):
+@pytest.mark.parametrize(
+    ("is_silent", "timeout", "threads"),
+    [
+        pytest.param(False, 4, 2, id="cannot connect"),
+        pytest.param(True, 4, 2, id="hears nothing"),
+        pytest.param(True, 0.8, 2, id="hears nothing, and has short calls"),
+        pytest.param(True, 0.8, 1, id="hears nothing, and gives up before that is certain"),
+    ],
+)
+def test_machine_that_is_cut_off(circle, monkeypatch, is_silent, timeout, threads):
     """A machine that cannot reach the service lets another try, however many callers wait on it."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
-    monkeypatch.setattr("refresher._exchange._SILENCE", 0.5)
+    monkeypatch.setattr("refresher._exchange._SILENCE", 0.5 if timeout == 4 else 1)
     circle.clock.advance(-7200)
     pair = circle.sign_in("user-1", device_id="device-1")
     circle.clock.advance(7200)
@@ -3730,22 +3742,52 @@ def test_machine_that_is_cut_off(circle, monkeypatch, is_silent):
 
     def call(number, **options):
         options |= {"device_id": "device-1", "api_key": circle.api_key, "base_url": circle.url, "cache": caches[number]}
-        return refresh_user_token(user_token=pair.user_token, refresh_token=pair.refresh_token, timeout=4, **options)
+        return refresh_user_token(user_token=pair.user_token, refresh_token=pair.refresh_token, **options)
 
     def insist():
         while not is_over.is_set():
             with contextlib.suppress(RefreshError):
-                call(0, session=cut_off)
+                call(0, session=cut_off, timeout=timeout)
 
     with silent, ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(insist) for _ in range(2)]
+        waiting = [pool.submit(insist) for _ in range(threads)]
         time.sleep(0.5)
         try:
-            new = call(1)
+            new = call(1, timeout=4)
         finally:
             is_over.set()
-        assert call(0, session=cut_off) == new
-        assert [each.result() for each in waiting] == [None, None]
+        assert call(0, session=cut_off, timeout=4) == new
+        assert [each.result() for each in waiting] == [None] * threads
+
+
+def test_lock_after_a_failure(kuzzle, store, root):
+    """Who has failed just now lets others try first."""
+    cache, key = TokenCache(store), key_of("kuzzle", kuzzle.url, root)
+    kuzzle.stop()
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, queuable=False)
+    kuzzle.start()
+    with ThreadPoolExecutor() as pool:
+        new = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=cache)
+        time.sleep(0.2)
+        assert store.acquire(key, "another", 5) == 0.0
+        assert not new.done()
+        store.release(key, "another")
+        assert kuzzle.knows(new.result().jwt)
+
+
+def test_lock_that_is_held_in_vain():
+    """Who goes on with a valid token, as another process holds the lock, waits for that once and not each time."""
+    store = SharedStore()
+    with FakeKuzzle() as kuzzle:
+        root = kuzzle.login(ago=HOUR - 20)
+        store.acquire(key_of("kuzzle", kuzzle.url, root), "another", 30)
+        auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(store))
+        began = time.monotonic()
+        for _ in range(4):
+            auth(requests.Request("GET", f"{kuzzle.url}/_me").prepare())
+        assert _rules.BRIEFLY <= time.monotonic() - began < 1.5 * _rules.BRIEFLY
+        assert not kuzzle.requests
 
 
 def test_answer_that_is_lost_while_others_call(kuzzle):
@@ -3963,9 +4005,15 @@ def test_connections_of_threads(kuzzle, clock, root, what):
 
 
 @pytest.mark.parametrize("call", [call_with, by_id], ids=["by user token", "by user id"])
-def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call):
-    """Answers that Circle replays are followed to the end, however long that takes. So is the exchange of a user id."""
+@pytest.mark.parametrize("silent_at", [0, 3], ids=["busy at first", "silent later"])
+def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call, silent_at):
+    """
+    Answers that Circle replays are followed to the end, however long that takes. So is the exchange of a user id.
+
+    What fails in between is repeated, and not all from the beginning.
+    """
     monkeypatch.setattr(_rules, "LEASE", 0.4)
+    monkeypatch.setattr("refresher._exchange._SILENCE", 0.6)
     with FakeCircle(clock=clock) as circle:
         first = circle.sign_in("user-1")
         pair = refresh_user_token(**call(circle, first), cache=None)
@@ -3974,7 +4022,8 @@ def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call):
             pair = refresh_user_token(**call_with(circle, pair), cache=None)
         clock.advance(3600)
         circle.requests.clear()
-        circle.next_answers.append(lambda request: circle.refuse(request, "busy"))
+        circle.delay_next(0.15, times=silent_at)
+        circle.next_answers.append(lambda request: time.sleep(silent_at / 2) or circle.refuse(request, "busy"))
         circle.delay_next(0.15, times=20)
         store = SharedStore()
         assert circle.knows(refresh_user_token(**call(circle, first), cache=TokenCache(store), timeout=10))
@@ -4064,8 +4113,9 @@ def test_answer_that_is_lost_while_others_are_interrupted(kuzzle):
     assert len(kuzzle.requests) == 2
 
 
-def test_answer_that_is_lost_while_others_go_on():
+def test_answer_that_is_lost_while_others_go_on(monkeypatch):
     """Who goes on with a valid token was not interrupted: the answer is not waited for any longer for that."""
+    monkeypatch.setattr(_rules, "COOLDOWN", 0.0)
     is_over, cache = threading.Event(), TokenCache(lease=2)
     with FakeKuzzle() as kuzzle, ThreadPoolExecutor(64) as pool:
         auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 30), cache=cache, timeout=3)

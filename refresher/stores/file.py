@@ -12,7 +12,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -212,8 +212,8 @@ class FileStore:
             PermissionError: Other users could have put something into it.
         """
         if make:
-            for missing in reversed([each for each in self._path.parents if not each.exists()]):
-                _make(missing)
+            for missing in reversed([*takewhile(lambda each: not each.exists(), self._path.parents)]):
+                missing.mkdir(mode=0o755, exist_ok=True)  # or less: nobody else may write to it, whatever the umask
         user, parent = getattr(os, "geteuid", None), self._path.parent.stat()
         is_foreign = user and parent.st_uid not in (0, user()) and parent.st_mode & 0o1002 == 0o002
         if make and not is_foreign and not self._path.is_dir():

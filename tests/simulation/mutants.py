@@ -533,7 +533,7 @@ MUTANTS = [
     ),
     Mutant(
         "a process that cannot reach the service keeps the lock",
-        (_FLIGHT, "(has_time or self._lease.lock is not Lock.OURS)", "self._lease.lock is not Lock.OURS"),
+        (_FLIGHT, "(is_in_vain or self._lease.lock is not Lock.OURS)", "self._lease.lock is not Lock.OURS"),
     ),
     Mutant(
         "a process that hears nothing keeps the lock",
