@@ -389,7 +389,7 @@ class Flight(Patience, Generic[T]):
         """Try to take the lock. If this process has failed just now, let others try before: they may have more luck."""
         failed_for = self._runtime.steady() - (self._ledger.in_vain_at.get(self.chain_key) or -math.inf)
         if failed_for < _rules.BRIEFLY and patience > 4 * _rules.LONGEST_POLL and not self._ledger.is_local:
-            self.pause(2 * _rules.LONGEST_POLL)
+            self.pause(min(2 * _rules.LONGEST_POLL, self._time_left() / 2))
         self._lease.take()
 
     def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:

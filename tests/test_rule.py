@@ -3776,6 +3776,16 @@ def test_lock_after_a_failure(kuzzle, store, root):
         assert kuzzle.knows(new.result().jwt)
 
 
+def test_short_call_after_a_failure(kuzzle, store, root):
+    """A call with little time has its attempt, too."""
+    cache = TokenCache(store)
+    kuzzle.stop()
+    with pytest.raises(UnavailableError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=cache, queuable=False)
+    kuzzle.start()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=0.4).jwt)
+
+
 def test_lock_that_is_held_in_vain():
     """Who goes on with a valid token, as another process holds the lock, waits for that once and not each time."""
     store = SharedStore()
