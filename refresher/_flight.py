@@ -360,10 +360,10 @@ class Flight(Patience, Generic[T]):
             # The store may have lost what was there a moment ago.
             attempt = self._tried[spend.keys[-1]] = attempt or self._tried.get(spend.keys[-1])
         patience = _rules.lock_patience(left, window)
+        if newest is None:  # the caller's own may be about to expire, a second later there
+            _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
+            patience = _rules.lock_patience(Left(own.least, own.least + 1.0), its_window)
         if self._lease.lock is Lock.HELD:
-            if newest is None:  # the caller's own may be about to expire, a second later there
-                _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
-                patience = _rules.lock_patience(Left(own.least, own.least + 1.0), its_window)
             now = self._runtime.steady()
             patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(

@@ -3788,6 +3788,28 @@ def test_short_call_after_a_failure(kuzzle, store, root, monkeypatch):
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=2).jwt)
 
 
+@pytest.mark.parametrize(
+    ("make_store", "left", "fails"),
+    [
+        pytest.param(SharedStore, 1800, False, id="after a success"),
+        pytest.param(MemoryStore, 1800, True, id="nobody shares the store"),
+        pytest.param(SharedStore, 8, True, id="in a token's last moments"),
+    ],
+)
+def test_lock_that_is_taken_at_once(monkeypatch, make_store, left, fails):
+    """Otherwise nobody is let to try first."""
+    monkeypatch.setattr(_rules, "LONGEST_POLL", 2.0)
+    with FakeKuzzle() as kuzzle:
+        jwt, cache = kuzzle.login(ago=HOUR - left), TokenCache(make_store())
+        if fails:
+            kuzzle.next_answers.append(Answer(503, b""))
+        with contextlib.suppress(UnavailableError):
+            refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, queuable=False)
+        began = time.monotonic()
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, expires_in="2h", cache=cache, timeout=20).jwt)
+        assert time.monotonic() - began < 2
+
+
 def test_lock_that_is_held_in_vain():
     """Who goes on with a valid token, as another process holds the lock, waits for that once and not each time."""
     store = SharedStore()

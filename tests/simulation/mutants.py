@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     Mutant(
         "in the last moments of a caller's own token the lock is still waited for",
-        (_FLIGHT, "            if newest is None:  # the", "            if False:  # the"),
+        (_FLIGHT, "        if newest is None:  # the", "        if False:  # the"),
     ),
     Mutant(
         "in a token's last moments the lock is still waited for",
