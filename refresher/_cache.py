@@ -24,7 +24,7 @@ from ._rules import Chain, Left
 from ._runtime import REAL, EndingError, Runtime
 from ._system import fill
 from ._text import Secret, fingerprint, hide, hide_all, number, reveal
-from .errors import InvalidArgumentError, OutcomeUnknownError, RefreshError, RequestRefusedError, UnavailableError
+from .errors import InvalidArgumentError, RefreshError, RequestRefusedError, UnavailableError
 from .services import Credential, T, circle, kuzzle
 from .stores import MemoryStore, Store, check_store
 from .tokens import SessionStatus
@@ -160,8 +160,8 @@ class TokenCache:
                 if flight.call is not call and not is_outage and flight.is_for_one(outcome, call):
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
-                is_lent = isinstance(outcome, OutcomeUnknownError) and flight.departed_at is None  # others refresh it
-                if valid is not None and (is_lent or outcome.spent is False) and not (call.patient or is_wrong):
+                nothing_sent = outcome._is_elsewhere or outcome.spent is False
+                if valid is not None and nothing_sent and not (call.patient or is_wrong):
                     _log.warning("%s: %s, going on with the old token", fingerprint(valid.secret.reveal()), outcome)
                     return valid
                 raise _own(outcome)

@@ -231,13 +231,12 @@ class Flight(Patience, Generic[T]):
         if self._lease.lock is Lock.OURS and not self._lease.is_ours():
             raise _LookAgain
 
-    def _is_old(self) -> bool:
+    def _is_old(self, leases: int = 1) -> bool:
         """Whether others would take what was announced for lost."""
-        return self._runtime.steady() - self._announced_at > _rules.LEASE
+        return self._runtime.steady() - self._announced_at > leases * _rules.LEASE
 
     def begin(self, *, again: bool) -> None:
-        tried_for = self._runtime.steady() - self._announced_at
-        has_time = tried_for > 2 * _rules.LEASE or self._time_left() > 4 * _rules.LONGEST_POLL
+        has_time = self._is_old(2) or self._time_left() > 4 * _rules.LONGEST_POLL
         is_in_vain = has_time and not self._exchange.is_answered
         if again and self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
@@ -275,12 +274,14 @@ class Flight(Patience, Generic[T]):
         if self._failure is not None:
             return self._failure
         if self.has_departed or (self._is_in_doubt and self.departed_at) or self._lease.lock is Lock.HELD:
-            what = f"{self._service} did not answer in time, and the {self.kind} goes on"
+            what = f"{self._service} did not answer in time, and the {self.kind} goes on: call again"
             return self._unknown(what, idempotency_key=self.call.credential.idempotency_key)
         return UnavailableError(f"Time is up: {self.status}", provider=self.call.credential.service, spent=False)
 
     def _unknown(self, what: str, **details: Any) -> OutcomeUnknownError:
-        return OutcomeUnknownError(f"{what}: call again", provider=self.call.credential.service, **details)
+        error = OutcomeUnknownError(what, provider=self.call.credential.service, **details)
+        error._is_elsewhere = self.departed_at is None
+        return error
 
     # What it does
 
@@ -394,11 +395,15 @@ class Flight(Patience, Generic[T]):
 
     def _wait_for_lock(self, poll: float, longest: float = math.inf) -> None:
         """Try again soon to take the lock that another has."""
-        self.status = f"another process is refreshing the {self._service} token"
-        if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise self._unknown(f"Time is up, and {self.status}")
-        self.pause(min(self._runtime.pick(0.5, 1.5) * poll, longest, time_left))
+        self._wait_for_others(f"another process is refreshing the {self._service} token", poll, longest)
         self._lease.take()
+
+    def _wait_for_others(self, why: str, seconds: float, longest: float = math.inf, **details: Any) -> None:
+        """Wait for some seconds, more or less, for what another process does."""
+        self.status = why
+        if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
+            raise self._unknown(f"Time is up, and {why}: call again", **details)
+        self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, longest, time_left))
 
     def _wait_or_fail(self, step: Step, view: View, poll: float) -> None:
         """Wait for what a step says, as long as the callers do. Otherwise raise what is the matter."""
@@ -465,7 +470,8 @@ class Flight(Patience, Generic[T]):
             return None
         except SignInRequiredError as error:
             self.has_departed = False
-            self._failure = self._unknown(_REFUSED.format(self._service), status=error.status)  # if the store hangs now
+            # If the store hangs now.
+            self._failure = self._unknown(f"{_REFUSED.format(self._service)}: call again", status=error.status)
             self._close(spend, attempt)
             try:
                 self._verify(chain, spend, attempt, self._time_for_news(chain) if announced else self._limit, error)
@@ -514,7 +520,7 @@ class Flight(Patience, Generic[T]):
 
     def _unread(self, **details: Any) -> RefreshError:
         what = f"{self._ledger.name} has an entry of this {self._service} session that cannot be read: check its key"
-        return OutcomeUnknownError(what, provider=self.call.credential.service, **details)
+        return self._unknown(what, **details)
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> bool:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
@@ -594,11 +600,8 @@ class Flight(Patience, Generic[T]):
 
     def _wait_for_news(self, seconds: float, status: int | None = None) -> None:
         """Wait for another process to save the successor of a token that the service refused."""
-        self.status = _REFUSED.format(self._service)
-        if (time_left := self._time_left() - _rules.LAST_CALL) <= 0:
-            raise self._unknown(self.status, status=status)
         began = self._runtime.steady()
-        self.pause(min(self._runtime.pick(0.5, 1.5) * seconds, time_left))
+        self._wait_for_others(_REFUSED.format(self._service), seconds, status=status)
         if self._runtime.steady() - began > _rules.SETTLED:  # it was suspended, and cannot know how the store was
             self._ledger.unsettle()
 

@@ -212,10 +212,10 @@ class _Keeper:
             outcome, failure = "ended", error
         except RefreshError as error:
             failure = error
-            # The service is in order if it has refused a token, though that is no verdict yet.
-            is_unread = error.spent is False  # the store has an entry that this process cannot read
-            was_refused = isinstance(error, OutcomeUnknownError) and (is_unread or (error.status or 500) < 500)
-            if not (was_refused or isinstance(error, RequestRefusedError) or auth._is_young):
+            # The service is in order if it has refused a token, though that is no verdict yet. If nothing was sent, as
+            # another process has the lock, or an entry of the store cannot be read, that is no sign of an outage.
+            was_refused = isinstance(error, OutcomeUnknownError) and (error.status or 500) < 500
+            if not (was_refused or error._is_elsewhere or isinstance(error, RequestRefusedError) or auth._is_young):
                 # What is no clear sign may be the trouble of one session alone. Two of them are an outage.
                 if error.retryable or auth._scope in self._doubts:
                     self._outages.setdefault(auth._scope, error)

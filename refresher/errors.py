@@ -80,6 +80,8 @@ class RefreshError(Exception):
             later, the class says.
     """
 
+    _is_elsewhere = False  # another process may refresh the token, and this one has sent nothing
+
     def __init__(
         self,
         message: str,

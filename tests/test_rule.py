@@ -3486,26 +3486,15 @@ def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
     assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
 
 
-def test_keeper_and_a_session_that_another_refreshes(kuzzle, clock, store):
-    """That one session's lock cannot be had is no sign of an outage."""
-    held, *others = (kuzzle.login(f"user-{number}", ago=2000) for number in range(3))
-    store.acquire(key_of("kuzzle", kuzzle.url, held), "another", HOUR)
-    cache = TokenCache(store, clock=clock, ahead=HOUR)
-    auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (held, *others)]
-    found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
-    assert [found[auth] for auth in auths] == ["skipped", "refreshed", "refreshed"]
-
-
-def test_keeper_and_two_sessions_that_others_refresh(kuzzle, clock, store):
-    """Two that cannot be had are an outage, and the rest does not wait for it."""
+def test_keeper_and_sessions_that_others_refresh(kuzzle, clock, store):
+    """That locks cannot be had is no sign of an outage: another process may wait for answers that never come there."""
     jwts = [kuzzle.login(f"user-{number}", ago=2000) for number in range(5)]
-    for jwt in jwts:
+    for jwt in jwts[:3]:
         store.acquire(key_of("kuzzle", kuzzle.url, jwt), "another", HOUR)
     cache = TokenCache(store, clock=clock, ahead=HOUR)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in jwts]
-    found = list(keep_alive(auths, at_once=1))
-    assert [each.outcome for each in found] == ["skipped"] * 5
-    assert sum(each.seconds > 0.3 for each in found) == 2
+    found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
+    assert [found[auth] for auth in auths] == ["skipped"] * 3 + ["refreshed"] * 2
 
 
 def test_fresh_token_while_the_store_hangs(kuzzle, clock, root):
