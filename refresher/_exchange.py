@@ -165,7 +165,7 @@ class Exchange:
         self._runtime, self._observed, self._patience = runtime, observed, patience
         self._scope, self._session = scope, session
         self.attempts = self._failures = 0
-        self.is_answered = False  # a step of this attempt at least was: the service can be reached
+        self.answered_at = -math.inf  # when the service could be reached, last: a refresh may have many steps
         self._lost: RefreshError | None = None  # after which nobody knows what was spent
         self._date: float | None = None  # of the last answer
         self._asked = 0.0  # when its request was sent
@@ -196,7 +196,7 @@ class Exchange:
                     attempts += 1
                     self.attempts += 1
                     token, reply = self._ask(request, parse)
-                    path, outcome, self.is_answered = f"{old} -> {token.fingerprint}", "ok", True
+                    path, outcome, self.answered_at = f"{old} -> {token.fingerprint}", "ok", self._runtime.steady()
                     return token, reply
                 except RefreshError as failed:
                     error, self._failures = failed, self._failures + 1

@@ -237,7 +237,7 @@ class Flight(Patience, Generic[T]):
 
     def begin(self, *, again: bool) -> None:
         has_time = self._is_old(2) or self._time_left() > 4 * _rules.LONGEST_POLL
-        is_in_vain = has_time and not self._exchange.is_answered
+        is_in_vain = has_time and self._runtime.steady() - self._exchange.answered_at > 4 * _rules.LEASE
         if again and self._is_old() and (is_in_vain or self._lease.lock is not Lock.OURS):
             raise _LookAgain
         self._go_on()
@@ -443,7 +443,7 @@ class Flight(Patience, Generic[T]):
         if self._is_alone:
             self._announced_at = math.inf
             return False
-        self._lease.announce, self._exchange.is_answered = announce, False
+        self._lease.announce = announce
         return announce()
 
     def _attempt(self, spend: Credential[T], before: Attempt | None, **details: Any) -> Attempt:

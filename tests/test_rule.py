@@ -4053,6 +4053,30 @@ def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call, silent_at
         assert len({request.body for request in circle.requests}) == len(circle.requests) - 1
 
 
+def test_walk_whose_later_answers_are_lost(monkeypatch, clock):
+    """That the service could be reached a while ago is no reason to keep the lock."""
+    monkeypatch.setattr(_rules, "LEASE", 0.4)
+    store = SharedStore()
+    cache = TokenCache(store)
+    with FakeCircle(clock=clock) as circle, ThreadPoolExecutor() as pool:
+        first = circle.sign_in("user-1")
+        pair = refresh_user_token(**call_with(circle, first), cache=None)
+        for _ in range(6):
+            clock.advance(3600)
+            pair = refresh_user_token(**call_with(circle, pair), cache=None)
+        clock.advance(3600)
+        circle.next_answers.extend([lambda request: circle.truly(request, after=0.2)] * 4 + [Answer(503, b"")] * 999)
+        new = pool.submit(refresh_user_token, **call_with(circle, first), cache=cache, timeout=9)
+        time.sleep(1)
+        (key,) = cache._ledger.flights
+        deadline = time.monotonic() + 4
+        while (held := store.acquire(key, "another", 0.1)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        circle.next_answers.clear()
+        assert not held
+        assert circle.knows(new.result())
+
+
 def test_lock_that_is_taken_again_is_renewed(monkeypatch):
     """A flight that has let others try, and has the lock again, keeps it for as long as it needs."""
     monkeypatch.setattr(_rules, "LEASE", 0.3)
