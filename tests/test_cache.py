@@ -89,6 +89,7 @@ def together(count, call):
 # Successors
 
 
+@pytest.mark.no_cover  # it takes three times as long
 def test_a_year_of_kuzzle_tokens(kuzzle, cache, store, clock, root):
     """The same call, for a year: always a usable token, one request a lifetime, and no more to remember."""
     sizes = []

@@ -197,6 +197,7 @@ def test_store_that_is_emptied_during_a_refresh(kuzzle, clock, root, own_valkey,
 JWT = "kauth-e30.e30.c2ln"
 
 
+@pytest.mark.no_cover  # it takes three times as long
 def test_a_hundred_thousand_sessions():
     """100,000 sessions in memory of the default size: all of them are there when they are called again."""
     store, runtime = MemoryStore(), Instantly()
