@@ -113,7 +113,7 @@ class Target:
 
     def call(self, method, path, jwt=None, **options):
         headers = {**({"Authorization": f"Bearer {jwt}"} if jwt else {}), **options.pop("headers", {})}
-        return requests.request(method, self.url + path, headers=headers, timeout=10, **options)
+        return requests.request(method, self.url + path, headers=headers, timeout=30, **options)
 
     lifetimes = staticmethod(_lifetimes.__next__)
 

@@ -136,7 +136,7 @@ class Caller:
         found["took"] = time.monotonic() - began
         if found["jwt"] is not None:
             headers = {"Authorization": f"Bearer {found['jwt']}"}
-            found["alive"] = requests.get(f"{alive_at or url}/_me", headers=headers, timeout=10).status_code == 200
+            found["alive"] = requests.get(f"{alive_at or url}/_me", headers=headers, timeout=30).status_code == 200
         return found
 
     def use(self, seconds, every=0.1, **call):

@@ -72,10 +72,10 @@ class Programs:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.start("gunicorn", "shop.wsgi", f"--bind=127.0.0.1:{port}", "--workers=4", "--threads=4", *options)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             try:
-                requests.get(f"http://127.0.0.1:{port}/none", timeout=10)
+                requests.get(f"http://127.0.0.1:{port}/none", timeout=30)
                 return f"http://127.0.0.1:{port}"
             except requests.ConnectionError:
                 assert time.monotonic() < deadline, self.log.read_text()
@@ -326,7 +326,7 @@ def test_gunicorn(kuzzle, programs, preload):
         answers = list(pool.map(lambda _: requests.get(f"{url}/site", timeout=20).json()["_id"], range(256)))
     assert set(answers) == {"foo"}
     assert len(refreshes(kuzzle)) == 1
-    assert programs.log.read_text().count(": ok, 1 attempt, 0.") == 1
+    assert programs.log.read_text().count(": ok, 1 attempt, ") == 1
 
 
 def test_a_user(kuzzle, programs):
