@@ -272,8 +272,9 @@ class TokenCache:
         ledger = self._ledger
         if ledger.assess(ledger.recall(call.credential)[0], call)[0] is None:
             return self._aside(work, subject)
-        with contextlib.suppress(UnavailableError):
-            return self._aside(work, subject, seconds=_rules.BRIEFLY)
+        if not ledger.probe_if_hung():
+            with contextlib.suppress(UnavailableError):
+                return self._aside(work, subject, seconds=_rules.BRIEFLY)
         return work(subject, by_store=False)
 
     @overload

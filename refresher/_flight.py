@@ -158,12 +158,11 @@ class Flight(Patience, Generic[T]):
             what = "adopted"
         else:
             return
-        successor = chain.newest if error is None else None
         self._on_event(
             RefreshEvent(
                 provider=credential.service,
                 fingerprint=fingerprint(credential.secret.reveal()),
-                successor=fingerprint(successor.secret.reveal()) if successor else None,
+                successor=fingerprint(chain.newest.secret.reveal()) if chain.newest and error is None else None,
                 outcome=what,
                 spent=True if error is None else error.spent,
                 attempts=self._exchange.attempts,

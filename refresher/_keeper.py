@@ -209,9 +209,9 @@ class _Keeper:
             if last is not None:
                 outcome = "fresh" if last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
-            outcome, failure = "ended", error
+            outcome, failure = "ended", error.with_traceback(None)
         except RefreshError as error:
-            failure = error
+            failure = error.with_traceback(None)  # its frames have all of a refresh
             # The service is in order if it has refused a token, though that is no verdict yet. If nothing was sent, as
             # another process has the lock, or an entry of the store cannot be read, that is no sign of an outage.
             was_refused = isinstance(error, OutcomeUnknownError) and (error.status or 500) < 500

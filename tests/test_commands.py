@@ -846,7 +846,7 @@ def test_warning_of_the_store(kuzzle, jwt, run, tmp_path):
     """That an entry cannot be read is told, once."""
     folder = tmp_path / "store"
     run("kuzzle", kuzzle.url, "--store", folder)
-    FileStore(folder).set(key_of("kuzzle", kuzzle.url, jwt), "no entry", 60)
+    FileStore(folder).set(key_of("kuzzle:2", kuzzle.url, jwt), "no entry", 60)
     status, _, err = run("kuzzle", kuzzle.url, "--store", folder, "--timeout", "0.5")
     assert status != 0
     assert [line for line in err.splitlines() if line.endswith("FileStore has an entry that cannot be read")] != []
@@ -855,7 +855,7 @@ def test_warning_of_the_store(kuzzle, jwt, run, tmp_path):
 def test_another_run_has_the_lock(kuzzle, jwt, run, tmp_path):
     """A run that has sent nothing itself goes on with a valid token."""
     first = run("kuzzle", kuzzle.url, "--store", tmp_path / "store")
-    FileStore(tmp_path / "store").acquire(key_of("kuzzle", kuzzle.url, jwt), "another", 60)
+    FileStore(tmp_path / "store").acquire(key_of("kuzzle:2", kuzzle.url, jwt), "another", 60)
     kuzzle.clock.advance(3300)
     with time_machine.travel(time.time() + 3300):
         status, out, err = run("kuzzle", kuzzle.url, "--store", tmp_path / "store", "--timeout", "0.5")
@@ -880,7 +880,7 @@ def test_another_run_may_have_spent_the_token(kuzzle, jwt, run, tmp_path, ago):
     folder = tmp_path / "store"
     newest = json.loads(run("kuzzle", kuzzle.url, "--store", folder)[1])["jwt"]
     store = FileStore(folder)
-    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "another", 60)
+    store.acquire(key_of("kuzzle:2", kuzzle.url, jwt), "another", 60)
     attempt = Attempt(by="another", at=Instant(time.time() + 3300 - ago, REAL.steady() - ago, REAL.boot), is_open=True)
     store.set(f"{key_of('kuzzle', kuzzle.url, newest)}-attempt", attempt.write(), 7200)
     kuzzle.clock.advance(3300)
@@ -935,7 +935,7 @@ def test_session_that_is_over_behind_a_lost_pointer(kuzzle, jwt, run, tmp_path, 
         return run("kuzzle", kuzzle.url, "--store", store, "--expires-in", lifetime, "--output", "token")
 
     second = print_token(jwt, "1h")[1].strip()
-    FileStore(store).delete(key_of("kuzzle", kuzzle.url, second) + "-alias")
+    FileStore(store).delete(key_of("kuzzle:2", kuzzle.url, second) + "-alias")
     kuzzle.clock.advance(2)
     third = print_token(second, "2h")[1].strip()
     requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {third}"}, timeout=10)

@@ -204,7 +204,7 @@ def test_a_hundred_thousand_sessions():
     cache = TokenCache(store, runtime=runtime)
     urls = [f"http://kuzzle-{number}" for number in range(100_000)]
     token = refresh_kuzzle_token(urls[0], JWT, cache=cache)
-    first, *keys = [key_of("kuzzle", url, JWT) for url in urls]
+    first, *keys = [key_of("kuzzle:2", url, JWT) for url in urls]
     entry = store.get(first)
     for key in keys:
         store.set(key, entry.replace(first, key), 2 * HOUR)
@@ -339,6 +339,27 @@ class SlowStore(SharedStore):
     def __init__(self, clock):
         super().__init__(clock)
         self.over = threading.Event()
+
+
+def test_looks_while_the_store_hangs(kuzzle, root):
+    """One look waits for it, in a thread. The others go by what this process knows."""
+    store = SlowStore(time.monotonic)
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    store.silence, threads = 60.0, threading.active_count()
+    assert [cache.peek(kuzzle.url, root).generation for _ in range(4)] == [1] * 4
+    assert threading.active_count() <= threads + 1
+    store.over.set()
+
+
+def test_entries_of_another_version(kuzzle, root):
+    """Version 0.1 had other entries. Nothing of these is in the way, also with a prefix of the user's own."""
+    store, old = SharedStore(), key_of("kuzzle", kuzzle.url, root)
+    store.set(old, "what 0.1 wrote", HOUR)
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {root}"}, timeout=5)
+    with pytest.raises(SignInRequiredError):
+        refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store))
+    assert store.get(old) == "what 0.1 wrote"
 
 
 def test_newest_token_that_expires_while_the_store_is_down(kuzzle, clock, store, root):
@@ -654,8 +675,8 @@ def test_entries_that_point_elsewhere(kuzzle, clock, store, cache, root, whose):
     theirs = kuzzle.login(user, "2h", ago=1800)
     token = refresh_kuzzle_token(kuzzle.url, theirs, expires_in="3h", cache=cache)
     of_theirs = [text for key, text in entries(store).items() if key not in before]
-    mine = key_of("kuzzle", kuzzle.url, root)
-    for text in [*of_theirs, json.dumps({"see": key_of("kuzzle", kuzzle.url, theirs)})]:
+    mine = key_of("kuzzle:2", kuzzle.url, root)
+    for text in [*of_theirs, json.dumps({"see": key_of("kuzzle:2", kuzzle.url, theirs)})]:
         for key in (mine, f"{mine}-alias"):
             if whose == "another user's" or "token" not in text:
                 store.memory.set(key, text, HOUR)
@@ -944,7 +965,7 @@ def test_valid_token_while_another_process_refreshes(kuzzle, clock, store, root,
 
 def write_between_two_reads(kuzzle, store, jwt, after):
     """Let another process spend a token aside, and write that down between two reads of *store*, some seconds later."""
-    aside, between, spent, key = SharedStore(), Between(store), [], key_of("kuzzle", kuzzle.url, jwt)
+    aside, between, spent, key = SharedStore(), Between(store), [], key_of("kuzzle:2", kuzzle.url, jwt)
 
     def spend():
         copy_entries(store, aside)
@@ -1835,7 +1856,7 @@ def test_successor_of_a_session_that_is_known_to_have_ended(kuzzle, store, root)
     cache = TokenCache(store)
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     ledger = cache._ledger
-    chain = ledger.chains.get(key_of("kuzzle", kuzzle.url, root))
+    chain = ledger.chains.get(key_of("kuzzle:2", kuzzle.url, root))
     ledger.bury(chain, has_ended=True)
     ledger.keep(chain)
     assert list(ledger.orphans.values()) == [(chain.key, chain.newest)]
@@ -2021,7 +2042,7 @@ def test_write_that_comes_too_late(kuzzle, store, root, monkeypatch):
     """A write that was slow may have taken the place of a newer token. That is written down again."""
     cache = TokenCache(store)
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    key = key_of("kuzzle", kuzzle.url, root)
+    key = key_of("kuzzle:2", kuzzle.url, root)
     older = cache._ledger.chains.get(key)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache, expires_in="3h")
     wait_for_copies(cache)
@@ -2326,7 +2347,7 @@ def test_each_thread_writes_for_itself(kuzzle, store, root):
     cache = TokenCache(store)
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     wait_for_copies(cache)
-    ledger, key = cache._ledger, key_of("kuzzle", kuzzle.url, root)
+    ledger, key = cache._ledger, key_of("kuzzle:2", kuzzle.url, root)
     store.is_down = True
     ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=7)
     with ThreadPoolExecutor() as pool:
@@ -2347,7 +2368,7 @@ def test_what_comes_while_a_chain_is_written_down(kuzzle, root):
             if json.loads(value).get("generation") == 7:
                 ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=8).with_text()
 
-    ledger, key = (cache := TokenCache(store := Watched()))._ledger, key_of("kuzzle", kuzzle.url, root)
+    ledger, key = (cache := TokenCache(store := Watched()))._ledger, key_of("kuzzle:2", kuzzle.url, root)
     refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     wait_for_copies(cache)
     ledger.unsaved[key] = attrs.evolve(ledger.chains.get(key), generation=7).with_text()
@@ -2710,7 +2731,7 @@ def put_open_attempt(store, *keys):
 
 def test_attempt_of_a_machine_whose_clock_is_wrong(kuzzle, store, root):
     """A refusal beside it makes nobody wait for as long as the clocks differ."""
-    put_open_attempt(store, key := key_of("kuzzle", kuzzle.url, root))
+    put_open_attempt(store, key := key_of("kuzzle:2", kuzzle.url, root))
     kuzzle.fail_next("security.token.invalid")
     with pytest.raises(OutcomeUnknownError):
         refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=1)
@@ -2723,7 +2744,7 @@ def test_tombstone_of_another_session(kuzzle, store, cache, root):
     token, other = (refresh_kuzzle_token(kuzzle.url, jwt, cache=cache) for jwt in (root, kuzzle.login("bar", ago=1800)))
     cache.forget(kuzzle.url, other.jwt)
     (gone,) = (text for text in entries(store).values() if json.loads(text).get("generation", 0) > 1)
-    store.set(key_of("kuzzle", kuzzle.url, root), gone, HOUR)
+    store.set(key_of("kuzzle:2", kuzzle.url, root), gone, HOUR)
     time.sleep(0.6)
     assert refresh_kuzzle_token(kuzzle.url, root, cache=cache) == token
 
@@ -2750,7 +2771,7 @@ def test_attempt_that_another_machine_never_ended(kuzzle, store, monkeypatch):
     """For how long it has been there is known to all processes of a machine: short ones get a verdict, too."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     boot, dead = Runtime().boot, kuzzle.login(ago=2 * HOUR)
-    put_open_attempt(store, key_of("kuzzle", kuzzle.url, dead))
+    put_open_attempt(store, key_of("kuzzle:2", kuzzle.url, dead))
     for expected in (OutcomeUnknownError, OutcomeUnknownError, SignInRequiredError):
         runtime = Runtime()
         runtime.boot = boot
@@ -2765,7 +2786,7 @@ def test_attempt_that_many_machines_look_for(kuzzle, store, monkeypatch, what):
     """Machines that take turns, and processes that cannot tell whether they are on the same, come to an end."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     jwt = kuzzle.login(ago=2 * HOUR if what == "refresh" else 1800)
-    put_open_attempt(store, key_of("kuzzle", kuzzle.url, jwt))
+    put_open_attempt(store, key_of("kuzzle:2", kuzzle.url, jwt))
 
     def call():
         runtime = Runtime()
@@ -2789,7 +2810,7 @@ def test_attempt_that_many_machines_look_for(kuzzle, store, monkeypatch, what):
 def test_keeper_of_a_dead_session(kuzzle, store):
     """That it cannot be known yet whether a session is dead is no outage of its service: others are refreshed."""
     dead, alive = kuzzle.login(ago=2 * HOUR), kuzzle.login("bar", ago=3590)
-    put_open_attempt(store, key_of("kuzzle", kuzzle.url, dead))
+    put_open_attempt(store, key_of("kuzzle:2", kuzzle.url, dead))
     cache = TokenCache(store)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in (dead, alive)]
     assert [outcome.outcome for outcome in keep_alive(auths, at_once=1)] == ["skipped", "refreshed"]
@@ -2859,7 +2880,7 @@ def test_suspended_before_an_attempt_is_written(kuzzle, clock, monkeypatch, numb
 def test_first_token_in_its_last_moments(kuzzle, store, cache):
     """What the caller brings is not left to die either, while a process that is gone has the lock."""
     jwt = kuzzle.login(ago=HOUR - 2)
-    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "killed", HOUR)
+    store.acquire(key_of("kuzzle:2", kuzzle.url, jwt), "killed", HOUR)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=cache, timeout=3).jwt)
 
 
@@ -2867,7 +2888,7 @@ def test_lock_that_was_passed_by_long_ago(kuzzle, clock, store, cache, monkeypat
     """Before its next attempt, who has passed a lock by looks whether its holder has an answer by now."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     jwt, elsewhere = kuzzle.login(ago=HOUR - 2), SharedStore(clock)
-    store.acquire(key_of("kuzzle", kuzzle.url, jwt), "holder", HOUR)
+    store.acquire(key_of("kuzzle:2", kuzzle.url, jwt), "holder", HOUR)
     found = []
 
     def answer(request):
@@ -2899,7 +2920,7 @@ def test_store_that_begins_to_hang_in_the_last_moments(kuzzle, clock, root):
 
 def test_attempt_of_another_machine_counts_from_the_first_look(kuzzle, store, monkeypatch):
     """Whoever was long about its own attempt has waited for the other's meanwhile."""
-    put_open_attempt(store, key_of("kuzzle", kuzzle.url, jwt := kuzzle.login(ago=2 * HOUR)))
+    put_open_attempt(store, key_of("kuzzle:2", kuzzle.url, jwt := kuzzle.login(ago=2 * HOUR)))
     monkeypatch.setattr(_rules, "LEASE", 0.2)
     kuzzle.next_answers.append(lambda request: (time.sleep(1.5), kuzzle.truly(request))[1])
     with pytest.raises(SignInRequiredError):
@@ -2910,7 +2931,7 @@ def test_holder_that_ends_right_after_its_answer(kuzzle, clock, store, cache, ro
     """Who waits for its lock sees the successor that it has written down, and waits no more."""
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     copied = SharedStore(clock)
-    copied.acquire(key_of("kuzzle", kuzzle.url, root), "gone", HOUR)
+    copied.acquire(key_of("kuzzle:2", kuzzle.url, root), "gone", HOUR)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(copied, clock=clock), timeout=5)
         while copied.commands < 8:
@@ -2990,7 +3011,7 @@ def test_store_that_does_not_take_back_its_lock(kuzzle, clock, root, monkeypatch
     for thread in threading.enumerate():
         if thread.name == "refresher" and not thread.daemon:
             thread.join(10)
-    assert asked == [key_of("kuzzle", kuzzle.url, root)]
+    assert asked == [key_of("kuzzle:2", kuzzle.url, root)]
 
 
 @pytest.mark.parametrize("why", ["refused", "key refused"])
@@ -3154,7 +3175,7 @@ def test_verdict_that_is_written_down_while_others_act(kuzzle, clock, root, is_f
     kuzzle.fail_next("security.token.invalid")
     with pytest.raises(SignInRequiredError):
         refresh_kuzzle_token(kuzzle.url, root, expires_in="2h", cache=cache)
-    chain = cache._ledger.chains.get(key_of("kuzzle", kuzzle.url, root))
+    chain = cache._ledger.chains.get(key_of("kuzzle:2", kuzzle.url, root))
     assert (chain.newest is None) is is_forgotten
     asked = len(kuzzle.requests)
     if not is_forgotten:
@@ -3169,7 +3190,7 @@ def test_newer_token_while_the_service_asked_to_wait(kuzzle, clock, store, monke
     monkeypatch.setattr("refresher._flight._LONGEST_NAP", 0.05)
     jwt = kuzzle.login("foo", ago=HOUR - 20)
     told = Attempt(by="one", at=Instant(time.time(), Runtime().steady(), Runtime().boot), pause=HOUR)
-    name = key_of("kuzzle", kuzzle.url, jwt) + "-attempt"
+    name = key_of("kuzzle:2", kuzzle.url, jwt) + "-attempt"
     store.set(name, told.write(), HOUR)
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, timeout=None, cache=TokenCache(store))
@@ -3470,8 +3491,8 @@ def test_entry_of_another_chain(kuzzle, store, clock, root):
     """What is found under a session's key is believed only if it says that it is of that session."""
     other = kuzzle.login(ago=60)
     refresh_kuzzle_token(kuzzle.url, other, cache=TokenCache(store, clock=clock))
-    text = store.get(key_of("kuzzle", kuzzle.url, other))
-    store.set(key_of("kuzzle", kuzzle.url, root), text, HOUR)
+    text = store.get(key_of("kuzzle:2", kuzzle.url, other))
+    store.set(key_of("kuzzle:2", kuzzle.url, root), text, HOUR)
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store, clock=clock)).jwt)
     assert len(kuzzle.requests) == 2
 
@@ -3480,7 +3501,7 @@ def test_keeper_and_an_entry_that_cannot_be_read(kuzzle, clock, store):
     """It is the trouble of one session. The service is in order, and the others are refreshed."""
     ended, *others = (kuzzle.login(f"user-{number}", ago=2000) for number in range(3))
     requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {ended}"}, timeout=5)
-    store.set(key_of("kuzzle", kuzzle.url, ended), "no entry", HOUR)
+    store.set(key_of("kuzzle:2", kuzzle.url, ended), "no entry", HOUR)
     cache = TokenCache(store, clock=clock, ahead=HOUR)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=3) for jwt in (ended, *others)]
     found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
@@ -3491,7 +3512,7 @@ def test_keeper_and_sessions_that_others_refresh(kuzzle, clock, store):
     """That locks cannot be had is no sign of an outage: another process may wait for answers that never come there."""
     jwts = [kuzzle.login(f"user-{number}", ago=2000) for number in range(5)]
     for jwt in jwts[:3]:
-        store.acquire(key_of("kuzzle", kuzzle.url, jwt), "another", HOUR)
+        store.acquire(key_of("kuzzle:2", kuzzle.url, jwt), "another", HOUR)
     cache = TokenCache(store, clock=clock, ahead=HOUR)
     auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=0.5) for jwt in jwts]
     found = {each.auth: each.outcome for each in keep_alive(auths, at_once=1)}
@@ -3517,7 +3538,7 @@ def test_fresh_token_while_the_store_hangs(kuzzle, clock, root):
 @pytest.mark.parametrize("forget", ["forget", "clear"])
 def test_forgotten_before_a_request_has_left(kuzzle, clock, store, root, forget):
     """What comes of a refresh that waits for a lock is not kept either."""
-    key = key_of("kuzzle", kuzzle.url, root)
+    key = key_of("kuzzle:2", kuzzle.url, root)
     cache = TokenCache(store, clock=clock)
     store.acquire(key, "another", HOUR)
     with ThreadPoolExecutor() as pool:
@@ -3696,7 +3717,7 @@ def test_announcement_that_is_old_and_cannot_be_renewed(kuzzle, root, monkeypatc
 def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
     """A refusal that is remembered is no verdict if the session goes on in a chain that the store cannot lead to."""
     second = refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store)).jwt
-    key = key_of("kuzzle", kuzzle.url, second)
+    key = key_of("kuzzle:2", kuzzle.url, second)
     store.delete(f"{key}-alias")
     refresh_kuzzle_token(kuzzle.url, second, expires_in="2h", cache=TokenCache(store))
     attempt = Attempt(by="one", at=Instant(time.time(), Runtime().steady(), Runtime().boot))
@@ -3753,7 +3774,7 @@ def test_machine_that_is_cut_off(circle, monkeypatch, is_silent, timeout, thread
 def test_lock_after_a_failure(kuzzle, store, root, monkeypatch):
     """Who has failed just now lets others try first."""
     monkeypatch.setattr(_rules, "LONGEST_POLL", 1.0)
-    cache, key = TokenCache(store), key_of("kuzzle", kuzzle.url, root)
+    cache, key = TokenCache(store), key_of("kuzzle:2", kuzzle.url, root)
     kuzzle.stop()
     with pytest.raises(UnavailableError):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, queuable=False)
@@ -3805,7 +3826,7 @@ def test_lock_that_is_held_in_vain():
     store = SharedStore()
     with FakeKuzzle() as kuzzle:
         root = kuzzle.login(ago=HOUR - 20)
-        store.acquire(key_of("kuzzle", kuzzle.url, root), "another", 30)
+        store.acquire(key_of("kuzzle:2", kuzzle.url, root), "another", 30)
         auth = KuzzleAuth(kuzzle.url, root, cache=TokenCache(store))
         began = time.monotonic()
         for _ in range(4):
@@ -3932,7 +3953,7 @@ def test_rejected_while_another_may_have_its_successor(kuzzle, store, root):
     cache = TokenCache(store)
     auth = KuzzleAuth(kuzzle.url, root, cache=cache, timeout=1)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    put_open_attempt(store, key_of("kuzzle", kuzzle.url, token.jwt))
+    put_open_attempt(store, key_of("kuzzle:2", kuzzle.url, token.jwt))
     kuzzle.fail_next("security.token.invalid")
     with pytest.raises(OutcomeUnknownError):
         requests.get(f"{kuzzle.url}/_me", auth=auth, timeout=10)
@@ -3978,7 +3999,7 @@ def test_token_that_expires_while_it_is_written_down(clock):
 def test_entry_that_can_be_read_again(kuzzle, store, root, monkeypatch):
     """That one could not be read does not count any more once it has been replaced: who has to sign in is told."""
     monkeypatch.setattr(_rules, "SETTLED", 0.2)  # else the verdict takes as long as a call with a valid token waits
-    store.set(key_of("kuzzle", kuzzle.url, root), "nonsense", HOUR)
+    store.set(key_of("kuzzle:2", kuzzle.url, root), "nonsense", HOUR)
     cache = TokenCache(store)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
     requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {token.jwt}"}, timeout=10)
@@ -4104,7 +4125,7 @@ def test_script_that_passes_a_later_token(kuzzle, root, tmp_path):
     later = refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt
     refresh_kuzzle_token(kuzzle.url, later, expires_in="30d", cache=cache)
     wait_for_copies(cache)
-    key = key_of("kuzzle", kuzzle.url, later)
+    key = key_of("kuzzle:2", kuzzle.url, later)
     (path,) = (tmp_path / "refresher").rglob(f"refresher-{key}-alias.entry")
     for _ in range(3):
         os.utime(path, (0, 0))

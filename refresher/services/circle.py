@@ -84,7 +84,7 @@ class CircleCredential:
         # By the user's id first: calls by it and calls by a user token are about one session, and wait for each other.
         subject = claims(self.user_token).subject if self.user_token else None
         names = [who for who in (self.user or subject, self.user_token) if who is not None]
-        return tuple(key_of("circle", self.base_url, who, self.refresh_token, self.device_id) for who in names)
+        return tuple(key_of("circle:2", self.base_url, who, self.refresh_token, self.device_id) for who in names)
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, takes_self=True))
 

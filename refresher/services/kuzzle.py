@@ -120,7 +120,7 @@ class KuzzleCredential:
     token: KuzzleToken | None = attrs.field(default=None, eq=False)
 
     def _keys(self) -> tuple[str, ...]:
-        return (key_of("kuzzle", self.url, self.secret),)
+        return (key_of("kuzzle:2", self.url, self.secret),)  # entries of version 0.1 are others
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, takes_self=True))
 
