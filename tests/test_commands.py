@@ -882,7 +882,7 @@ def test_another_run_may_have_spent_the_token(kuzzle, jwt, run, tmp_path, ago):
     store = FileStore(folder)
     store.acquire(key_of("kuzzle:2", kuzzle.url, jwt), "another", 60)
     attempt = Attempt(by="another", at=Instant(time.time() + 3300 - ago, REAL.steady() - ago, REAL.boot), is_open=True)
-    store.set(f"{key_of('kuzzle', kuzzle.url, newest)}-attempt", attempt.write(), 7200)
+    store.set(f"{key_of('kuzzle:2', kuzzle.url, newest)}-attempt", attempt.write(), 7200)
     kuzzle.clock.advance(3300)
     with time_machine.travel(time.time() + 3300):
         status, out, err = run("kuzzle", kuzzle.url, "--store", folder, "--timeout", "0.5")

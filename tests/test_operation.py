@@ -749,7 +749,7 @@ def test_sign_out_beside_a_refresh(kuzzle, tmp_path):
     """It says what it waits for: nobody has refused the token."""
     jwt, store = kuzzle.login("foo", ago=1800), FileStore(tmp_path)
     attempt = Attempt(by="another", at=Instant(time.time(), REAL.steady(), REAL.boot), is_open=True)
-    store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+    store.set(f"{key_of('kuzzle:2', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
     auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=1)
     with pytest.raises(OutcomeUnknownError, match="another process is refreshing the Kuzzle token"):
         auth.sign_out()
@@ -777,7 +777,7 @@ def test_sign_out_after_a_refresh_that_was_killed(kuzzle, tmp_path, is_spent):
         kuzzle.clock.advance(2)
     long_ago = Instant(time.time() - 6, REAL.steady() - 6, REAL.boot)
     attempt = Attempt(by="another", at=long_ago, is_open=True)
-    store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+    store.set(f"{key_of('kuzzle:2', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
     auth = KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store), timeout=1 if is_spent else 5)
     if is_spent:  # by whom may be cut off from the store, and has a token that is not signed out
         with pytest.raises(OutcomeUnknownError):
@@ -807,7 +807,7 @@ def test_refresh_that_begins_beside_a_sign_out(kuzzle, tmp_path):
     def answer(request):
         now = Instant(time.time(), 1.0, "another")
         attempt = Attempt(by="another", at=now, is_open=True)
-        store.set(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
+        store.set(f"{key_of('kuzzle:2', kuzzle.url, jwt)}-attempt", attempt.write(), 3600)
         return kuzzle.truly(request)
 
     kuzzle.next_answers.append(answer)

@@ -2638,7 +2638,7 @@ def test_attempt_that_fails_after_another_has_begun(kuzzle, root, monkeypatch):
         over[0].set()
         with pytest.raises(UnavailableError):
             calls[0].result()
-        assert json.loads(store.get(f"{key_of('kuzzle', kuzzle.url, root)}-attempt"))["is_open"]
+        assert json.loads(store.get(f"{key_of('kuzzle:2', kuzzle.url, root)}-attempt"))["is_open"]
         over[1].set()
         assert kuzzle.knows(calls[1].result().jwt)
 
@@ -2871,7 +2871,7 @@ def test_suspended_before_an_attempt_is_written(kuzzle, clock, monkeypatch, numb
     with ThreadPoolExecutor() as pool:
         with pytest.raises(OutcomeUnknownError):
             refresh_kuzzle_token(kuzzle.url, jwt, cache=TokenCache(suspended), timeout=4)
-        assert Attempt.read(store.get(f"{key_of('kuzzle', kuzzle.url, jwt)}-attempt")).is_open
+        assert Attempt.read(store.get(f"{key_of('kuzzle:2', kuzzle.url, jwt)}-attempt")).is_open
         is_over.set()
         if not ago:
             assert kuzzle.knows(calls[0].result().jwt)
