@@ -160,15 +160,15 @@ class TokenCache:
                 if flight.call is not call and not is_outage and flight.is_for_one(outcome, call):
                     continue
                 is_wrong = wanted and isinstance(outcome, RequestRefusedError)  # it asks for more than it may have
-                nothing_sent = outcome._is_elsewhere or outcome.spent is False
-                if valid is not None and nothing_sent and not (call.patient or is_wrong):
+                if valid and (outcome._is_elsewhere or outcome.spent is False) and not (call.patient or is_wrong):
                     _log.warning("%s: %s, going on with the old token", fingerprint(valid.secret.reveal()), outcome)
                     return valid
                 raise _own(outcome)
             has_expired = left.most <= 0 < chain.lifetime  # while its writing down was waited for
             if outcome is not None and flight.call.rejected != call.rejected == outcome.headers:
                 continue  # that was found for another call
-            if outcome is not None and not has_expired and (flight.call is call or not wanted):
+            wants_more = wanted or (call.patient and left.least <= window)  # than who waited with it
+            if outcome is not None and not has_expired and (flight.call is call or not wants_more):
                 return outcome if valid is None or wanted else valid  # another flight may have been faster
             if valid is not None and (self._runtime.steady() >= soon or (left.least > window and not wanted)):
                 return valid  # it may be all that is to be had for now, or about to be written down
@@ -189,13 +189,13 @@ class TokenCache:
         """
         runtime, flights = self._runtime, self._ledger.flights
         waiter = Waiter(runtime.event(), end, call.retry, runtime.caller())
+        is_ours, told, status = False, False, ""
         flight = flights.get(key)
-        if flight is not None and flight.is_stuck():
-            flights.pop(key, None)
-            flight = None
-        is_ours, told, status = flight is None, False, ""
-        if flight is None:
+        if flight is None or flight.is_stuck():
+            if flights.get(key) is flight:  # else another thread has found that, too
+                flights.pop(key, None)
             flight = flights.setdefault(key, flight_type(self._ledger, key, call, self._limit, self._on_event))
+            is_ours = True
         try:
             flight.join(waiter)
             if is_ours:

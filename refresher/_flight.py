@@ -69,8 +69,8 @@ class Flight(Patience, Generic[T]):
     _longest = math.inf  # for how many seconds others may be about to come back with an answer
     is_for_all = True  # its failure is that of all who wait, not of its first caller alone
     has_departed = False  # something is on the wire
-    # Everyone has been told, the store is passed by, an answer was lost, the lock has been given back, a try failed.
-    _done = _is_alone = _is_in_doubt = _has_let_go = _has_failed = False
+    # Everyone has been told, an answer was lost, the lock has been given back, a try failed.
+    _done = _is_in_doubt = _has_let_go = _has_failed = False
     first_generation = math.inf  # the one that it has found first, or that was forgotten meanwhile
 
     def __init__(self, ledger: Ledger, chain_key: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
@@ -80,10 +80,11 @@ class Flight(Patience, Generic[T]):
         self._name = self._runtime.new_name()
         self._service = call.credential.service.title()
         self._lease = Lease(ledger, chain_key, self._name)
+        self._is_alone = ledger.is_in_the_way(call)  # the store is passed by
         self.waiters: list[Waiter] = []
         self._sent_for: list[Waiter] = []  # who waited when the request left, or came soon after
         self.departed_at: Instant | None = None
-        self._announced_at = math.inf
+        self._announced_at = self._urgent_at = math.inf  # and when the token's last moments begin
         # When it first found that another had the lock, by generation: who has refreshed one may be at the next.
         self._held_since: dict[int, float] = {}
         self._key: str | None = None  # with which the answer can be asked for again
@@ -260,8 +261,10 @@ class Flight(Patience, Generic[T]):
                 waiter.tell(error)
 
     def pause(self, seconds: float) -> None:
-        """Sleep. Whoever joins or leaves ends that early."""
-        end = self._runtime.steady() + seconds
+        """Sleep. Whoever joins or leaves ends that early, and so do a token's last moments."""
+        now = self._runtime.steady()
+        is_soon = now < self._urgent_at + _rules.LAST_MOMENTS
+        end = min(now + seconds, max(now + _rules.LONGEST_POLL, self._urgent_at) if is_soon else math.inf)
         while self._waiting() and (remaining := end - self._runtime.steady()) > 0:
             self._alarm = self._runtime.event()
             # Who left just now has set the alarm before. Less than this may be no time at all.
@@ -345,9 +348,11 @@ class Flight(Patience, Generic[T]):
         return is_proof and newer.generation <= chain.generation and not ledger.adopt(chain, spend)
 
     def is_stuck(self) -> bool:
-        """Whether it waits for the store while a token is in its last moments, so that another had better go."""
-        waits_for_answer = self.has_departed and self._spent is None
-        return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
+        """Whether it waits in a token's last moments for the store, or for what may be lost: another had better go."""
+        if self.has_departed and self._spent is None:
+            is_late = self._runtime.steady() > max(self._gone_at + _rules.LEASE, self._urgent_at - _rules.BRIEFLY)
+            return is_late and self.call.credential.idempotency_key is None  # else it is soon asked for again
+        return not (self._is_alone or self._done) and self._ledger.is_in_the_way(self.call)
 
     def _view(self, chain: Chain[T], is_readable: bool) -> tuple[View, Credential[T], Attempt | None]:
         """Put together what is known, what would be spent, and what was last tried with that."""
@@ -363,8 +368,9 @@ class Flight(Patience, Generic[T]):
         if newest is None:  # the caller's own may be about to expire, a second later there
             _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
             patience = _rules.lock_patience(Left(own.least, own.least + 1.0), its_window)
+        now = self._runtime.steady()
+        self._urgent_at = now + patience
         if self._lease.lock is Lock.HELD:
-            now = self._runtime.steady()
             patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(
             left=left,
@@ -376,7 +382,7 @@ class Flight(Patience, Generic[T]):
             refusal=attempt.refusal(_rules.asker(spend), ledger.now()) if attempt else None,
             hold=ledger.hold(spend, chain, attempt),
             pause=ledger.pause(spend, attempt),
-            delay=ledger.delay() if self._is_alone else 0.0,
+            is_alone=self._is_alone,
         )
         return view, spend, attempt
 

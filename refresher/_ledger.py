@@ -286,7 +286,7 @@ class Ledger:
         if (delay := self.delay()) < _rules.TOO_SLOW:
             return False
         _, left, window, _ = self.assess(self.recall(call.credential)[0], call)
-        return _rules.is_urgent(left, window, delay)
+        return _rules.lock_patience(left, window) <= min(delay, _rules.LONGEST_DELAY)
 
     def look(self, credential: Credential[T]) -> tuple[Chain[T], bool]:
         """Return what the store and this process know of a chain, and whether the store could be asked."""

@@ -363,15 +363,6 @@ def lock_patience(left: Left, window: float) -> float:
     return left.least - last_moments(window) if left.most > 0 else math.inf
 
 
-def is_urgent(left: Left, window: float, delay: float = 0.0) -> bool:
-    """
-    Whether a token is in its last moments. A certain loss is worse than a possible one.
-
-    *delay* is how many seconds the store keeps everyone waiting, if it does not do what it is told.
-    """
-    return lock_patience(left, window) <= min(delay, LONGEST_DELAY)
-
-
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool]) -> float:
     """
     Return how many seconds a token must not be refreshed yet, since it would be returned unchanged and expire.
@@ -460,7 +451,7 @@ class View:
         refusal: What the service said if it has refused the token lately.
         hold: Seconds until it may be refreshed.
         pause: Seconds for which the service asked callers to wait.
-        delay: Seconds that the store keeps everyone waiting, if it is not asked because of that.
+        is_alone: Whether the store is not asked, as that would take too many of a token's last moments.
     """
 
     left: Left
@@ -472,14 +463,15 @@ class View:
     refusal: RefreshError | None
     hold: float
     pause: float
-    delay: float = 0.0
+    is_alone: bool = False
 
 
 def next_step(view: View) -> Step:
     """Say what to do next about a chain."""
     if view.left.least > view.window and not view.wanted:
         return Step.USE
-    urgent = is_urgent(view.left, view.window, view.delay)
+    # In its last moments: a certain loss is worse than a possible one.
+    urgent = view.is_alone or lock_patience(view.left, view.window) <= 0
     if not view.readable and not urgent:
         return Step.WAIT_FOR_STORE
     if view.refusal is not None:

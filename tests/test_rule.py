@@ -4088,15 +4088,103 @@ def test_walk_whose_later_answers_are_lost(monkeypatch, clock):
             pair = refresh_user_token(**call_with(circle, pair), cache=None)
         clock.advance(3600)
         circle.next_answers.extend([lambda request: circle.truly(request, after=0.2)] * 4 + [Answer(503, b"")] * 999)
-        new = pool.submit(refresh_user_token, **call_with(circle, first), cache=cache, timeout=9)
+        new = pool.submit(refresh_user_token, **call_with(circle, first), cache=cache, timeout=20)
         time.sleep(1)
         (key,) = cache._ledger.flights
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + 9
         while (held := store.acquire(key, "another", 0.1)) and time.monotonic() < deadline:
             time.sleep(0.02)
         circle.next_answers.clear()
         assert not held
         assert circle.knows(new.result())
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["one process", "two processes"])
+def test_request_that_is_lost_in_silence(monkeypatch, is_shared):
+    """A token that is about to expire is not left to die while an answer is waited for that may never come."""
+    monkeypatch.setattr(_rules, "LEASE", 0.5)
+    is_over, store = threading.Event(), SharedStore() if is_shared else MemoryStore()
+    with FakeKuzzle() as kuzzle:
+        jwt = kuzzle.login(ago=HOUR - 7)
+        kuzzle.next_answers.append(lambda request: is_over.wait(30) and b"")
+        auths = [KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store, runtime=Runtime())) for _ in range(1 + is_shared)]
+        deadline, found = time.monotonic() + 6.5, {jwt}
+        while jwt in found and time.monotonic() < deadline:
+            found = {auth._current(auth._sign_in).secret.reveal() for auth in auths}
+        is_over.set()
+        assert jwt not in found
+        assert [kuzzle.knows(each) for each in found] == [True]
+
+
+class Slowest(Runtime):
+    """It draws the longest pauses."""
+
+    def pick(self, least, most):
+        return most
+
+
+def test_outage_that_ends_just_before_a_token_does():
+    """Pauses between attempts grow longer, but not beyond the token's end."""
+    cache = TokenCache(runtime=Slowest())
+    with FakeKuzzle() as kuzzle:
+        jwt, up_at = kuzzle.login(ago=HOUR - 6), time.monotonic() + 3.5
+        answer = lambda request: kuzzle.truly(request) if time.monotonic() > up_at else Answer(503, b"")  # noqa: E731
+        kuzzle.next_answers.extend([answer] * 99)
+        assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, jwt, cache=cache).jwt)
+        assert len(kuzzle.requests) < 30
+
+
+def test_patient_call_beside_one_that_is_not(store):
+    """It waits for a new token, though another that waits with it makes do with the old one."""
+    cache = TokenCache(store)
+    with FakeKuzzle() as kuzzle, ThreadPoolExecutor() as pool:
+        auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 20), cache=cache)
+        key = key_of("kuzzle:2", kuzzle.url, auth.jwt)
+        store.acquire(key, "another", 9)
+        view = pool.submit(auth._current, auth._sign_in)
+        time.sleep(0.3)
+        outcomes = pool.submit(lambda: [each.outcome for each in keep_alive([auth])])
+        view.result()  # it has waited for two seconds
+        time.sleep(0.5)
+        store.release(key, "another")
+        assert outcomes.result() == ["refreshed"]
+
+
+class Late(Runtime):
+    """Its threads begin late."""
+
+    def start(self, work, *, daemon=False):
+        super().start(lambda: time.sleep(0.3) or work(), daemon=daemon)
+
+
+@pytest.mark.parametrize("runtime", [Runtime(), Late()], ids=["", "threads that begin late"])
+def test_flight_that_two_find_stuck(monkeypatch, runtime):
+    """One of them starts another. It sends the token once."""
+    truly, both, found = Flight.is_stuck, threading.Barrier(2), []
+
+    def is_stuck(flight):
+        found.append(flight)
+        if not truly(flight):
+            return False
+        if flight is found[0]:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                time.sleep(0.2 * both.wait(2))
+        return True
+
+    monkeypatch.setattr(Flight, "is_stuck", is_stuck)
+    store = SlowStore(time.monotonic)
+    cache = TokenCache(store, runtime=runtime)
+    with FakeKuzzle() as kuzzle, ThreadPoolExecutor() as pool:
+        jwt = kuzzle.login(ago=HOUR - 3.5)
+        store.silence = 30.0
+        kuzzle.delay_next(0.5)
+        auths = [KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=5) for _ in range(3)]
+        calls = [pool.submit(auth._current, auth._sign_in) for auth in auths]
+        assert {kuzzle.knows(call.result().secret.reveal()) for call in calls} == {True}
+        store.silence = None
+        store.over.set()
+        wait_for_copies(cache)
+        assert len(kuzzle.requests) == 1
 
 
 def test_lock_that_is_taken_again_is_renewed(monkeypatch):

@@ -220,7 +220,15 @@ MUTANTS = [
     ),
     Mutant(
         "a store that begins to hang is not passed by",
-        (_CACHE, " or flight.is_stuck():", ":"),
+        (_CACHE, " 0.1)) or flight.is_stuck():", " 0.1)):"),
+    ),
+    Mutant(
+        "an answer that may be lost is waited for, whatever a token has left",
+        (_FLIGHT, "is_late = self._runtime.steady() > max", "is_late = self._runtime.steady() < 0 * max"),
+    ),
+    Mutant(
+        "a pause may be longer than a token lives",
+        (_FLIGHT, "        is_soon = now < ", "        is_soon = False and now < "),
     ),
     Mutant(
         "a store that hangs is not passed by",
