@@ -192,7 +192,7 @@ class TokenCache:
         is_ours, told, status = False, False, ""
         flight = flights.get(key)
         if flight is None or flight.is_stuck():
-            if flights.get(key) is flight:  # else another thread has found that, too
+            if flight is not None and flights.get(key) is flight:  # else another thread has found that, too
                 flights.pop(key, None)
             flight = flights.setdefault(key, flight_type(self._ledger, key, call, self._limit, self._on_event))
             is_ours = True

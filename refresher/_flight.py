@@ -263,8 +263,8 @@ class Flight(Patience, Generic[T]):
     def pause(self, seconds: float) -> None:
         """Sleep. Whoever joins or leaves ends that early, and so do a token's last moments."""
         now = self._runtime.steady()
-        is_soon = now < self._urgent_at + _rules.LAST_MOMENTS
-        end = min(now + seconds, max(now + _rules.LONGEST_POLL, self._urgent_at) if is_soon else math.inf)
+        soon = max(self._urgent_at, now + self._runtime.pick(0.25, 0.75))
+        end = min(now + seconds, soon if now < self._urgent_at + _rules.LAST_MOMENTS else math.inf)
         while self._waiting() and (remaining := end - self._runtime.steady()) > 0:
             self._alarm = self._runtime.event()
             # Who left just now has set the alarm before. Less than this may be no time at all.
@@ -348,11 +348,9 @@ class Flight(Patience, Generic[T]):
         return is_proof and newer.generation <= chain.generation and not ledger.adopt(chain, spend)
 
     def is_stuck(self) -> bool:
-        """Whether it waits in a token's last moments for the store, or for what may be lost: another had better go."""
-        if self.has_departed and self._spent is None:
-            is_late = self._runtime.steady() > max(self._gone_at + _rules.LEASE, self._urgent_at - _rules.BRIEFLY)
-            return is_late and self.call.credential.idempotency_key is None  # else it is soon asked for again
-        return not (self._is_alone or self._done) and self._ledger.is_in_the_way(self.call)
+        """Whether it waits for the store while a token is in its last moments, so that another had better go."""
+        waits_for_answer = self.has_departed and self._spent is None
+        return not (self._is_alone or waits_for_answer or self._done) and self._ledger.is_in_the_way(self.call)
 
     def _view(self, chain: Chain[T], is_readable: bool) -> tuple[View, Credential[T], Attempt | None]:
         """Put together what is known, what would be spent, and what was last tried with that."""

@@ -4099,23 +4099,6 @@ def test_walk_whose_later_answers_are_lost(monkeypatch, clock):
         assert circle.knows(new.result())
 
 
-@pytest.mark.parametrize("is_shared", [False, True], ids=["one process", "two processes"])
-def test_request_that_is_lost_in_silence(monkeypatch, is_shared):
-    """A token that is about to expire is not left to die while an answer is waited for that may never come."""
-    monkeypatch.setattr(_rules, "LEASE", 0.5)
-    is_over, store = threading.Event(), SharedStore() if is_shared else MemoryStore()
-    with FakeKuzzle() as kuzzle:
-        jwt = kuzzle.login(ago=HOUR - 7)
-        kuzzle.next_answers.append(lambda request: is_over.wait(30) and b"")
-        auths = [KuzzleAuth(kuzzle.url, jwt, cache=TokenCache(store, runtime=Runtime())) for _ in range(1 + is_shared)]
-        deadline, found = time.monotonic() + 6.5, {jwt}
-        while jwt in found and time.monotonic() < deadline:
-            found = {auth._current(auth._sign_in).secret.reveal() for auth in auths}
-        is_over.set()
-        assert jwt not in found
-        assert [kuzzle.knows(each) for each in found] == [True]
-
-
 class Slowest(Runtime):
     """It draws the longest pauses."""
 

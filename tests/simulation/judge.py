@@ -119,8 +119,6 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
     if is_sign_out(mail.request):
         return
     same = [one for one in pending if one.process is process and plain(one.request.secret) == secret]
-    if not session.is_circle and expiry(secret) - world.wall() < 15.0:  # an answer may be lost: it is not waited for
-        same = [one for one in same if world.time - one.departed_at < _rules.LEASE - 0.1]
     if same and session.forgotten_at == math.inf and not session.is_leaving:
         world.violated("two exchanges of one token", f"{session.user}: at once, by {process.name}")
     if session.in_last_moments:  # then whoever has the lock is passed by

@@ -223,12 +223,8 @@ MUTANTS = [
         (_CACHE, " 0.1)) or flight.is_stuck():", " 0.1)):"),
     ),
     Mutant(
-        "an answer that may be lost is waited for, whatever a token has left",
-        (_FLIGHT, "is_late = self._runtime.steady() > max", "is_late = self._runtime.steady() < 0 * max"),
-    ),
-    Mutant(
         "a pause may be longer than a token lives",
-        (_FLIGHT, "        is_soon = now < ", "        is_soon = False and now < "),
+        (_FLIGHT, "soon if now < self._urgent_at + _rules.LAST_MOMENTS else math.inf)", "math.inf)"),
     ),
     Mutant(
         "a store that hangs is not passed by",
