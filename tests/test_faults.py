@@ -336,7 +336,9 @@ def test_downtime_of_a_real_kuzzle(slow_target):
     """The same with a real Kuzzle, which takes its time to come back."""
     jwts = [slow_target.login() for _ in range(8)]
     subprocess.run(os.environ["REFRESHER_TEST_SLOW_KUZZLE_STOP"], shell=True, check=True)
+    deadline = time.monotonic() + 30
     while not refuses_connections(slow_target.url):
+        assert time.monotonic() < deadline, "another Kuzzle than ours is there"
         time.sleep(0.1)  # it takes a moment to die
     ahead = TokenCache(clock=lambda: time.time() + 3600)
     with pytest.raises(UnavailableError) as caught:
