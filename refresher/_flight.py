@@ -366,8 +366,7 @@ class Flight(Patience, Generic[T]):
         if newest is None:  # the caller's own may be about to expire, a second later there
             _, own, its_window, _ = ledger.assess(chain, attrs.evolve(call, own_will_do=True))
             patience = _rules.lock_patience(Left(own.least, own.least + 1.0), its_window)
-        now = self._runtime.steady()
-        self._urgent_at = now + patience
+        self._urgent_at = (now := self._runtime.steady()) + patience
         if self._lease.lock is Lock.HELD:
             patience = max(self._held_since.setdefault(chain.generation, now) + _rules.ONE_EXCHANGE - now, patience)
         view = View(
@@ -667,6 +666,7 @@ class SignOut(Flight[T]):
         return False
 
     def _refresh(self) -> None:
+        self._is_alone = False  # the store is asked in any case
         while not self.is_over:
             self._check()
             chain, is_readable = self._ledger.look(self.call.credential)

@@ -171,7 +171,7 @@ class _Keeper:
         try:
             is_due = auth._is_due(by_store=wasted <= _WASTE)
         except UnavailableError as error:
-            return KeepAliveOutcome(auth=auth, outcome="skipped", error=error)
+            return KeepAliveOutcome(auth=auth, outcome="skipped", error=error.with_traceback(None))
         finally:
             if cache._ledger.is_failing or cache._ledger.probe_if_hung():
                 self._wasted[cache] = wasted + cache._runtime.steady() - began
@@ -209,9 +209,9 @@ class _Keeper:
             if last is not None:
                 outcome = "fresh" if last.keys[-1] == before else "refreshed"
         except SignInRequiredError as error:
-            outcome, failure = "ended", error.with_traceback(None)
+            outcome, failure = "ended", error
         except RefreshError as error:
-            failure = error.with_traceback(None)  # its frames have all of a refresh
+            failure = error
             # The service is in order if it has refused a token, though that is no verdict yet. If nothing was sent, as
             # another process has the lock, or an entry of the store cannot be read, that is no sign of an outage.
             was_refused = isinstance(error, OutcomeUnknownError) and (error.status or 500) < 500
@@ -220,5 +220,5 @@ class _Keeper:
                 if error.retryable or auth._scope in self._doubts:
                     self._outages.setdefault(auth._scope, error)
                 self._doubts.add(auth._scope)
-        seconds = runtime.steady() - began
-        return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=seconds, error=failure)
+        failure = failure and failure.with_traceback(None)  # its frames have all of a refresh
+        return KeepAliveOutcome(auth=auth, outcome=outcome, seconds=runtime.steady() - began, error=failure)

@@ -1178,6 +1178,7 @@ def test_keep_alive_in_an_outage(kuzzle):
         assert time.monotonic() - began < 5
     assert {outcomes[each].outcome for each in down} == {"skipped"}
     assert all(isinstance(outcomes[each].error, UnavailableError) for each in down)
+    assert {outcomes[each].error.__traceback__ for each in down} == {None}  # as above
     assert {outcomes[each].outcome for each in up} == {"refreshed"}
     kuzzle.start()
     assert {each.outcome for each in keep_alive(down)} == {"refreshed"}
@@ -1191,6 +1192,7 @@ def test_keep_alive_without_a_store(circle, kuzzle, tmp_path):
     outcomes = list(keep_alive([opaque, due]))
     assert [each.outcome for each in outcomes] == ["skipped", "skipped"]
     assert all("Broken cannot be read" in str(each.error) for each in outcomes)
+    assert [each.error.__traceback__ for each in outcomes] == [None, None]
     assert circle.requests == kuzzle.requests == []
 
 

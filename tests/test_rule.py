@@ -51,7 +51,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._exchange import Observed
-from refresher._flight import Flight
+from refresher._flight import Flight, Waiter
 from refresher._ledger import Call, Lease, Ledger
 from refresher._rules import Attempt, Instant, Left, Lock, asker
 from refresher._runtime import REAL, EndingError, Runtime
@@ -360,6 +360,53 @@ def test_entries_of_another_version(kuzzle, root):
     with pytest.raises(SignInRequiredError):
         refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store))
     assert store.get(old) == "what 0.1 wrote"
+
+
+def test_entries_of_another_version_at_circle():
+    """The same for the names of Circle's sessions."""
+    names = {"user_token": "u", "user_id": "user-1"}
+    for name, who in names.items():
+        known = circle_credential(
+            refresh_token="r", device_id="d", api_key=Secret("k"), **dict.fromkeys(names) | {name: who}
+        )
+        assert key_of("circle", "https://api.circle.com", who, "r", "d") not in known.keys
+
+
+class Flights(dict):
+    """Between a look and a removal another thread may put its own there."""
+
+    def pop(self, key, default=None):
+        assert key in self
+        return super().pop(key)
+
+
+def test_flight_that_another_thread_has_just_begun(kuzzle, root):
+    """What was not there is not removed."""
+    cache = TokenCache()
+    cache._ledger.flights = Flights()
+    assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, root, cache=cache).jwt)
+
+
+def test_sign_out_that_begins_while_the_store_hangs(monkeypatch):
+    """As soon as the store is back, it writes down for how long another has been about to spend the token."""
+    store = SlowStore(time.monotonic)
+    cache = TokenCache(store, lease=60)
+    with FakeKuzzle() as kuzzle, ThreadPoolExecutor() as pool:
+        jwt = kuzzle.login(ago=HOUR - 4)
+        key = key_of("kuzzle:2", kuzzle.url, jwt)
+        theirs = Attempt(by="another", at=Instant(time.time(), 1.0, "another"), is_open=True)
+        store.set(f"{key}-attempt", theirs.write(), HOUR)
+        store.silence = 30.0
+        pool.submit(cache._ledger.ask, "cannot be read", store.get, key)
+        time.sleep(1)
+        auth = KuzzleAuth(kuzzle.url, jwt, cache=cache, timeout=2)
+        leaving = pool.submit(auth.sign_out)
+        time.sleep(0.2)
+        store.silence = None
+        store.over.set()
+        with pytest.raises(RefreshError):
+            leaving.result()
+        assert Attempt.read(store.get(f"{key}-attempt")).seen
 
 
 def test_newest_token_that_expires_while_the_store_is_down(kuzzle, clock, store, root):
@@ -4049,6 +4096,14 @@ def test_connections_of_threads(kuzzle, clock, root, what):
     assert not store.open
 
 
+def let_pairs_expire(circle, call, count):
+    """Refresh a session again and again, each pair when the one before has expired, and tell nobody."""
+    for _ in range(count):
+        pair = refresh_user_token(**call, cache=None)
+        call = call_with(circle, pair)
+        circle.clock.advance(3600)
+
+
 @pytest.mark.parametrize("call", [call_with, by_id], ids=["by user token", "by user id"])
 @pytest.mark.parametrize("silent_at", [0, 3], ids=["busy at first", "silent later"])
 def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call, silent_at):
@@ -4061,11 +4116,7 @@ def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call, silent_at
     monkeypatch.setattr("refresher._exchange._SILENCE", 0.6)
     with FakeCircle(clock=clock) as circle:
         first = circle.sign_in("user-1")
-        pair = refresh_user_token(**call(circle, first), cache=None)
-        for _ in range(4):
-            clock.advance(3600)
-            pair = refresh_user_token(**call_with(circle, pair), cache=None)
-        clock.advance(3600)
+        let_pairs_expire(circle, call(circle, first), 5)
         circle.requests.clear()
         circle.delay_next(0.15, times=silent_at)
         circle.next_answers.append(lambda request: time.sleep(silent_at / 2) or circle.refuse(request, "busy"))
@@ -4082,11 +4133,7 @@ def test_walk_whose_later_answers_are_lost(monkeypatch, clock):
     cache = TokenCache(store)
     with FakeCircle(clock=clock) as circle, ThreadPoolExecutor() as pool:
         first = circle.sign_in("user-1")
-        pair = refresh_user_token(**call_with(circle, first), cache=None)
-        for _ in range(6):
-            clock.advance(3600)
-            pair = refresh_user_token(**call_with(circle, pair), cache=None)
-        clock.advance(3600)
+        let_pairs_expire(circle, call_with(circle, first), 7)
         circle.next_answers.extend([lambda request: circle.truly(request, after=0.2)] * 4 + [Answer(503, b"")] * 999)
         new = pool.submit(refresh_user_token, **call_with(circle, first), cache=cache, timeout=20)
         time.sleep(1)
@@ -4097,6 +4144,35 @@ def test_walk_whose_later_answers_are_lost(monkeypatch, clock):
         circle.next_answers.clear()
         assert not held
         assert circle.knows(new.result())
+
+
+def test_short_call_that_is_in_vain(kuzzle, root, monkeypatch):
+    """It lets others try as well, when it has tried for two leases."""
+    monkeypatch.setattr(_rules, "LEASE", 0.1)
+    store = SharedStore()
+    kuzzle.next_answers.extend([Answer(503, b"")] * 999)
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(refresh_kuzzle_token, kuzzle.url, root, cache=TokenCache(store), timeout=0.95)
+        while not kuzzle.requests:
+            time.sleep(0.01)
+        while (held := store.acquire(key_of("kuzzle:2", kuzzle.url, root), "another", 0.01)) and not call.done():
+            time.sleep(0.01)
+        assert not held
+        assert not call.done()
+        with pytest.raises(UnavailableError):
+            call.result()
+
+
+def test_pause_when_a_token_has_expired(kuzzle, root):
+    """There is nothing to hurry for any more."""
+    ledger = TokenCache()._ledger
+    call = Call(credential=kuzzle_credential(kuzzle.url, root))
+    flight = Flight(ledger, call.credential.keys[0], call, 60.0, None)
+    flight.join(Waiter(REAL.event(), math.inf, True, lambda: True))
+    began = REAL.steady()
+    flight._urgent_at = began - _rules.LAST_MOMENTS
+    flight.pause(1.0)
+    assert REAL.steady() - began >= 1.0
 
 
 class Slowest(Runtime):
