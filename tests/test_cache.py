@@ -449,6 +449,16 @@ def test_refusals_of_newest_tokens_are_forgotten(kuzzle, clock, root, tmp_path, 
     assert kuzzle.knows(refresh_kuzzle_token(kuzzle.url, token.jwt, cache=cache).jwt)
 
 
+def test_clear_of_what_another_cache_has_kept(kuzzle, root):
+    """All of a MemoryStore's sessions end, and who has one in memory is told that what the store has is newer."""
+    store = MemoryStore()
+    theirs = TokenCache(store)
+    theirs.forget(kuzzle.url, root)  # so that what follows has a high number
+    refresh_kuzzle_token(kuzzle.url, root, cache=theirs)
+    TokenCache(store).clear()
+    assert theirs.peek(kuzzle.url, root).state == "unknown"
+
+
 def test_clear_that_leaves_a_refusal(kuzzle, root, tmp_path, monkeypatch):
     """It says so: others would go by that."""
     cache = TokenCache(store := FileStore(tmp_path))

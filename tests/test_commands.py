@@ -29,7 +29,7 @@ import pytest
 import requests
 import time_machine
 from cryptography.fernet import Fernet
-from helpers import call_with
+from helpers import call_with, wait_until
 
 from refresher import FileStore, KuzzleToken, TokenCache, UserToken, _cli, refresh_kuzzle_token, refresh_user_token
 from refresher._cli import main
@@ -101,13 +101,6 @@ def shell(script, **variables):
 def give_input(monkeypatch, data):
     """Put bytes on standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
 
 
 # What is printed

@@ -25,7 +25,7 @@ import attrs
 import prometheus_client
 import pytest
 import requests
-from helpers import call_with
+from helpers import call_with, jwt_with
 from IPython.lib.pretty import pretty
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -671,6 +671,8 @@ def test_store_that_hangs_and_a_look_at_it(kuzzle, watched, monkeypatch):
     assert cache.peek(kuzzle.url, jwt).state == "fresh"
     with pytest.raises(UnavailableError, match="Watched does not answer"):
         cache.peek(kuzzle.url, stranger)
+    endless = jwt_with({"_id": "baz"})
+    assert KuzzleAuth(kuzzle.url, endless, cache=cache).jwt == endless
     for forget in (lambda: cache.forget(kuzzle.url, jwt), cache.clear):
         assert cache.peek(kuzzle.url, other).state == "fresh"
         with pytest.raises(UnavailableError, match="Watched does not answer"):
@@ -1207,6 +1209,20 @@ def test_one_that_is_refused_stops_nobody(kuzzle):
     outcomes = {each.auth: each for each in keep_alive(auths, at_once=1)}
     assert [outcomes[each].outcome for each in auths] == ["skipped", "refreshed", "refreshed"]
     assert isinstance(outcomes[auths[0]].error, RequestRefusedError)
+
+
+def test_user_who_leaves_while_kept_alive(kuzzle):
+    """The error of a refresh is told also if nobody is signed in any more when it comes."""
+    auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=3590), cache=TokenCache(), timeout=1)
+
+    def leave(_request):
+        auth.jwt = None
+        return Answer(503)
+
+    kuzzle.next_answers += [leave] * 9
+    (outcome,) = keep_alive([auth])
+    assert (outcome.outcome, type(outcome.error)) == ("skipped", UnavailableError)
+    assert auth.jwt is None
 
 
 @pytest.mark.holds

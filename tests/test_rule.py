@@ -28,7 +28,7 @@ import pytest
 import redis
 import requests
 import time_machine
-from helpers import by_id, call_with, jwt_with
+from helpers import by_id, call_with, jwt_with, wait_until
 
 from refresher import (
     CircleAuth,
@@ -302,10 +302,7 @@ def test_living_token_while_the_store_is_down(kuzzle, clock, store, cache, root)
 
 def wait_for_copies(cache):
     """Wait until the store has all that a process knows."""
-    deadline = time.monotonic() + 10
-    while cache._ledger.unsaved:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not cache._ledger.unsaved)
 
 
 def test_last_moments_while_the_store_is_down(kuzzle, clock, store, cache, root):
@@ -616,6 +613,24 @@ def test_store_that_hangs_after_a_refusal(kuzzle, store, cache, root):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, timeout=1)
     gone.set()
     assert (caught.value.spent, caught.value.status) == (None, 401)
+
+
+def test_refusal_that_cannot_be_written_down(kuzzle, store, root):
+    """It is told when it can be, for then others do not ask again."""
+    requests.post(f"{kuzzle.url}/_logout", headers={"Authorization": f"Bearer {root}"}, timeout=5)
+
+    def fail_once(key, value, seconds):
+        if Attempt.read(value).errors:
+            del store.set
+            raise ConnectionError("no store")
+        store.memory.set(key, value, seconds)
+
+    store.set = fail_once
+    for _ in range(2):
+        with pytest.raises(SignInRequiredError):
+            refresh_kuzzle_token(kuzzle.url, root, cache=TokenCache(store), timeout=20)
+    assert "set" not in vars(store)
+    assert len(kuzzle.requests) == 2
 
 
 @pytest.mark.parametrize("command", ["get", "acquire", "set"])
@@ -2174,6 +2189,21 @@ def test_orphans_after_an_outage(kuzzle, store, root):
     assert not ledger.unsaved
 
 
+def test_one_thread_waits_for_the_store(store, root, kuzzle):
+    """However many refreshes could not write down what they brought."""
+    cache = TokenCache(store)
+    refresh_kuzzle_token(kuzzle.url, root, cache=cache)
+    ledger, store.is_down, done = cache._ledger, True, []
+    ledger.unsaved = {chain.key: chain for chain in map(ledger.chains.get, ledger.chains.keys())}
+    for _ in range(2):
+        ledger.save_later(lambda: done.append(None))
+        wait_until(lambda: ledger._is_saving)
+    store.is_down = False
+    wait_until(lambda: not ledger._is_saving)
+    time.sleep(0.1)
+    assert len(done) == 1
+
+
 @pytest.mark.parametrize("lease", [0.0, 0.1])
 def test_orphan_that_is_found_after_an_outage(kuzzle, store, root, lease):
     """It is signed out at once, and not by the next refresh, which may never come."""
@@ -2187,15 +2217,10 @@ def test_orphan_that_is_found_after_an_outage(kuzzle, store, root, lease):
 
     kuzzle.next_answers.append(meanwhile)
     token = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
-    until = time.monotonic() + 10
-    while not cache._ledger._is_saving:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: cache._ledger._is_saving)
     assert kuzzle.knows(token.jwt)
     store.is_down = False
-    while kuzzle.knows(token.jwt):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: not kuzzle.knows(token.jwt))
 
 
 def test_connections_of_a_late_sign_out(kuzzle, store, root, monkeypatch):
@@ -2215,10 +2240,7 @@ def test_connections_of_a_late_sign_out(kuzzle, store, root, monkeypatch):
     cache._ledger.orphans["key"] = "another chain", kuzzle_credential(kuzzle.url, others)
     with pytest.raises(SignInRequiredError):
         refresh_kuzzle_token(kuzzle.url, root, cache=cache, session=session, timeout=5)
-    until = time.monotonic() + 5
-    while "key" not in cache._ledger.orphans or kuzzle.requests[-1].path != "/_logout":
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: "key" in cache._ledger.orphans and kuzzle.requests[-1].path == "/_logout")
     assert kuzzle.knows(others), "its own connections are another caller's"
 
 
