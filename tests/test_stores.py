@@ -1447,7 +1447,7 @@ print(len(seen))
 
 def test_killed_while_writing(folder):
     """A writer that is killed 500 times leaves a whole entry each time, the old or the new, and no lock."""
-    assert int(run(KILLER, folder)) > 50, "too few writes came to anything"
+    assert int(run(KILLER, folder)) > 10, "too few writes came to anything"
     assert any(name.endswith(".tmp") for name in names(folder)), "nobody was killed in mid-write"
 
 
