@@ -474,7 +474,7 @@ def _spend(call: Call[T], patience: Patience) -> T:
             raise not_yet(credential.service, "may have issued this token just now", hold)
         patience.tell(f"{credential.service.title()} may have issued this token just now")
         REAL.sleep(hold)
-    exchange = Exchange(REAL, observed, patience, credential.scope, call.session)
+    exchange = Exchange(observed, patience, credential.scope, call.session)
     successor = credential.refresh(exchange, key=None)
     observed.see(successor.keys[-1])
     exchange.learn(successor)

@@ -431,7 +431,7 @@ def _status(arguments: argparse.Namespace, run: _Run) -> str:
 def _is_valid(newest: Any, run: _Run) -> bool:
     patience = Patience(REAL, _CHECK, True, lambda what: run.show_wait(what, None))
     try:
-        return bool(newest.is_valid(Exchange(REAL, Observed.of(REAL), patience, newest.scope, None)))
+        return bool(newest.is_valid(Exchange(Observed.of(REAL), patience, newest.scope, None)))
     finally:
         run.show_wait("", None)
 
@@ -515,7 +515,7 @@ def _circle(arguments: argparse.Namespace, run: _Run) -> Credential:
     secrets = _secrets(*(["refreshToken"] if arguments.user_id else ["userToken", "refreshToken"]))
     who = secrets.get("userToken"), arguments.user_id
     credential = circle.credential(secrets["refreshToken"], device_id, api_key, *who, arguments.base_url)
-    run.about += [urlsplit(credential.base_url).netloc, fingerprint(credential.refresh_token.reveal())]
+    run.about += [urlsplit(credential.base_url).netloc, fingerprint(credential.secret.reveal())]
     return credential
 
 

@@ -24,7 +24,6 @@ _log = logging.getLogger("refresher")
 
 # After so many seconds a flight looks whether its process is about to end.
 _LONGEST_NAP = 5.0
-
 _REFUSED = "{} does not accept the token any more, and another process may have a newer one"
 
 OnEvent = Callable[[RefreshEvent], object]
@@ -71,6 +70,7 @@ class Flight(Patience, Generic[T]):
     has_departed = False  # something is on the wire
     # Everyone has been told, an answer was lost, the lock has been given back, a try failed.
     _done = _is_in_doubt = _has_let_go = _has_failed = False
+    _may_repeat = False  # somebody allowed more than one attempt
     first_generation = math.inf  # the one that it has found first, or that was forgotten meanwhile
 
     def __init__(self, ledger: Ledger, chain_key: str, call: Call[T], limit: float, on_event: OnEvent | None) -> None:
@@ -92,7 +92,7 @@ class Flight(Patience, Generic[T]):
         self._tried: dict[str, Attempt | None] = {}  # what others were last seen to try with which credential
         self._spent: Credential[T] | None = None
         # One for all of its attempts: the pauses between them grow longer.
-        self._exchange = Exchange(self._runtime, ledger.observed, self, call.credential.scope, call.session)
+        self._exchange = Exchange(ledger.observed, self, call.credential.scope, call.session)
         self._failure: RefreshError | None = None
         self.status = f"{ledger.name} is slow"
         self._alarm = self._runtime.event()  # ends the pause that the flight makes
@@ -175,6 +175,7 @@ class Flight(Patience, Generic[T]):
     def join(self, waiter: Waiter) -> None:
         """Wait for this flight too. It goes on for as long as its most patient caller waits."""
         self.waiters.append(waiter)
+        self._may_repeat |= waiter.retry
         if self.departed_at is not None and self._ledger.now().steady - self.departed_at.steady < self._limit:
             self._sent_for.append(waiter)
         self._alarm.set()
@@ -248,6 +249,19 @@ class Flight(Patience, Generic[T]):
             raise _LookAgain
         self._sent_for, self.departed_at, self._gone_at = list(self.waiters), self._ledger.now(), self._runtime.steady()
         self.has_departed = True
+
+    def silence(self) -> float:
+        return _rules.silence(self._urgent_at - self._gone_at)
+
+    def may_repeat(self) -> bool:
+        return self._may_repeat and (self._lease.lock is not Lock.OURS or self._lease.is_ours())
+
+    def look(self) -> None:
+        """Go on waiting only if nobody else has refreshed the token."""
+        chain, _ = self._ledger.look(self.call.credential)
+        self._ledger.close()
+        if chain.newest is not None and chain.generation > self._spending:
+            raise _LookAgain
 
     def failed(self, error: RefreshError) -> None:
         """Tell those who do not want another attempt, or cannot wait for it."""
@@ -463,15 +477,15 @@ class Flight(Patience, Generic[T]):
         ledger = self._ledger
         if spend.idempotency_key and chain.newest is None and ledger.unread.get(chain.key):
             raise self._unread(spent=False)  # the answer would be that to an earlier request
-        self.status = f"{self._service} is slow"
+        self.status, self._spending = f"{self._service} is slow", chain.generation  # which is spent
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         try:
             successor = spend.refresh(self._exchange, key=self._key)
         except _LookAgain:
+            self.has_departed = False
             self._make_way(spend, attempt)
             return None
         except SignInRequiredError as error:
-            self.has_departed = False
             # If the store hangs now.
             self._failure = self._unknown(f"{_REFUSED.format(self._service)}: call again", status=error.status)
             self._close(spend, attempt)
@@ -486,7 +500,6 @@ class Flight(Patience, Generic[T]):
             key, self._key = self._key, self._next_key(spend, error)
             # Another has not been sent yet, or its answer is lost as well.
             self._is_in_doubt &= self._key == key or isinstance(error, OutcomeUnknownError)
-            self.has_departed = False
             self._failure = error if isinstance(error, RefreshError) else None
             # Else to ask again brings the answer that was lost.
             if spend.idempotency_key is None or not isinstance(error, OutcomeUnknownError) or error.status is not None:
@@ -526,6 +539,7 @@ class Flight(Patience, Generic[T]):
 
     def _close(self, spend: Credential[T], attempt: Attempt | None, pause: float = 0.0) -> bool:
         """Write down that this attempt is over. Another, from before it or since, may still bring an answer."""
+        self.has_departed = False
         ledger, now, looked_at = self._ledger, self._ledger.now(), self._runtime.steady()
         if self._is_alone:
             return False
@@ -612,7 +626,8 @@ class Flight(Patience, Generic[T]):
         if not self._has_let_go:
             self._has_let_go = True
             if self._spent is not None and self.chain_key not in self._ledger.unsaved:
-                self._ledger.retire(self._spent, self.chain_key)
+                self._ledger.delete(f"{self._spent.keys[0]}-attempt")  # its outcome is known now
+                self._ledger.lead(self._spent, self.chain_key)
             self._lease.give_back()
 
     def _clean_up(self) -> None:
@@ -636,7 +651,7 @@ class Flight(Patience, Generic[T]):
             session = self.call.session if chain_key == self.chain_key else None
             with contextlib.suppress(RefreshError):  # the next flight tries again
                 with contextlib.suppress(SignInRequiredError):
-                    orphan.sign_out(Exchange(self._runtime, ledger.observed, patience, orphan.scope, session))
+                    orphan.sign_out(Exchange(ledger.observed, patience, orphan.scope, session))
                 ledger.orphans.pop(key, None)
 
 

@@ -35,7 +35,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 from . import __version__
 from ._system import is_of_signal, work_aside
 from ._text import reveal
-from .services import LOST, UNREACHED, Reply, Request, failure
+from .services import LOST, UNREACHED, Caller, Reply, Request, failure
 
 _T = TypeVar("_T")
 
@@ -76,8 +76,7 @@ _REASONS: dict[type, str] = {
 class _Call:
     """For how long the caller of `send` waits, and whether the request has left."""
 
-    answer_by: Callable[[], float]
-    depart: Callable[[], None]
+    caller: Caller
     steady: Callable[[], float]
     sent_at: float | None = None
     refusal: Exception | None = None
@@ -85,18 +84,29 @@ class _Call:
 
     def remaining(self) -> float:
         """Seconds until the caller gives up, on connecting or on the answer."""
-        return self.answer_by() - self.steady()
+        return self.caller.answer_by() - self.steady()
 
     def leave(self) -> None:
         """Note that the request leaves now, unless the caller stops it."""
         if self.remaining() <= 0:
             raise TimeoutError
+        self._let(self.caller.depart)
+        self.sent_at = time.time()
+
+    def rest(self) -> None:
+        """Let the caller do something else, while nothing comes."""
+        context = _current.set(None)
         try:
-            self.depart()
+            self._let(self.caller.idle)
+        finally:
+            _current.reset(context)
+
+    def _let(self, decide: Callable[[], None]) -> None:
+        try:
+            decide()
         except Exception as error:
             self.refusal = error
             raise HTTPException from None
-        self.sent_at = time.time()
 
     def receive(self, sock: socket.socket, buffer: Any) -> int:
         """Receive a piece of data, for as long as the caller waits."""
@@ -112,35 +122,29 @@ class _Call:
             except TimeoutError as error:
                 if remaining <= 0 or _of_signal(error) is not None:
                     raise
+            self.rest()
 
 
 # The call that connections of our own are used for at the moment.
-_current: contextvars.ContextVar[_Call] = contextvars.ContextVar("_current")
+_current: contextvars.ContextVar[Any] = contextvars.ContextVar("_current")
 
 
-def send(
-    request: Request,
-    *,
-    session: requests.Session | None,
-    answer_by: Callable[[], float],
-    depart: Callable[[], None],
-    steady: Callable[[], float],
-) -> Reply:
+def send(request: Request, *, session: requests.Session | None, caller: Caller, steady: Callable[[], float]) -> Reply:
     """
     Send a request once and read the reply, whatever it is. `Runtime.send` says more; *steady* is its clock.
 
     The wait ends, whatever the peer does, even if it sends byte by byte. As long as nothing was sent, it ends
-    when `answer_by()` is over.
+    when `caller.answer_by()` is over.
 
     A caller's session lends its adapters, proxies, TLS settings, headers, parameters and cookies. It is not
     changed: its own ``send()`` would follow redirects, keep cookies and call hooks, so that is not used. Its
-    adapters do not say when they have connected, so *depart* is called before.
+    adapters do not say when they have connected, so `caller.depart` is called before.
 
     Raises:
         UnavailableError: Nothing was sent.
         OutcomeUnknownError: Something was sent, and no complete answer came.
     """
-    call = _Call(answer_by, depart, steady)
+    call = _Call(caller, steady)
     classes = HTTPConnectionPool.ConnectionCls, HTTPSConnectionPool.ConnectionCls
     parts = HTTPAdapter.send, requests.Session.get_adapter, requests.Session.send, *classes
     # Those of urllib3-future, which takes urllib3's place, and sockets of PyOpenSSL do not work like Python's own.

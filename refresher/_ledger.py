@@ -495,21 +495,16 @@ class Ledger:
         """
         return not self.is_local and self._wrote_before < self.runtime.steady() + left.most
 
-    def retire(self, spent: Credential[Any], chain: str) -> None:
-        """Forget what was tried with a credential that has been spent: its outcome is known now."""
-        self.delete(f"{spent.keys[0]}-attempt")
-        self._lead(spent, chain)
-
     def _is_to_be_led(self, own: str, chain: Chain[Any]) -> bool:
         """Whether somebody uses a spent credential which the store may forget in the next day."""
         is_spent = chain.newest is not None and own not in (chain.key, *chain.newest.keys)
         return is_spent and self.runtime.steady() - (self._led_at.get(own) or -math.inf) > _LED / 8
 
     def _lead_again(self, spent: Credential[Any], chain: str) -> None:
-        self._lead(spent, chain)
+        self.lead(spent, chain)
         self.close()
 
-    def _lead(self, spent: Credential[Any], chain: str) -> None:
+    def lead(self, spent: Credential[Any], chain: str) -> None:
         """Let a spent credential lead to its chain for one more day, and what may pass until it is led again."""
         self._led_at.put(spent.keys[0], self.runtime.steady())
         seconds = _GONE if chain in spent.keys[1:] else _LED  # the first token is the one that people keep

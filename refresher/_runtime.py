@@ -20,7 +20,7 @@ from .errors import UnavailableError
 if TYPE_CHECKING:
     import requests
 
-    from .services import Reply, Request
+    from .services import Caller, Reply, Request
 
 
 V = TypeVar("V")
@@ -208,24 +208,14 @@ class Runtime:
         finally:
             self._running.pop(mark, None)
 
-    def send(
-        self,
-        request: Request,
-        *,
-        session: requests.Session | None,
-        answer_by: Callable[[], float],
-        depart: Callable[[], None],
-    ) -> Reply:
+    def send(self, request: Request, *, session: requests.Session | None, caller: Caller) -> Reply:
         """
         Send a request once and read the reply.
 
         Args:
             request: What to send.
             session: Whose connections to use. None for our own.
-            answer_by: Returns until when to wait, for the connection and then for the answer, by `steady`. Asked
-                again and again, since that may change meanwhile; `math.inf` means no limit.
-            depart: Called once, when the connection stands and before the first byte leaves. What it raises is
-                raised here, and nothing was sent.
+            caller: Who waits for the reply.
 
         Raises:
             UnavailableError: Nothing was sent.
@@ -233,7 +223,7 @@ class Runtime:
         """
         from ._http import send
 
-        return send(request, session=session, answer_by=answer_by, depart=depart, steady=self.steady)
+        return send(request, session=session, caller=caller, steady=self.steady)
 
 
 REAL = Runtime()

@@ -24,6 +24,9 @@ Circle's response is lost.
 Kuzzle's response is lost.
     The call asks again. If the request was lost as well, it gets a new token. Otherwise the new token is gone, and
     `SignInRequiredError` is raised: sign in again.
+Kuzzle's response does not come.
+    After ten seconds, or sooner if the token is about to expire, the call asks again on another connection, unless you
+    gave it a session. It still waits for the first response, too, and takes the one with a token.
 The service is slow.
     `OutcomeUnknownError` when *timeout* is over. The refresh goes on until a minute after it was sent. Call again: the
     result is in the cache.

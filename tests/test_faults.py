@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import http.client
+import logging
 import os
 import random
 import signal
@@ -16,9 +18,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from urllib.parse import urlsplit
 
+import attrs
 import pytest
 import requests
-from helpers import by_id, call_with
+from helpers import by_id, call_with, wait_until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -36,11 +39,14 @@ from refresher import (
     SignInRequiredError,
     TokenCache,
     UnavailableError,
+    _http,
+    _rules,
     refresh_kuzzle_token,
     refresh_user_token,
 )
 from refresher._runtime import Runtime
 from refresher._text import claims
+from refresher.services.kuzzle import credential as kuzzle_credential
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle
 
 JWT = "kauth-e30.e30.c2ln"
@@ -723,9 +729,224 @@ TestCampaign.settings = settings(max_examples=40, stateful_step_count=30, deadli
 @pytest.mark.parametrize("call", [call_with, by_id], ids=["the refresh", "the request before it"])
 def test_a_request_that_hangs_is_sent_again(circle, monkeypatch, call):
     """Where asking again is safe, a call does not spend all of its time on one connection that is dead."""
-    monkeypatch.setattr("refresher._exchange._SILENCE", 0.3)
+    monkeypatch.setattr(_rules, "SILENCE", 0.3)
     pair = circle.sign_in("user-1")
     circle.delay_next(8.0)
     began = time.monotonic()
     assert circle.knows(refresh_user_token(**call(circle, pair), cache=TokenCache(), timeout=7))
     assert time.monotonic() - began < 4
+
+
+class Silent:
+    """Requests to a Kuzzle that are not answered, until the test says so, or ends."""
+
+    def __init__(self, kuzzle):
+        self.kuzzle, self.is_over, self.answers = kuzzle, threading.Event(), []
+
+    def lose(self, request):
+        """Let the request be lost."""
+        self.is_over.wait(30)
+        return b""
+
+    def answer_late(self, request):
+        """Let the request be carried out, and its answer come late."""
+        answer = self.kuzzle.truly(request)
+        self.is_over.wait(30)
+        return answer
+
+    def act_late(self, request):
+        """Let the request be carried out late."""
+        self.is_over.wait(30)
+        return self.kuzzle.truly(request)
+
+    def go_on(self, request):
+        """Let what is late go on as soon as this one has been answered."""
+        answer = self.kuzzle.truly(request)
+        threading.Timer(1.5, self.is_over.set).start()
+        return answer
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    monkeypatch.setattr(_rules, "SILENCE", 0.3)
+    with FakeKuzzle() as kuzzle:
+        silent = Silent(kuzzle)
+        yield silent
+        silent.is_over.set()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_request_to_kuzzle_that_is_lost(silent, cached, caplog):
+    """It is sent again, on another connection, while the token is still good."""
+    caplog.set_level(logging.INFO)
+    kuzzle, cache = silent.kuzzle, TokenCache() if cached else None
+    kuzzle.next_answers.append(silent.lose)
+    began = time.monotonic()
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache, timeout=20)
+    assert time.monotonic() - began < 10
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 2
+    assert "ok, 2 attempts" in caplog.text
+
+
+def test_second_request_is_like_the_first(silent, capfd, monkeypatch):
+    """It goes on a connection of our own, too, which prints nothing, and ends when the call does."""
+    monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+    monkeypatch.setattr(_http, "_send_on_lent", None)
+    silent.kuzzle.next_answers.append(silent.lose)
+    refresh_kuzzle_token(silent.kuzzle.url, silent.kuzzle.login(ago=1800), cache=None, timeout=20)
+    assert "kauth" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("late", ["answer_late", "act_late"])
+def test_answer_of_kuzzle_that_is_late(silent, late):
+    """It counts, also if a second request has been refused meanwhile, or is refused later."""
+    kuzzle = silent.kuzzle
+    kuzzle.next_answers += [getattr(silent, late), silent.go_on if late == "answer_late" else silent.act_late]
+    if late == "act_late":
+        threading.Timer(2.0, silent.is_over.set).start()
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 2
+
+
+@pytest.mark.parametrize("how", [{"queuable": False}, {"session": requests.Session()}], ids=["queuable", "session"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_request_to_kuzzle_that_is_sent_once(silent, how, cached):
+    """
+    It is not sent again, however long its answer takes, if the caller wants one attempt.
+
+    Nor on a caller's session: an adapter could keep it, and send it later, when nobody waits for it any more.
+    """
+    kuzzle, cache = silent.kuzzle, TokenCache() if cached else None
+    kuzzle.next_answers.append(silent.lose)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache, timeout=2, **how)
+    assert len(kuzzle.requests) == 1
+
+
+@pytest.mark.parametrize("first", [b"", 503, 401], ids=str)
+def test_first_request_that_fails_while_the_second_is_under_way(silent, first):
+    """The second one's answer is waited for: it may be the one with the token."""
+    kuzzle, is_there = silent.kuzzle, threading.Event()
+
+    def fail(request):
+        assert is_there.wait(10)
+        return first if first == b"" else Answer(503) if first == 503 else kuzzle.truly(request)
+
+    def take(request):
+        answer = kuzzle.truly(request)
+        is_there.set()
+        time.sleep(1.5)
+        return answer
+
+    kuzzle.next_answers += [fail, take]
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 2
+
+
+@pytest.mark.parametrize("first", [b"", 503, 401], ids=str)
+def test_two_requests_that_fail(silent, first):
+    """A token that is refused after an answer was lost has been spent."""
+    kuzzle = silent.kuzzle
+
+    def fail(request):
+        silent.is_over.wait(10)
+        return first if first == b"" else Answer(503) if first == 503 else kuzzle.truly(request)
+
+    def lose(request):
+        kuzzle.truly(request)
+        silent.is_over.set()
+        return b""
+
+    kuzzle.next_answers += [fail, lose]
+    with pytest.raises(SignInRequiredError) as caught:
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    assert caught.value.spent is True
+
+
+@pytest.mark.parametrize("first", [b"", 503], ids=str)
+def test_second_request_without_an_answer(silent, first):
+    """Nobody knows what comes of it, whatever has come of the first."""
+    kuzzle = silent.kuzzle
+
+    def fail(_request):
+        time.sleep(1)
+        return Answer(503) if first == 503 else first
+
+    kuzzle.next_answers += [fail, silent.lose]
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=None, timeout=2)
+    assert len(kuzzle.requests) == 2
+
+
+def test_second_request_whose_answer_would_come_too_late(silent):
+    """It is not sent: its answer may be the one with the token."""
+    kuzzle = silent.kuzzle
+    kuzzle.next_answers.append(silent.lose)
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=None, timeout=0.7)
+    assert len(kuzzle.requests) == 1
+
+
+def test_second_request_when_the_first_has_its_answer(silent):
+    """Nobody waits for it any more."""
+    kuzzle, threads = silent.kuzzle, set(threading.enumerate())
+    gone = threading.Event()
+
+    def answer(request):
+        time.sleep(1)
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers += [answer, lambda request: gone.wait(20) and b""]
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    wait_until(lambda: not any(each.name == "refresher" for each in {*threading.enumerate()} - threads))
+    assert not gone.is_set()
+    gone.set()
+    assert kuzzle.knows(token.jwt)
+
+
+def test_store_while_no_answer_comes(silent, tmp_path):
+    """It is asked for news twice in a second, and no more."""
+
+    class Counting(FileStore):
+        commands = 0
+
+        def get(self, key):
+            self.commands += 1
+            return super().get(key)
+
+    kuzzle, store = silent.kuzzle, Counting(tmp_path)
+    kuzzle.next_answers += [silent.lose, silent.lose]
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(store, lease=3), timeout=3)
+    assert store.commands < 40
+
+
+def test_second_request_that_kuzzle_has_no_time_for(silent):
+    """It is left alone for as long as it asks, and sent another then."""
+    kuzzle, began = silent.kuzzle, time.monotonic()
+    kuzzle.next_answers += [silent.lose, Answer(503, b"", {"Retry-After": "2"})]
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    assert time.monotonic() - began >= 2
+    assert kuzzle.knows(token.jwt)
+    assert len(kuzzle.requests) == 3
+
+
+def test_news_while_an_answer_does_not_come(silent, tmp_path):
+    """A token that another process has meanwhile is taken, and the answer is no longer waited for."""
+    kuzzle, jwt = silent.kuzzle, silent.kuzzle.login(ago=1800)
+    caches = [TokenCache(FileStore(tmp_path), runtime=Runtime()) for _ in range(2)]
+    kuzzle.next_answers += [silent.lose, silent.lose]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=caches[0], timeout=20)
+        while len(kuzzle.requests) < 2:
+            time.sleep(0.01)
+        credential = kuzzle_credential(kuzzle.url, jwt)
+        newer = refresh_kuzzle_token(kuzzle.url, jwt, cache=None, timeout=20)
+        chain = attrs.evolve(caches[1]._ledger.look(credential)[0], generation=1)
+        chain = attrs.evolve(chain, newest=credential.following(newer), requested=caches[1]._ledger.now())
+        caches[1]._ledger.keep(attrs.evolve(chain, lifetime=3600.0), credential, in_memory=False)
+        assert waiting.result(10) == newer
+    assert len(kuzzle.requests) == 3

@@ -48,7 +48,7 @@ from refresher import (
     refresh_user_token,
 )
 from refresher._text import Secret
-from refresher.services import Request
+from refresher.services import Caller, Request
 from refresher.testing import Answer, FakeCircle, FakeKuzzle
 
 JWT = "kauth-e30.e30.c2ln"
@@ -75,8 +75,7 @@ def post(url, *, seconds=5.0, connect=None, answer_by=None, depart=lambda: None,
     return _http.send(
         Request(service="kuzzle", url=url, **parts),
         session=session,
-        answer_by=answer_by or (lambda: ends[len(has_left)]),
-        depart=leave,
+        caller=Caller(answer_by or (lambda: ends[len(has_left)]), leave),
         steady=time.monotonic,
     )
 
@@ -634,7 +633,7 @@ def test_flood_of_chunks():
 
 def test_fast_drip():
     """Nor does a peer that drips so fast that there is always something to read have its way for long."""
-    call = _http._Call(lambda: 0.0, never, lambda: 1.0, sent_at=1.0)
+    call = _http._Call(Caller(lambda: 0.0, never, never), lambda: 1.0, sent_at=1.0)
     one, other = socket.socketpair()
     other.sendall(bytes(1000))
     with one, other, pytest.raises(TimeoutError):
@@ -663,8 +662,7 @@ def test_answer_that_came_while_suspended():
             got = _http.send(
                 Request(service="kuzzle", url=peer.url, headers={}, secret="s", request_id="id-1"),
                 session=None,
-                answer_by=lambda: 2000.0,
-                depart=depart,
+                caller=Caller(lambda: 2000.0, depart, never),
                 steady=lambda: now[0],
             )
     assert got.body == b"{}"

@@ -112,8 +112,8 @@ class Instantly(Runtime):
     def start(self, work, *, daemon=False):
         work()
 
-    def send(self, request, *, depart, **others):
-        depart()
+    def send(self, request, *, caller, **others):
+        caller.depart()
         self.sent += 1
         now = int(self.now())
         jwt = "kauth-" + jwt_with({"_id": "foo", "iat": now, "exp": now + 7200, "jti": self.sent})
@@ -490,8 +490,9 @@ def test_token_that_cannot_be_written_down_in_time(kuzzle, clock, root):
     assert kuzzle.knows(token.jwt)
 
 
-def test_two_flights_with_one_token(kuzzle, clock, root):
+def test_two_flights_with_one_token(kuzzle, clock, root, monkeypatch):
     """Who was passed by in a token's last moments, as the store hung, does not spend it once more."""
+    monkeypatch.setattr(_rules, "silence", lambda *_: 60.0)
     store = Gate(clock, "-attempt")
     cache = TokenCache(store, clock=clock)
     newest = refresh_kuzzle_token(kuzzle.url, root, cache=cache)
@@ -3756,8 +3757,9 @@ def test_refusals_by_two_names(circle, clock, store):
 class SlowToConnect(Runtime):
     """A network that takes a while before anything is sent."""
 
-    def send(self, request, *, depart, **others):
-        return super().send(request, depart=lambda: depart_late(depart), **others)
+    def send(self, request, *, caller, **others):
+        late = attrs.evolve(caller, depart=lambda: depart_late(caller.depart))
+        return super().send(request, caller=late, **others)
 
 
 def depart_late(depart):
@@ -3809,7 +3811,7 @@ def test_refused_token_that_is_of_another_chain(kuzzle, store, root):
 def test_machine_that_is_cut_off(circle, monkeypatch, is_silent, timeout, threads):
     """A machine that cannot reach the service lets another try, however many callers wait on it."""
     monkeypatch.setattr(_rules, "LEASE", 0.2)
-    monkeypatch.setattr("refresher._exchange._SILENCE", 0.5 if timeout == 4 else 1)
+    monkeypatch.setattr(_rules, "SILENCE", 0.5 if timeout == 4 else 1)
     circle.clock.advance(-7200)
     pair = circle.sign_in("user-1", device_id="device-1")
     circle.clock.advance(7200)
@@ -3989,14 +3991,15 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signal here")
-def test_process_that_is_interrupted_in_keep_alive(kuzzle):
+def test_process_that_is_interrupted_in_keep_alive():
     """It ends a lease later, though the answer is lost, and the session's timeout is None."""
     is_over = threading.Event()
-    kuzzle.next_answers.append(lambda request: is_over.wait(30) and kuzzle.truly(request))
-    try:
-        assert run(PRELUDE + UNWANTED, kuzzle.url, kuzzle.login(ago=HOUR - 10), seconds=15) == "interrupted\n"
-    finally:
-        is_over.set()
+    with FakeKuzzle() as kuzzle:
+        kuzzle.next_answers.append(lambda request: is_over.wait(30) and kuzzle.truly(request))
+        try:
+            assert run(PRELUDE + UNWANTED, kuzzle.url, kuzzle.login(ago=HOUR - 10), seconds=15) == "interrupted\n"
+        finally:
+            is_over.set()
 
 
 def test_a_store_that_stays_down_is_told_again(kuzzle, store, root, caplog, monkeypatch):
@@ -4135,7 +4138,7 @@ def test_walk_that_takes_longer_than_a_lease(monkeypatch, clock, call, silent_at
     What fails in between is repeated, and not all from the beginning.
     """
     monkeypatch.setattr(_rules, "LEASE", 0.4)
-    monkeypatch.setattr("refresher._exchange._SILENCE", 0.6)
+    monkeypatch.setattr(_rules, "SILENCE", 0.6)
     with FakeCircle(clock=clock) as circle:
         first = circle.sign_in("user-1")
         let_pairs_expire(circle, call(circle, first), 5)
@@ -4358,7 +4361,7 @@ def test_answer_that_is_lost_while_others_go_on(monkeypatch):
     with FakeKuzzle() as kuzzle, ThreadPoolExecutor(64) as pool:
         auth = KuzzleAuth(kuzzle.url, kuzzle.login(ago=HOUR - 30), cache=cache, timeout=3)
         kuzzle.next_answers.append(lambda request: is_over.wait(20) and kuzzle.refuse(request, "busy"))
-        end = time.monotonic() + 5.5
+        end = time.monotonic() + 9.0  # then it would be sent again
         while time.monotonic() < end and len(kuzzle.requests) < 2:
             pool.submit(auth, requests.Request("GET", f"{kuzzle.url}/_me").prepare())
             time.sleep(0.2)

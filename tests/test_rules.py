@@ -39,6 +39,7 @@ from refresher._rules import (
     pause_after,
     read,
     read_alias,
+    silence,
     window,
     write_alias,
 )
@@ -595,6 +596,15 @@ def test_windows_differ():
 def test_birth_hold(known, expected):
     """A token is held back for the second of its birth, unless it is known to be over."""
     assert birth_hold(**{"birth": 100.0, "age": 0.0, "service_now": NOBODY_KNOWS, **known}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("time_left", "expected"),
+    [(math.inf, 10.0), (30.0, 10.0), (8.0, 4.0), (1.0, 1.0), (-1.0, 1.0), (-math.inf, 1.0)],
+)
+def test_silence(time_left, expected):
+    """A request without an answer is sent again while there is time for that."""
+    assert silence(time_left) == expected
 
 
 def failed(retryable=True, retry_after=None):

@@ -23,7 +23,7 @@ from urllib3 import HTTPConnectionPool, HTTPResponse
 from refresher import KuzzleAuth, TokenCache, _http
 from refresher._system import threadless
 from refresher.errors import OutcomeUnknownError
-from refresher.services import Request
+from refresher.services import Caller, Request
 from refresher.testing import Answer, FakeKuzzle
 
 URL = "http://kuzzle.example/_refreshToken"
@@ -35,8 +35,7 @@ def send(url=URL, session=None):
     return _http.send(
         Request(service="kuzzle", url=url, headers={"Authorization": "Bearer b"}, secret="b", request_id="id-1"),
         session=session,
-        answer_by=lambda: time.monotonic() + 5,
-        depart=lambda: None,
+        caller=Caller(lambda: time.monotonic() + 5),
         steady=time.monotonic,
     )
 

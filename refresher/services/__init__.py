@@ -27,16 +27,12 @@ from ..errors import (
 )
 
 
-class Result(Protocol):
-    """What a request yields."""
+class Token(Protocol):
+    """What a refresh yields."""
 
     @property
     def fingerprint(self) -> str:
         """What the log calls it: tells it from another without revealing either."""
-
-
-class Token(Result, Protocol):
-    """What a refresh yields."""
 
     @property
     def expires_at(self) -> datetime | None:
@@ -46,14 +42,7 @@ class Token(Result, Protocol):
         """Write it down."""
 
 
-@attrs.frozen
-class Done:
-    """What a request yields that is no refresh."""
-
-    fingerprint: str
-
-
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound="Token | str")  # what a request yields: a token, or for the log what was done
 T = TypeVar("T", bound=Token)
 T_co = TypeVar("T_co", bound=Token, covariant=True)
 
@@ -107,6 +96,24 @@ class Reply:
     def date(self) -> float | None:
         """When the service sent it, in seconds since 1970 by the service's own clock."""
         return read_date(self.headers.get("Date"))
+
+
+@attrs.frozen
+class Caller:
+    """
+    Who waits for a reply. What its functions raise is raised by `Runtime.send`.
+
+    Args:
+        answer_by: Returns until when to wait, for the connection and then for the answer, by `Runtime.steady`. Asked
+            again and again, since that may change meanwhile; `math.inf` means no limit.
+        depart: Called once, when the connection stands and before the first byte leaves. If it raises, nothing was
+            sent.
+        idle: Called now and then while no answer comes, if no session is lent.
+    """
+
+    answer_by: Callable[[], float]
+    depart: Callable[[], None] = lambda: None
+    idle: Callable[[], None] = lambda: None
 
 
 class Send(Protocol):

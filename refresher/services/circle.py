@@ -62,6 +62,7 @@ class CircleCredential:
     A Circle refresh token, and all that has to be sent with it.
 
     Args:
+        secret: The refresh token.
         user_id: What it was known by before there was a user token. It leads to the successors as well.
         given_key: The idempotency key to send. None means a derived one.
     """
@@ -74,7 +75,7 @@ class CircleCredential:
     api_key: Secret[str]
     user_token: Secret[str] | None
     user_id: str | None
-    refresh_token: Secret[str]
+    secret: Secret[str]
     device_id: str
     given_key: str | None = None
     request_id: str | None = attrs.field(default=None, eq=False)
@@ -84,7 +85,7 @@ class CircleCredential:
         # By the user's id first: calls by it and calls by a user token are about one session, and wait for each other.
         subject = claims(self.user_token).subject if self.user_token else None
         names = [who for who in (self.user or subject, self.user_token) if who is not None]
-        return tuple(key_of("circle:2", self.base_url, who, self.refresh_token, self.device_id) for who in names)
+        return tuple(key_of("circle:2", self.base_url, who, self.secret, self.device_id) for who in names)
 
     keys: tuple[str, ...] = attrs.field(init=False, eq=False, repr=False, default=attrs.Factory(_keys, takes_self=True))
 
@@ -92,11 +93,6 @@ class CircleCredential:
     def scope(self) -> str:
         """Circle limits rates for each API key."""
         return key_of("circle", self.base_url, self.api_key)
-
-    @property
-    def secret(self) -> Secret[str]:
-        """The refresh token."""
-        return self.refresh_token
 
     @property
     def user(self) -> str | None:
@@ -120,7 +116,7 @@ class CircleCredential:
         """
         if self.given_key is not None:
             return self.given_key
-        return _as_uuid(key_of(self.user_token or self.user_id or "", self.refresh_token, self.device_id))
+        return _as_uuid(key_of(self.user_token or self.user_id or "", self.secret, self.device_id))
 
     def key_for(self, anew: str, /) -> str:
         """Return the idempotency key to send: another one, unless it was given. After a crash it is the same."""
@@ -164,10 +160,10 @@ class CircleCredential:
 
     def following(self, pair: UserToken, /) -> Self:
         """Return the credential for a successor's pair."""
-        user_token, refresh_token = Secret(pair.user_token), Secret(pair.refresh_token)
+        user_token, secret = Secret(pair.user_token), Secret(pair.refresh_token)
         if pair.user_id is None and self.user is not None:  # whose it is stays known
             pair = attrs.evolve(pair, user_id=self.user)
-        return attrs.evolve(self, user_token=user_token, refresh_token=refresh_token, given_key=None, token=pair)
+        return attrs.evolve(self, user_token=user_token, secret=secret, given_key=None, token=pair)
 
     def exchange_request(self, request_id: str) -> Request:
         """Write down the exchange of the user id for a user token. It spends nothing."""
@@ -177,7 +173,7 @@ class CircleCredential:
     def request(self, user_token: Secret[str], request_id: str) -> Request:
         """Write down the refresh."""
         key, headers = self.idempotency_key, {**self.headers, "X-User-Token": user_token}
-        body = {"idempotencyKey": key, "refreshToken": self.refresh_token, "deviceId": self.device_id}
+        body = {"idempotencyKey": key, "refreshToken": self.secret, "deviceId": self.device_id}
         return self._post("/v1/w3s/users/token/refresh", request_id, headers, body, idempotency_key=key)
 
     def parse(self, reply: Reply, request: Request) -> UserToken:
@@ -199,7 +195,7 @@ class CircleCredential:
             service="circle",
             url=self.base_url + path,
             headers={**headers, "Content-Type": "application/json", "X-Request-Id": request_id},
-            secret=self.refresh_token,
+            secret=self.secret,
             request_id=request_id,
             body=Secret(json.dumps(body, default=reveal).encode()),
             **others,
@@ -225,7 +221,7 @@ class CircleCredential:
     @property
     def refreshable_for(self) -> float:
         """For how many seconds its refresh token is valid, from when it was asked for."""
-        known = claims(self.refresh_token)
+        known = claims(self.secret)
         if known.exp is None or self.token is None:
             return _REFRESH_LIFETIME
         return known.exp - (self.token.expires_at.timestamp() - self.lifetime if known.iat is None else known.iat)
@@ -271,7 +267,7 @@ def credential(
         api_key=check.token("api_key", api_key),
         user_token=None if user_token is None else check.token("user_token", user_token),
         user_id=None if user_id is None else check.text("user_id", user_id, 5, 50),
-        refresh_token=check.token("refresh_token", refresh_token),
+        secret=check.token("refresh_token", refresh_token),
         device_id=check.token("device_id", device_id).reveal(),
         given_key=None if idempotency_key is None else check.uuid("idempotency_key", idempotency_key),
         request_id=None if request_id is None else check.uuid("request_id", request_id),

@@ -18,7 +18,7 @@ from .._checks import Checks
 from .._text import Secret, claims, hide, key_of, reveal
 from ..errors import InvalidArgumentError
 from ..tokens import KuzzleToken, duration, instant
-from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Done, Headers, Reply, Request, Send, failure, meaning, quotes
+from . import BUSY, FOREIGN, REFUSED, SIGN_IN, Headers, Reply, Request, Send, failure, meaning, quotes
 
 COOKIE, NO_COOKIE = "authToken", "null"  # after a sign-out
 check: Checks = Checks("kuzzle")
@@ -170,7 +170,7 @@ class KuzzleCredential:
         # In the body alone: Kuzzle refuses a request whose own token is no good.
         headers = {"X-Kuzzle-Request-Id": request.request_id, "Content-Type": "application/json"}
         request = attrs.evolve(request, body=body, headers=headers, cookies={COOKIE: None})
-        return send(request, _parse_check)[0].fingerprint == "valid"
+        return send(request, _parse_check)[0] == "valid"
 
     def following(self, token: KuzzleToken, /) -> Self:
         """Return the credential for a successor's token."""
@@ -287,16 +287,16 @@ def parse(reply: Reply, request: Request) -> KuzzleToken:
     return _token(_result(reply, request, "refreshToken"), reply, request)
 
 
-def _parse_sign_out(reply: Reply, request: Request) -> Done:
+def _parse_sign_out(reply: Reply, request: Request) -> str:
     _result(reply, request, "logout")
-    return Done("signed out")
+    return "signed out"
 
 
-def _parse_check(reply: Reply, request: Request) -> Done:
+def _parse_check(reply: Reply, request: Request) -> str:
     is_valid = _result(reply, request, "checkToken").reveal().get("valid")
     if not isinstance(is_valid, bool):
         raise failure(meaning(reply.status), request, reply)
-    return Done("valid" if is_valid else "not valid")
+    return "valid" if is_valid else "not valid"
 
 
 def _result(reply: Reply, request: Request, action: str) -> Secret[dict[str, Any]]:

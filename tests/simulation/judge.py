@@ -119,6 +119,11 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
     if is_sign_out(mail.request):
         return
     same = [one for one in pending if one.process is process and plain(one.request.secret) == secret]
+    may_repeat = not session.is_circle and any(call.retry for call in session.calls if call.process is process)
+    if same and may_repeat:  # a request that has had no answer for long is sent again, whoever has one on the way
+        is_soon = expiry(secret) - world.wall() < 25.0 + abs(process.machine.offset)
+        if all(world.time - one.departed_at >= (1.0 if is_soon else 10.0) for one in same):
+            return
     # A pointer that leads to another user hides that two names are those of one session.
     is_known = session.forgotten_at == math.inf and "swapped" not in store.lost
     if same and is_known and not session.is_leaving:
@@ -191,7 +196,7 @@ def exchange(world: World, process: Process, session: Session, request: Request,
         and not world.faults.happened
         and not any(p.machine.offset for p in world.processes)
     )
-    if session.newest is not session.first and left > window(session.newest, process.ahead) + 1.1 and as_usual:
+    if session.newest is not session.first and left > window(session.newest, process.ahead) + 1.25 and as_usual:
         world.violated("refreshed though it was fresh", f"{session.user}: {left:.1f} s before its end")
     session.spent_alone = process is world.store.victim and bool(world.store.troubled())
     session.succeed(new, left < last_moments(session.newest, process.ahead) + 0.5)
@@ -326,6 +331,7 @@ def death(world: World, session: Session) -> None:
             and not call.interrupted
             and (call.retry or not any(kind.startswith("store") for kind in world.faults.happened))
             and max(session.disturbed_at, session.server.disturbed_at) < undisturbed
+            and (session.swallowed_at == -math.inf or call.began < died - 1.5 > session.swallowed_at + 1.5)
             and process.ended_at > died
             and process.asleep_for == call.asleep
             and process.cut_off_until < undisturbed

@@ -371,8 +371,8 @@ MUTANTS = [
         "Retry-After is kept for one call",
         (
             _REQUESTS,
-            "                    self._observed.leave_alone(self._scope, error.retry_after)",
-            "                    pass",
+            "                self._observed.leave_alone(self._scope, error.retry_after)",
+            "                pass",
         ),
         (
             _FLIGHT,
@@ -543,6 +543,18 @@ MUTANTS = [
         "a process that hears nothing keeps the lock",
         (_FLIGHT, "self._has_failed = True", "self._has_failed = error.spent is False"),
         (_FLIGHT, "if again and self._is_old()", "if again and self._has_failed and self._is_old()"),
+    ),
+    Mutant(
+        "a request that is lost without a word is not sent again",
+        (_REQUESTS, "if now >= self._again_at and", "if False and"),
+    ),
+    Mutant(
+        "the first request is given up when it is sent again",
+        (
+            _REQUESTS,
+            "self._is_over or self._answer is not None",
+            "self._is_over or self._is_pending or self._answer",
+        ),
     ),
     Mutant(
         "how long others have looked for an answer does not count",

@@ -44,6 +44,7 @@ class Session:
         self.left_at = math.inf  # when that was done, as far as the core says
         self.exchanged = Event(server.world)  # the next time that it is
         self.forgotten_at = math.inf
+        self.swallowed_at = -math.inf  # when a request was lost last, without a word
         self.disturbed_at = -math.inf  # when its service last was out of order for it
         self.spent_at = self.asked_at = 0.0
         self.departed_at = -math.inf
@@ -200,6 +201,7 @@ class Network:
         request: Request,
         answer_by: Callable[[], float],
         depart: Callable[[], None],
+        idle: Callable[[], None],
     ) -> Reply:
         """Carry out a request, as `Runtime.send` has to."""
         world = self.world
@@ -230,7 +232,7 @@ class Network:
             mail.deliver(how)
         try:
             world.step("answer")
-            self._await(mail, process, request, answer_by)
+            self._await(mail, process, request, answer_by, idle)
         finally:
             self.pending.remove(mail)
             session.departed_at = world.time
@@ -261,7 +263,14 @@ class Network:
             world.jolt()
             raise failure(UNREACHED, request, reason="simulated")
 
-    def _await(self, mail: _Mail, process: Process, request: Request, answer_by: Callable[[], float]) -> None:
+    def _await(
+        self,
+        mail: _Mail,
+        process: Process,
+        request: Request,
+        answer_by: Callable[[], float],
+        idle: Callable[[], None],
+    ) -> None:
         """Wait for an answer, for as long as is asked for."""
         world = self.world
         while not mail.arrived():
@@ -271,9 +280,11 @@ class Network:
             if left <= 0 or mail.is_lost():
                 world.say(f"POST {mail.session.user}: no answer")
                 world.jolt()
-                mail.give_up()
+                if mail.is_lost() or world.time - mail.departed_at > 50.0:
+                    mail.give_up()
                 raise failure(LOST, request, reason="simulated")
-            world.park(min(left, 1.0, max(0.001, mail.due - world.time)), mail.written)
+            world.park(min(left, 0.5, max(0.001, mail.due - world.time)), mail.written)
+            idle()
 
 
 class _Mail:
@@ -295,11 +306,11 @@ class _Mail:
     def deliver(self, how: str) -> None:
         """Let the service act, and its answer travel."""
         world, session, server = self.world, self.session, self.session.server
-        if how:
+        if how and how != "request lost":
             session.disturbed_at = world.time
         self.due = world.time + world.random.uniform(0.004, 0.08)
         if how == "request lost":
-            self._lose()
+            self._lose(acted=False)
         elif how == "fails":
             if world.random.random() < 0.5:
                 self._act()
@@ -312,7 +323,7 @@ class _Mail:
                 again = self._act()
                 self.answer = again if world.random.random() < 0.5 else self.answer
         if how == "reply lost":
-            self._lose()
+            self._lose(acted=True)
         elif how == "reply late":
             late = world.random.choice((1.0, 4.0, 12.0, 30.0, 70.0)) * world.random.uniform(0.7, 1.3)
             self.due, session.disturbed_at = self.due + late, world.time + late
@@ -331,12 +342,15 @@ class _Mail:
         """Tell whether the answer has the newest token in it."""
         return self.answer is not None and self.session.newest_secret in judge.content(self.answer)
 
-    def _lose(self) -> None:
+    def _lose(self, *, acted: bool) -> None:
         """Let no answer come: the connection breaks, soon or never."""
         self.give_up()
-        self.answer, self.lost_at = None, self.world.time + self.world.random.choice((0.0, 0.2, 2.0, 300.0))
+        self.answer, self.lost_at = None, self.world.time + self.world.random.choice((0.0, 0.2, 2.0, 12.0, 300.0))
         self.due = self.lost_at
-        self.session.disturbed_at = self.lost_at  # it may be waited for
+        if self.lost_at > self.world.time + 60.0 and not acted:  # it is sent again
+            self.session.swallowed_at = self.world.time
+        else:
+            self.session.disturbed_at = self.lost_at  # it may be waited for
 
     def give_up(self) -> None:
         """Nobody waits for the answer any more."""

@@ -289,8 +289,8 @@ class Process:
         self.world.spawn(self, f"{'helper' if daemon else 'flight'} {self._threads}", work, daemon=daemon)
         self.world.step("started")
 
-    def send(self, request: Any, *, session: Any, answer_by: Any, depart: Any) -> Any:
-        return self.world.network.send(self, request, answer_by, depart)
+    def send(self, request: Any, *, session: Any, caller: Any) -> Any:
+        return self.world.network.send(self, request, caller.answer_by, caller.depart, caller.idle)
 
     # What happens to it
 
