@@ -33,7 +33,7 @@ LAST_CALL = 0.1  # before its deadline, a call makes its last attempt
 BIRTH_SECOND = 1.0  # how long a refresh may return the token itself, from its birth
 REJECTED = 60.0  # how long a token that has just been refreshed is not to blame for a rejection
 LAST_MOMENTS = 3.0  # before its end a token is refreshed without waiting for the store or the lock
-SILENCE = 10.0  # after which a request that has no answer is sent again
+SILENCE, SHORTEST_SILENCE = 10.0, 2.5  # after which a request that has no answer is sent again
 LEASE = 5.0  # of a lock, renewed by its holder
 TOO_SLOW, LONGEST_DELAY = 0.5, 10.0  # how long a store may take to answer, and how much of that counts
 TRUSTED = 0.5  # how long memory is trusted where others share the store
@@ -366,7 +366,7 @@ def lock_patience(left: Left, window: float) -> float:
 
 def silence(time_left: float) -> float:
     """Return for how long no answer comes before a request is sent again. *time_left*: to a token's last moments."""
-    return min(SILENCE, max(time_left / 2, 1.0))
+    return min(SILENCE, max(time_left / 2, SHORTEST_SILENCE))
 
 
 def birth_hold(birth: float | None, *, age: float, service_now: tuple[float, float, bool]) -> float:

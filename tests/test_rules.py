@@ -600,7 +600,7 @@ def test_birth_hold(known, expected):
 
 @pytest.mark.parametrize(
     ("time_left", "expected"),
-    [(math.inf, 10.0), (30.0, 10.0), (8.0, 4.0), (1.0, 1.0), (-1.0, 1.0), (-math.inf, 1.0)],
+    [(math.inf, 10.0), (30.0, 10.0), (8.0, 4.0), (1.0, 2.5), (-1.0, 2.5), (-math.inf, 2.5)],
 )
 def test_silence(time_left, expected):
     """A request without an answer is sent again while there is time for that."""

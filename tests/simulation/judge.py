@@ -122,7 +122,7 @@ def departing(world: World, mail: Any, pending: list[Any]) -> None:
     may_repeat = not session.is_circle and any(call.retry for call in session.calls if call.process is process)
     if same and may_repeat:  # a request that has had no answer for long is sent again, whoever has one on the way
         is_soon = expiry(secret) - world.wall() < 25.0 + abs(process.machine.offset)
-        if all(world.time - one.departed_at >= (1.0 if is_soon else 10.0) for one in same):
+        if all(world.time - one.departed_at >= (2.5 if is_soon else 10.0) for one in same):
             return
     # A pointer that leads to another user hides that two names are those of one session.
     is_known = session.forgotten_at == math.inf and "swapped" not in store.lost
@@ -331,7 +331,7 @@ def death(world: World, session: Session) -> None:
             and not call.interrupted
             and (call.retry or not any(kind.startswith("store") for kind in world.faults.happened))
             and max(session.disturbed_at, session.server.disturbed_at) < undisturbed
-            and (session.swallowed_at == -math.inf or call.began < died - 1.5 > session.swallowed_at + 1.5)
+            and (session.swallowed_at == -math.inf or call.began < died - 1.5 > session.swallowed_at + 2.5)
             and process.ended_at > died
             and process.asleep_for == call.asleep
             and process.cut_off_until < undisturbed
