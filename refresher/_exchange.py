@@ -284,8 +284,7 @@ class _Twice(Generic[R]):
         self._exchange, self._request, self._parse = exchange, request, parse
         self._runtime, self._patience = exchange._runtime, exchange._patience
         self._sent_at, self._again_at = math.inf, -math.inf
-        # The answer is late, nothing more is to be sent, or waited for.
-        self._is_late = self._is_closed = self._is_over = False
+        self._is_late = self._is_over = False  # the answer, and all of it
         # The second request: whether it is under way, its answer, how it failed.
         self._is_pending, self._done = False, self._runtime.event()
         self._answer: tuple[R, Reply] | None = None
@@ -302,7 +301,7 @@ class _Twice(Generic[R]):
         try:
             return self._send(depart=self._depart, idle=self._idle)
         except RefreshError as error:
-            first, self._is_closed = error, True
+            first = error
             while self._is_pending:  # not for longer than for the first
                 self._runtime.wait(self._done, _LOOK)
         finally:
@@ -337,7 +336,7 @@ class _Twice(Generic[R]):
 
     def _repeat(self) -> None:
         """Send the request again, and once more if that fails at once, while there is time for an answer."""
-        while not self._is_closed and self._answer_by() > (now := self._runtime.steady()) + _rules.SILENCE:
+        while self._answer_by() > (now := self._runtime.steady()) + _rules.SILENCE:
             is_paused = self._exchange._observed.pause(self._exchange._scope) > 0
             if now >= self._again_at and self._patience.may_repeat() and not is_paused:
                 self._again_at = now + _rules.SILENCE
@@ -347,11 +346,10 @@ class _Twice(Generic[R]):
     def _send_again(self, now: float) -> None:
         self._is_pending, self._done, request = True, self._runtime.event(), self._request
         try:
-            if not self._is_closed:
-                old, silence = fingerprint(request.secret.reveal()), now - self._sent_at
-                attempts_log.warning("%s %s: no answer for %.1f s. Sent again", request.service, old, silence)
-                self._exchange.attempts += 1
-                self._answer = self._send(depart=lambda: None)
+            old, silence = fingerprint(request.secret.reveal()), now - self._sent_at
+            attempts_log.warning("%s %s: no answer for %.1f s. Sent again", request.service, old, silence)
+            self._exchange.attempts += 1
+            self._answer = self._send()
         except RefreshError as error:
             self._error = error
             self._exchange._observed.leave_alone(self._exchange._scope, error.retry_after)
