@@ -474,10 +474,10 @@ class Flight(Patience, Generic[T]):
         self, chain: Chain[T], spend: Credential[T], attempt: Attempt | None, announced: bool
     ) -> Credential[T] | None:
         """Refresh a credential, and keep what comes of it. None if there is something newer already."""
-        ledger = self._ledger
+        ledger, self._spending = self._ledger, chain.generation
         if spend.idempotency_key and chain.newest is None and ledger.unread.get(chain.key):
             raise self._unread(spent=False)  # the answer would be that to an earlier request
-        self.status, self._spending = f"{self._service} is slow", chain.generation  # which is spent
+        self.status = f"{self._service} is slow"
         _log.debug("%s %s: to be refreshed", spend.service, chain.key[:8])
         try:
             successor = spend.refresh(self._exchange, key=self._key)
