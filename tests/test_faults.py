@@ -133,7 +133,8 @@ def test_deadline(name, scheme, given):
             )
         assert time.monotonic() - started < 0.5 + 0.25 + 0.5, "with a margin for a slow machine"
         assert caught.value.spent in (None, False)
-        if scheme == "https" and name != "silence":
+        # A lent adapter whose time is up in the middle of a handshake does not say so.
+        if scheme == "https" and name != "silence" and not (given == "session" and "timed out" in str(caught.value)):
             assert caught.value.spent is False
 
 
