@@ -327,9 +327,7 @@ class _Twice(Generic[R]):
 
     def _idle(self) -> None:
         """See whether the answer is late. It may come any moment, so what takes time is done in another thread."""
-        silence = self._runtime.steady() - self._sent_at
-        # A caller's adapter might keep the second request until the first is over, and send it then, for nobody.
-        if not self._is_late and self._exchange._session is None and silence >= self._patience.silence():
+        if not self._is_late and self._runtime.steady() - self._sent_at >= self._patience.silence():
             self._is_late = True
             for work in (self._repeat, self._look):
                 self._runtime.start(work, daemon=True)

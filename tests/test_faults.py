@@ -44,6 +44,7 @@ from refresher import (
     refresh_kuzzle_token,
     refresh_user_token,
 )
+from refresher._ledger import Lease
 from refresher._runtime import Runtime
 from refresher._text import claims
 from refresher.services.kuzzle import credential as kuzzle_credential
@@ -891,38 +892,53 @@ def test_second_request_whose_answer_would_come_too_late(silent):
     assert len(kuzzle.requests) == 1
 
 
-def test_second_request_when_the_first_has_its_answer(silent):
+@pytest.mark.parametrize("cached", [True, False])
+def test_second_request_when_the_first_has_its_answer(silent, cached):
     """Nobody waits for it any more."""
     kuzzle, threads = silent.kuzzle, set(threading.enumerate())
-    gone = threading.Event()
+    gone, cache = threading.Event(), TokenCache() if cached else None
 
     def answer(request):
         time.sleep(1)
         return kuzzle.truly(request)
 
-    kuzzle.next_answers += [answer, lambda request: gone.wait(20) and b""]
-    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    kuzzle.next_answers += [answer, lambda request: gone.wait(60) and b""]
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache, timeout=60)
     wait_until(lambda: not any(each.name == "refresher" for each in {*threading.enumerate()} - threads))
-    assert not gone.is_set()
     gone.set()
     assert kuzzle.knows(token.jwt)
 
 
 def test_store_while_no_answer_comes(silent, tmp_path):
-    """It is asked for news twice in a second, and no more."""
+    """It is asked for news twice in a second, and has its connections back."""
+    asked, ended = [], set()
 
     class Counting(FileStore):
-        commands = 0
-
         def get(self, key):
-            self.commands += 1
+            asked.append(threading.current_thread())
             return super().get(key)
 
-    kuzzle, store = silent.kuzzle, Counting(tmp_path)
+        def end_thread(self):
+            ended.add(threading.current_thread())
+
+    kuzzle = silent.kuzzle
     kuzzle.next_answers += [silent.lose, silent.lose]
+    cache = TokenCache(Counting(tmp_path), lease=3)
     with pytest.raises(OutcomeUnknownError):
-        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(store, lease=3), timeout=3)
-    assert store.commands < 40
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=cache, timeout=3)
+    assert len(asked) < 40
+    wait_until(lambda: {*asked} <= ended)
+
+
+def test_request_to_kuzzle_whose_lock_is_lost(silent, monkeypatch):
+    """It is not sent again: another process may be about to send it."""
+    kuzzle = silent.kuzzle
+    kuzzle.next_answers.append(
+        lambda request: monkeypatch.setattr(Lease, "is_ours", lambda _: False) or silent.lose(request)
+    )
+    with pytest.raises(OutcomeUnknownError):
+        refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=2)
+    assert len(kuzzle.requests) == 1
 
 
 def test_second_request_that_kuzzle_has_no_time_for(silent):

@@ -108,7 +108,8 @@ class Caller:
             again and again, since that may change meanwhile; `math.inf` means no limit.
         depart: Called once, when the connection stands and before the first byte leaves. If it raises, nothing was
             sent.
-        idle: Called now and then while no answer comes, if no session is lent.
+        idle: Called now and then while no answer comes. Not if a session is lent: its adapter might keep what is sent
+            again until the first request is over, and send it then, for nobody.
     """
 
     answer_by: Callable[[], float]
