@@ -951,6 +951,38 @@ def test_second_request_that_kuzzle_has_no_time_for(silent):
     assert len(kuzzle.requests) == 3
 
 
+def test_second_request_that_fails_at_once(silent, monkeypatch):
+    """A third is sent, and not before a while."""
+    monkeypatch.setattr(_rules, "SILENCE", 1.5)
+    kuzzle, sent = silent.kuzzle, []
+
+    def fail(_request):
+        sent.append(time.monotonic())
+        return b""
+
+    def answer(request):
+        sent.append(time.monotonic())
+        return kuzzle.truly(request)
+
+    kuzzle.next_answers += [silent.lose, fail, answer]
+    token = refresh_kuzzle_token(kuzzle.url, kuzzle.login(ago=1800), cache=TokenCache(), timeout=20)
+    assert kuzzle.knows(token.jwt)
+    failed, answered = sent
+    assert answered - failed > 1.4
+
+
+def test_second_request_for_callers_of_two_kinds(silent):
+    """It is sent if one of them allows it, whoever came last."""
+    kuzzle, cache, jwt = silent.kuzzle, TokenCache(), silent.kuzzle.login(ago=1800)
+    kuzzle.next_answers.append(silent.lose)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=cache, timeout=10)
+        wait_until(lambda: kuzzle.requests)
+        last = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=cache, queuable=False, timeout=10)
+        assert first.result() == last.result()
+    assert len(kuzzle.requests) == 2
+
+
 def test_news_while_an_answer_does_not_come(silent, tmp_path):
     """A token that another process has meanwhile is taken, and the answer is no longer waited for."""
     kuzzle, jwt = silent.kuzzle, silent.kuzzle.login(ago=1800)
@@ -958,12 +990,13 @@ def test_news_while_an_answer_does_not_come(silent, tmp_path):
     kuzzle.next_answers += [silent.lose, silent.lose]
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(refresh_kuzzle_token, kuzzle.url, jwt, cache=caches[0], timeout=20)
-        while len(kuzzle.requests) < 2:
-            time.sleep(0.01)
+        wait_until(lambda: len(kuzzle.requests) == 2)
+        (flight,) = caches[0]._ledger.flights.values()
         credential = kuzzle_credential(kuzzle.url, jwt)
         newer = refresh_kuzzle_token(kuzzle.url, jwt, cache=None, timeout=20)
         chain = attrs.evolve(caches[1]._ledger.look(credential)[0], generation=1)
         chain = attrs.evolve(chain, newest=credential.following(newer), requested=caches[1]._ledger.now())
         caches[1]._ledger.keep(attrs.evolve(chain, lifetime=3600.0), credential, in_memory=False)
         assert waiting.result(10) == newer
+    assert not flight.has_departed
     assert len(kuzzle.requests) == 3

@@ -1425,8 +1425,9 @@ from refresher.stores import FileStore
 
 store = FileStore(sys.argv[1])
 store.set("key", "0:x:0", 60)
-seen = set()
-for kill in range(500):
+seen, kill = set(), 0
+while kill < 500 or (len(seen) <= 50 and kill < 3000):  # a loaded machine kills more of them before they write
+    kill += 1
     writer = os.fork()
     if writer == 0:
         while True:
@@ -1446,8 +1447,8 @@ print(len(seen))
 
 
 def test_killed_while_writing(folder):
-    """A writer that is killed 500 times leaves a whole entry each time, the old or the new, and no lock."""
-    assert int(run(KILLER, folder)) > 10, "too few writes came to anything"
+    """A writer that is killed 500 times and more leaves a whole entry each time, the old or the new, and no lock."""
+    assert int(run(KILLER, folder)) > 50, "too few writes came to anything"
     assert any(name.endswith(".tmp") for name in names(folder)), "nobody was killed in mid-write"
 
 
