@@ -6,13 +6,12 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable
 from email.message import Message
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import urlsplit
 
-from refresher.services import LOST, UNREACHED, Reply, Request, failure
+from refresher.services import LOST, UNREACHED, Caller, Reply, Request, failure
 from refresher.testing import Answer, Clock, FakeCircle, FakeKuzzle, Received
 
 from . import judge
@@ -195,23 +194,16 @@ class Network:
         self.pending: list[_Mail] = []  # what was sent, and whose answer is awaited
         self.late_until = 0.0  # when the last late answer arrives
 
-    def send(
-        self,
-        process: Process,
-        request: Request,
-        answer_by: Callable[[], float],
-        depart: Callable[[], None],
-        idle: Callable[[], None],
-    ) -> Reply:
+    def send(self, process: Process, request: Request, caller: Caller) -> Reply:
         """Carry out a request, as `Runtime.send` has to."""
         world = self.world
         world.step("send")
         session = judge.addressee(world, request)
         server, began = session.server, world.time
         judge.retry_after(world, process, session)
-        self._connect(process, session, request, answer_by)
+        self._connect(process, session, request, caller)
         world.step("depart")
-        depart()
+        caller.depart()
         world.say(f"POST {session.user}: departs")
         judge.spending(world, process, session, request, began)
         sent_at, how, self.next = process.now(), self.next, ""
@@ -232,19 +224,13 @@ class Network:
             mail.deliver(how)
         try:
             world.step("answer")
-            self._await(mail, process, request, answer_by, idle)
+            self._await(mail, process, request, caller)
         finally:
             self.pending.remove(mail)
             session.departed_at = world.time
         return mail.open(sent_at)
 
-    def _connect(
-        self,
-        process: Process,
-        session: Session,
-        request: Request,
-        answer_by: Callable[[], float],
-    ) -> None:
+    def _connect(self, process: Process, session: Session, request: Request, caller: Caller) -> None:
         world, server = self.world, session.server
         takes = world.random.uniform(0.001, 0.02)
         if server.troubled() == "slow to connect":
@@ -256,26 +242,19 @@ class Network:
         if server.troubled():
             session.disturbed_at = world.time + takes
         done = process.steady() + takes
-        while (left := min(done, answer_by()) - process.steady()) > 0:
+        while (left := min(done, caller.answer_by()) - process.steady()) > 0:
             world.park(max(0.001, min(left, 1.0)))
         if refused or takes == 75.0 or process.steady() < done:
             world.say(f"POST {session.user}: could not connect")
             world.jolt()
             raise failure(UNREACHED, request, reason="simulated")
 
-    def _await(
-        self,
-        mail: _Mail,
-        process: Process,
-        request: Request,
-        answer_by: Callable[[], float],
-        idle: Callable[[], None],
-    ) -> None:
+    def _await(self, mail: _Mail, process: Process, request: Request, caller: Caller) -> None:
         """Wait for an answer, for as long as is asked for."""
         world = self.world
         while not mail.arrived():
             world.reading = True
-            left = answer_by() - process.steady()
+            left = caller.answer_by() - process.steady()
             world.reading = False
             if left <= 0 or mail.is_lost():
                 world.say(f"POST {mail.session.user}: no answer")
@@ -284,7 +263,7 @@ class Network:
                     mail.give_up()
                 raise failure(LOST, request, reason="simulated")
             world.park(min(left, 0.5, max(0.001, mail.due - world.time)), mail.written)
-            idle()
+            caller.idle()
 
 
 class _Mail:

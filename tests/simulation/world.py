@@ -290,7 +290,7 @@ class Process:
         self.world.step("started")
 
     def send(self, request: Any, *, session: Any, caller: Any) -> Any:
-        return self.world.network.send(self, request, caller.answer_by, caller.depart, caller.idle)
+        return self.world.network.send(self, request, caller)
 
     # What happens to it
 
